@@ -1,0 +1,15 @@
+"""Operators for mixed-rank models: fused low-rank linear layers and Gram-matrix accumulation.
+
+Importing the package registers the operators and loads the compiled extension where there is one; it
+touches neither CUDA nor Triton. :mod:`mixrank_kernels.backend` tells which implementation serves a call.
+"""
+
+from __future__ import annotations
+
+from mixrank_kernels import _register, backend
+from mixrank_kernels._version import __version__
+from mixrank_kernels.ops import gram_accumulate_, lowrank_linear
+
+HAS_EXTENSION: bool = _register.extension is not None
+
+__all__ = ["HAS_EXTENSION", "__version__", "backend", "gram_accumulate_", "lowrank_linear"]

@@ -1,0 +1,25 @@
+"""The schema of every operator: the one place where names, argument order and tags are decided.
+
+The schemas are defined here, and not in C++, so that the reference, the fakes, autograd and Triton work
+where no extension is built. Compiled code only adds implementations under its device key.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NAMESPACE = "mixrank_kernels"
+
+SCHEMAS = {
+    "lowrank_linear": "(Tensor x, Tensor down, Tensor up, Tensor? bias=None) -> Tensor",
+    "gram_accumulate_": "(Tensor(a!) gram, Tensor x, Tensor? row_weight=None, Tensor(b!)? column_sum=None) -> ()",
+}
+
+library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _signature in SCHEMAS.items():
+    library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """The dispatcher's entry of the operator ``name``."""
+    return getattr(torch.ops.mixrank_kernels, name).default

@@ -1,0 +1,188 @@
+"""Which implementation of an operator serves a call, why, and how to force another one.
+
+The names of the implementations:
+
+``cpu``
+    C++ on the CPU with the best instruction set of this machine; ``cpu-avx512bf16``, ``cpu-avx512``, ``cpu-avx2``
+    and ``cpu-portable`` force one of them.
+``triton``
+    Triton kernels on CUDA tensors, or on CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``).
+``reference``
+    Plain PyTorch, everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixrank_kernels import _checks, _register, reference
+from mixrank_kernels._load import EXTENSION, REBUILD
+from mixrank_kernels._schema import NAMESPACE, SCHEMAS
+
+_CPU_PREFIX = "cpu-"
+_DEVICES = ("cpu", "cuda")
+_forced: list[str] = []
+_overrides: torch.library.Library | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation serves a call, and why each other one does not.
+
+    Attributes:
+        op: name of the operator.
+        chosen: name of the implementation that serves the call.
+        refused: for every other implementation, the reason in words.
+    """
+
+    op: str
+    chosen: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: served by {self.chosen}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
+
+
+def isas() -> tuple[str, ...]:
+    """Instruction sets of the C++ kernels that this machine can run, best first; empty without the extension."""
+    return tuple(_register.extension.supported_isas()) if _register.extension else ()
+
+
+def implementations() -> tuple[str, ...]:
+    """Names that :func:`use` knows, whether or not they can run here."""
+    compiled = _register.extension.build_info()["isas"] if _register.extension else ()
+    return ("cpu", *(_CPU_PREFIX + isa for isa in compiled), "triton", "reference")
+
+
+def available(device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """Names of the implementations that can serve tensors on ``device`` here, the default one first."""
+    kind = torch.device(device).type
+    names = [name for name in implementations() if _refusal(name, kind) is None]
+    return tuple(sorted(names, key=lambda name: name != _default(kind)))
+
+
+def _default(kind: str) -> str:
+    if kind == "cpu" and _register.extension is not None:
+        return "cpu"
+    if kind == "cuda" and _register.HAS_TRITON:
+        return "triton"
+    return "reference"
+
+
+def _refusal(name: str, kind: str) -> str | None:
+    """Why the implementation ``name`` cannot serve tensors on devices of ``kind``, or None when it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        if not _register.HAS_TRITON:
+            return "triton is not installed"
+        if kind == "cuda":
+            return None
+        if kind != "cpu":
+            return f"Triton kernels do not run on {kind} tensors"
+        from mixrank_kernels import triton
+
+        return None if triton.is_interpreted() else "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1)"
+    if _register.extension is None:
+        return f"the extension {EXTENSION} is not built; build it with: {REBUILD}"
+    if kind != "cpu":
+        return f"it serves CPU tensors only, and the tensors are on {kind}"
+    isa = name.removeprefix(_CPU_PREFIX)
+    return None if isa == "cpu" or isa in isas() else f"this machine does not have the instruction set {isa}"
+
+
+def _known(name: str) -> str:
+    if name not in implementations():
+        raise ValueError(f"implementation must be one of {', '.join(implementations())}, but it was {name!r}")
+    return name
+
+
+def explain(op: str, *args: Tensor | None) -> Explanation:
+    """Tell which implementation serves the operator ``op`` on these arguments, without running it.
+
+    Args:
+        op: ``"lowrank_linear"`` or ``"gram_accumulate_"``.
+        *args: the operator's arguments in their order.
+
+    Raises:
+        ValueError: no operator has this name.
+        RuntimeError: the arguments do not fit the operator.
+
+    Example:
+        >>> import torch
+        >>> explain("lowrank_linear", torch.ones(2, 8), torch.ones(3, 8), torch.ones(5, 3)).op
+        'lowrank_linear'
+    """
+    if op not in SCHEMAS:
+        raise ValueError(f"op must be one of {', '.join(SCHEMAS)}, but it was {op!r}")
+    getattr(_checks, op)(*_register.bind(op, *args))
+    kind = args[0].device.type
+    wanted = _forced[-1] if _forced else _default(kind)
+    chosen = wanted if _refusal(wanted, kind) is None else "reference"
+    served = _CPU_PREFIX + _register.extension.get_isa() if chosen == "cpu" else chosen
+    refused = {}
+    for name in implementations():
+        if name in (chosen, served):
+            continue
+        reason = _refusal(name, kind)
+        if reason is None:
+            reason = f"{wanted} was forced by backend.use" if _forced else f"{served} comes first on {kind} tensors"
+        refused[name] = reason
+    return Explanation(op, served, refused)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within the block, serve every operator by the implementation ``name``, in the whole process.
+
+    Blocks nest. The choice holds for compiled and captured models too, as it is made in the dispatcher.
+
+    Args:
+        name: one of :func:`implementations`.
+
+    Raises:
+        ValueError: no implementation has this name.
+        RuntimeError: it cannot run here; the message says why.
+
+    Example:
+        >>> import torch, mixrank_kernels
+        >>> with use("reference"):
+        ...     y = mixrank_kernels.lowrank_linear(torch.ones(1, 4), torch.ones(2, 4), torch.ones(3, 2))
+        >>> y[0, 0].item()
+        8.0
+    """
+    refusals = [_refusal(_known(name), kind) for kind in _DEVICES]
+    if None not in refusals:
+        raise RuntimeError(f"implementation {name} cannot run here: {refusals[0]}")
+    _forced.append(name)
+    try:
+        _install(name)
+        yield
+    finally:
+        _forced.pop()
+        _install(_forced[-1] if _forced else None)
+
+
+def _install(name: str | None) -> None:
+    """Make ``name`` serve the operators wherever it can run; None restores the defaults."""
+    global _overrides
+    if _overrides is not None:
+        _overrides._destroy()
+        _overrides = None
+    if _register.extension is not None:
+        isa = name.removeprefix(_CPU_PREFIX) if name is not None and name.startswith(_CPU_PREFIX) else "auto"
+        _register.extension.set_isa(isa)
+    if name not in ("triton", "reference"):
+        return
+    _overrides = torch.library.Library(NAMESPACE, "IMPL")
+    for op in SCHEMAS:
+        implementation = _register.triton_implementation(op) if name == "triton" else getattr(reference, op)
+        for kind in _DEVICES:
+            if _refusal(name, kind) is None:
+                _overrides.impl(op, _register.checked(op, implementation), kind.upper(), allow_override=True)

@@ -1,0 +1,153 @@
+"""What every command of the CLI prints and writes: tables, JSON, and the versions behind the numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixrank.errors import InputError
+from mixrank.files import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNKNOWN = "-"
+
+
+def versions() -> dict[str, Any]:
+    """Libraries, interpreter and processor: what has to be known to compare two results."""
+    import torch
+
+    found: dict[str, Any] = {"mixrank": _version("mixrank-kernels")}
+    found |= {name: _version(name) for name in ("torch", "timm", "triton")}
+    return found | {"python": platform.python_version(), "cpu": cpu_name(), "threads": torch.get_num_threads()}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def to_json_text(data: Any) -> str:
+    """Strict JSON: paths as text, NaN and infinities (which JSON does not have) as null."""
+    return json.dumps(_strict(data), indent=1, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write the result of a command, whole or not at all."""
+    write_text(path, to_json_text(data))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read back what ``--json`` wrote."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds a JSON {type(data).__name__}, but a result of mixrank is an object")
+    return data
+
+
+def megabytes(count: float | None) -> str:
+    return UNKNOWN if count is None else f"{count / 1e6:.2f}"
+
+
+def gigamacs(count: float | None) -> str:
+    return UNKNOWN if count is None else f"{count / 1e9:.3f}"
+
+
+def percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.2f} %"
+
+
+def rate(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def ratio(new: float | None, old: float | None) -> str:
+    """How many times ``old`` fits into ``new``, as ``1.53x``."""
+    return UNKNOWN if not new or not old else f"{new / old:.2f}x"
+
+
+def change(new: float | None, old: float | None) -> str:
+    """Relative change in percent with its sign."""
+    return UNKNOWN if new is None or not old else f"{100 * (new / old - 1):+.1f} %"
+
+
+def points(new: float | None, old: float | None) -> str:
+    """Difference of two percentages, in points."""
+    return UNKNOWN if new is None or old is None else f"{new - old:+.2f} pt"
+
+
+def comparison_table(dense: dict[str, Any], compressed: dict[str, Any], title: str) -> Table:
+    """Dense against compressed, one row per quantity."""
+    from rich.table import Table
+
+    table = Table("", title=title, title_justify="left", title_style="bold")
+    for heading in ("dense", "compressed", "change"):
+        table.add_column(heading, justify="right")
+
+    def row(label: str, key: str, text: Any, difference: Any) -> None:
+        old, new = dense.get(key), compressed.get(key)
+        table.add_row(label, text(old), text(new), difference(new, old))
+
+    row("parameters", "parameters", lambda count: f"{count:,}", change)
+    row("MB", "bytes", megabytes, change)
+    row("GMACs", "macs", gigamacs, change)
+    row("top-1", "top1", percent, points)
+    row("images/s", "images_per_second", rate, ratio)
+    return table
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """One row per layer: its shape, its rank, and the parameters before and after."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("layer", title="plan", title_justify="left", title_style="bold")
+    for heading in ("in", "out", "rank", "before", "after", "kept"):
+        table.add_column(heading, justify="right")
+    for layer in plan["layers"]:
+        before, after = layer["parameters_before"], layer["parameters_after"]
+        table.add_row(
+            escape(layer["name"]),
+            str(layer["in_features"]),
+            str(layer["out_features"]),
+            "dense" if layer["rank"] is None else str(layer["rank"]),
+            f"{before:,}",
+            f"{after:,}",
+            f"{100 * after / before:.0f} %",
+        )
+    table.add_section()
+    before, after = plan["parameters_before"], plan["parameters_after"]
+    table.add_row("whole model", "", "", "", f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %")
+    return table
