@@ -27,8 +27,9 @@ def _same_device(op: str, name: str, tensor: Tensor, like: Tensor, like_name: st
 def _same_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype, like_name: str) -> None:
     torch._check(
         tensor.dtype == dtype,
-        lambda: f"{op}: {name} must have dtype {_names((dtype,))} as {like_name} has, but it was "
-        f"{_names((tensor.dtype,))}",
+        lambda: (
+            f"{op}: {name} must have dtype {_names((dtype,))} as {like_name} has, but it was {_names((tensor.dtype,))}"
+        ),
     )
 
 

@@ -64,13 +64,14 @@ def _save_for_backward(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -
 
 def _lowrank_linear_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up = ctx.saved_tensors
-    needs_x, needs_down, needs_up, needs_bias = ctx.needs_input_grad
+    # The dispatcher drops a trailing argument that has its default, here the bias.
+    needs_x, needs_down, needs_up, *needs_bias = ctx.needs_input_grad
     rows, grad_rows = x.flatten(0, -2) if x.dim() > 1 else x[None], grad.reshape(-1, grad.shape[-1])
     return (
         overload("lowrank_linear")(grad, up.mT, down.mT) if needs_x else None,
         (grad_rows @ up).mT @ rows if needs_down else None,
         grad_rows.mT @ (rows @ down.mT) if needs_up else None,
-        grad_rows.sum(0) if needs_bias else None,
+        *(grad_rows.sum(0) if needed else None for needed in needs_bias),
     )
 
 

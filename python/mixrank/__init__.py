@@ -1,0 +1,40 @@
+"""mixrank: mixed-rank compression of vision transformers, served by fused kernels.
+
+``compress`` does everything in one call; ``calibrate``, ``decompose``, ``allocate`` and ``apply_`` are its steps.
+"""
+
+from __future__ import annotations
+
+from mixrank.allocate import allocate
+from mixrank.apply import apply_
+from mixrank.calibrate import CalibrationStats, LayerStats, calibrate
+from mixrank.checkpoint import load, save
+from mixrank.compress import CompressionResult, compress
+from mixrank.decompose import Factorisation, decompose
+from mixrank.errors import InputError
+from mixrank.evaluate import evaluate
+from mixrank.models import create_model
+from mixrank.nn import MixedRankLinear, SplitLinear
+from mixrank.plan import Plan
+from mixrank_kernels import __version__
+
+__all__ = [
+    "CalibrationStats",
+    "CompressionResult",
+    "Factorisation",
+    "InputError",
+    "LayerStats",
+    "MixedRankLinear",
+    "Plan",
+    "SplitLinear",
+    "__version__",
+    "allocate",
+    "apply_",
+    "calibrate",
+    "compress",
+    "create_model",
+    "decompose",
+    "evaluate",
+    "load",
+    "save",
+]

@@ -62,7 +62,9 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def top1(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    hits = [(model(normalise(x)).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)]
+    hits = [
+        (model(normalise(x)).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)
+    ]
     return 100 * sum(hits).item() / len(labels)
 
 
@@ -78,7 +80,8 @@ def train(images: torch.Tensor, labels: torch.Tensor, epochs: int, batch: int, s
     steps = epochs * (len(images) // batch)
     warm_up = steps // 20
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: s / warm_up if s < warm_up else 0.5 * (1 + math.cos(math.pi * (s - warm_up) / (steps - warm_up)))
+        optimizer,
+        lambda s: s / warm_up if s < warm_up else 0.5 * (1 + math.cos(math.pi * (s - warm_up) / (steps - warm_up))),
     )
     started = time.monotonic()
     for epoch in range(epochs):
@@ -97,7 +100,10 @@ def train(images: torch.Tensor, labels: torch.Tensor, epochs: int, batch: int, s
             scheduler.step()
             average.update_parameters(model)
             total += loss.item()
-        print(f"epoch {epoch + 1}/{epochs}  loss {total / len(chunks):.4f}  {time.monotonic() - started:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{epochs}  loss {total / len(chunks):.4f}  {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
     return average.module.eval()
 
 

@@ -1,0 +1,307 @@
+"""Allocation: one budget for the whole model, spent where it saves the most error.
+
+Each layer offers a few points (cost, error): a factorisation at every multiple of ``step``, and the dense weight, which
+has no error. The sum of errors is separable, so the best plan follows the lower convex hulls of the layers:
+their segments, sorted by error saved per unit of cost, are taken while they fit. This is the greedy allocation of
+Azizi, Nazemi and Pedram (2024) with one sort in place of the loop, and with the dense layer as one of the choices.
+The budget is never exceeded.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixrank.decompose import Factorisation, LayerShape
+from mixrank.errors import InputError
+from mixrank.models import count_bytes, count_macs, count_parameters, preprocessing
+from mixrank.nn import SplitLinear
+from mixrank.plan import LayerPlan, Plan
+
+RANKS = ("mixed", "uniform")
+ENERGIES = ("weight", "output")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice for one layer: a rank (None: dense), what it costs, and the error that it leaves."""
+
+    rank: int | None
+    cost: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit in one unit: ``total`` is what the dense model costs, ``fixed`` the part outside the layers."""
+
+    unit: str
+    limit: int
+    total: int
+    per_weight: dict[str, int]
+    per_bias: dict[str, int]
+
+    def cost(self, name: str, shape: LayerShape, rank: int | None) -> int:
+        weights, bias = parameters(shape, rank)
+        return weights * self.per_weight[name] + bias * self.per_bias[name]
+
+
+def parameters(shape: LayerShape, rank: int | None) -> tuple[int, int]:
+    """How many weights and biases a layer holds at one rank, or dense for None."""
+    k, n = shape.in_features, shape.out_features
+    if rank is None:
+        return k * n, n * shape.bias
+    return rank * (k + n), n * shape.factored_bias
+
+
+def allocate(
+    model: nn.Module,
+    factorisations: Mapping[str, Factorisation],
+    *,
+    keep: float | None = None,
+    max_bytes: int | None = None,
+    max_macs: int | None = None,
+    ranks: str = "mixed",
+    energy: str = "weight",
+    step: int = 8,
+) -> Plan:
+    """Choose a rank, or the dense weight, for every layer under one budget.
+
+    Exactly one of ``keep``, ``max_bytes`` and ``max_macs`` is given.
+
+    Args:
+        model: the dense model.
+        factorisations: what :func:`mixrank.decompose.decompose` returned for it.
+        keep: share of *all* parameters of the model that may remain, in (0, 1].
+        max_bytes: bytes of parameters and persistent buffers that may remain.
+        max_macs: multiply-accumulate operations for one image that may remain.
+        ranks: ``"mixed"``, or ``"uniform"``: the same share of every layer.
+        energy: what the error of a layer means for mixed ranks: the share of its squared singular values that is cut
+            (``"weight"``), or the relative squared error of its outputs on the calibration images (``"output"``, the
+            paper's objective).
+        step: ranks are multiples of this (or the layer's full rank, if that is smaller).
+
+    Returns:
+        The plan. Its cost is never above the budget.
+
+    Raises:
+        InputError: no or several budgets, a budget outside its range or below what is possible (the message says
+            the smallest possible), an unknown strategy, ``energy="output"`` without statistics.
+
+    Example:
+        >>> import timm
+        >>> from mixrank import decompose
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+        >>> plan = allocate(model, decompose(model, factors="svd"), keep=0.6)
+        >>> plan.parameters_after <= 0.6 * plan.parameters_before
+        True
+    """
+    shapes = {name: factorisation.shape for name, factorisation in factorisations.items()}
+    limits = {"keep": keep, "max_bytes": max_bytes, "max_macs": max_macs}
+    budget, fixed = check_budget(model, shapes, ranks=ranks, energy=energy, step=step, **limits)
+    if ranks == "mixed" and energy == "output" and any(f.output_energy is None for f in factorisations.values()):
+        raise InputError("energy='output' needs calibration statistics, but the layers were decomposed without any")
+    choices = {
+        name: _points(name, shape, choice, factorisations[name], budget, energy)
+        for name, shape, choice in _ranks(shapes, budget, step)
+    }
+    available = budget.limit - fixed
+    chosen = _mixed(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, step)
+    options = {"ranks": ranks, "energy": energy, "step": step} | {
+        name: value for name, value in limits.items() if value is not None
+    }
+    return _plan(model, shapes, chosen, options)
+
+
+def check_budget(
+    model: nn.Module,
+    shapes: Mapping[str, LayerShape],
+    *,
+    keep: float | None,
+    max_bytes: int | None,
+    max_macs: int | None,
+    ranks: str,
+    energy: str,
+    step: int,
+) -> tuple[Budget, int]:
+    """Check the options and the budget of :func:`allocate` from the layers' sizes alone.
+
+    Returns:
+        The budget, and the part of the dense model's cost that lies outside the layers.
+
+    Raises:
+        InputError: as :func:`allocate`.
+    """
+    for name, value, known in (("ranks", ranks, RANKS), ("energy", energy, ENERGIES)):
+        if value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, but it was {value!r}")
+    if step < 1:
+        raise InputError(f"step must be at least 1, but it was {step}")
+    budget = _budget(model, shapes, keep, max_bytes, max_macs)
+    fixed = budget.total - sum(budget.cost(name, shape, None) for name, shape in shapes.items())
+    least = fixed + sum(budget.cost(name, shape, ranks_[0]) for name, shape, ranks_ in _ranks(shapes, budget, step))
+    if least > budget.limit:
+        raise InputError(_too_small(budget, least, keep))
+    return budget, fixed
+
+
+def _too_small(budget: Budget, least: int, keep: float | None) -> str:
+    if keep is not None:
+        share = math.ceil(1e4 * least / budget.total) / 1e4
+        return f"keep must be at least {share:.4f} for this model and step, but it was {keep}"
+    return f"max_{budget.unit} must be at least {least} for this model and step, but it was {budget.limit}"
+
+
+def _budget(
+    model: nn.Module,
+    shapes: Mapping[str, LayerShape],
+    keep: float | None,
+    max_bytes: int | None,
+    max_macs: int | None,
+) -> Budget:
+    if sum(value is not None for value in (keep, max_bytes, max_macs)) != 1:
+        raise InputError("exactly one of keep, max_bytes and max_macs must be given")
+    once = dict.fromkeys(shapes, 1)
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise InputError(f"keep must be in (0, 1], but it was {keep}")
+        total = count_parameters(model)
+        return Budget("parameters", math.floor(keep * total), total, once, once)
+    if max_bytes is not None:
+        sizes = {name: shape.element_size for name, shape in shapes.items()}
+        return Budget("bytes", max_bytes, count_bytes(model), sizes, sizes)
+    return Budget("macs", max_macs, count_macs(model), tokens_per_layer(model), dict.fromkeys(shapes, 0))
+
+
+def tokens_per_layer(model: nn.Module) -> dict[str, int]:
+    """How many rows one image sends through every linear layer, found by one forward pass over an empty image."""
+    rows: dict[str, int] = {}
+
+    def count(name: str):
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
+            rows[name] = rows.get(name, 0) + arguments[0].numel() // arguments[0].shape[-1]
+
+        return hook
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    handles = [module.register_forward_hook(count(name)) for name, module in linears.items()]
+    training = model.training
+    parameter = next(model.parameters())
+    try:
+        with torch.inference_mode():
+            size = preprocessing(model)["input_size"]
+            model.eval()(torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return {name: rows.get(name, 0) for name in linears}
+
+
+def _ranks(
+    shapes: Mapping[str, LayerShape], budget: Budget, step: int
+) -> Iterator[tuple[str, LayerShape, list[int | None]]]:
+    """Each layer's choices with rising cost, the dense weight (None) last; no rank costs as much as that."""
+    for name, shape in shapes.items():
+        full = min(shape.in_features, shape.out_features)
+        dense = budget.cost(name, shape, None)
+        steps = (min(rank, full) for rank in range(step, full + step, step))
+        yield name, shape, [*(rank for rank in steps if budget.cost(name, shape, rank) < dense), None]
+
+
+def _points(
+    name: str, shape: LayerShape, ranks: list[int | None], factorisation: Factorisation, budget: Budget, energy: str
+) -> list[Point]:
+    """The layer's choices with their costs and the errors that they leave."""
+    if energy == "weight" or factorisation.output_energy is None:
+        kept = factorisation.weight_energy.cumsum(0)
+    else:
+        kept = 1 - factorisation.centred_share * (1 - factorisation.output_energy.cumsum(0))
+    errors = [0.0 if rank is None else max(0.0, 1 - kept[rank - 1].item()) for rank in ranks]
+    return [Point(rank, budget.cost(name, shape, rank), error) for rank, error in zip(ranks, errors, strict=True)]
+
+
+def _mixed(choices: dict[str, list[Point]], available: int) -> dict[str, Point]:
+    """Greedy along the convex hulls; a segment that does not fit is followed as far as the budget goes."""
+    chosen = {name: points[0] for name, points in choices.items()}
+    available -= sum(point.cost for point in chosen.values())
+    segments = []
+    for order, (name, points) in enumerate(choices.items()):
+        hull = lower_hull(points)
+        for start, end in itertools.pairwise(hull):
+            segments.append(((start.error - end.error) / (end.cost - start.cost), order, name, end))
+    segments.sort(key=lambda segment: (-segment[0], segment[1], segment[3].cost))
+    closed = set()
+    for _, _, name, end in segments:
+        if name in closed:
+            continue
+        best = end
+        if end.cost - chosen[name].cost > available:
+            closed.add(name)
+            best = max(
+                (point for point in choices[name] if point.cost - chosen[name].cost <= available),
+                key=lambda point: point.cost,
+            )
+        if best.cost > chosen[name].cost:
+            available -= best.cost - chosen[name].cost
+            chosen[name] = best
+    return chosen
+
+
+def lower_hull(points: list[Point]) -> list[Point]:
+    """The points on the lower convex hull of (cost, error), cost rising, error falling strictly."""
+    hull: list[Point] = []
+    for point in points:
+        if hull and point.error >= hull[-1].error:
+            continue
+        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(start: Point, end: Point) -> float:
+    return (end.error - start.error) / (end.cost - start.cost)
+
+
+def _uniform(
+    choices: dict[str, list[Point]], shapes: Mapping[str, LayerShape], available: int, step: int
+) -> dict[str, Point]:
+    """The largest share of every layer's weights, the same for all, that fits the budget."""
+
+    def at(share: float) -> dict[str, Point]:
+        chosen = {}
+        for name, points in choices.items():
+            k, n = shapes[name].in_features, shapes[name].out_features
+            wanted = share * k * n / (k + n)
+            fitting = [point for point in points if point.rank is not None and point.rank <= wanted]
+            chosen[name] = points[-1] if share >= 1 else fitting[-1] if fitting else points[0]
+        return chosen
+
+    # A plan only changes where some layer's rank does, so these shares are all that need to be tried.
+    shares = {0.0, 1.0}
+    for shape in shapes.values():
+        k, n = shape.in_features, shape.out_features
+        shares |= {rank * (k + n) / (k * n) for rank in range(step, min(k, n) + 1, step)}
+    ordered = sorted(share for share in shares if share <= 1)
+    fitting = bisect.bisect_right(ordered, available, key=lambda share: sum(point.cost for point in at(share).values()))
+    return at(ordered[max(fitting - 1, 0)])
+
+
+def _plan(model: nn.Module, shapes: Mapping[str, LayerShape], chosen: dict[str, Point], options: dict) -> Plan:
+    layers = []
+    for name, shape in shapes.items():
+        rank = chosen[name].rank
+        bias = shape.bias if rank is None else shape.factored_bias
+        before, after = sum(parameters(shape, None)), sum(parameters(shape, rank))
+        layers.append(LayerPlan(name, shape.in_features, shape.out_features, rank, bias, before, after))
+    total = count_parameters(model)
+    after = total - sum(layer.parameters_before - layer.parameters_after for layer in layers)
+    split = tuple(name for name, module in model.named_modules() if isinstance(module, SplitLinear))
+    return Plan(tuple(layers), total, after, split, options)

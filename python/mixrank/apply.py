@@ -1,0 +1,89 @@
+"""Applying a plan: dense layers are replaced in place by mixed-rank ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from mixrank.decompose import Factorisation
+from mixrank.errors import InputError
+from mixrank.models import compressible_linears
+from mixrank.nn import MixedRankLinear, SplitLinear
+from mixrank.plan import LayerPlan, Plan
+
+QKV_SECTIONS = 3
+
+
+def apply_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:
+    """Replace the layers that the plan gives a rank by :class:`mixrank.nn.MixedRankLinear`, in place.
+
+    Nothing is changed unless the whole plan fits the model. The plan is kept as ``model.mixrank_plan``.
+
+    Args:
+        model: the dense model that the plan and the factorisations were made from, with the same layers split.
+        plan: what :func:`mixrank.allocate.allocate` returned.
+        factorisations: what :func:`mixrank.decompose.decompose` returned.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: the plan names a layer that the model or the factorisations do not have, or of another size.
+    """
+    linears = compressible_linears(model)
+    for layer in plan.layers:
+        _check(layer, linears.get(layer.name))
+        if layer.rank is not None and layer.name not in factorisations:
+            raise InputError(f"the plan gives layer {layer.name} a rank, but it was not decomposed")
+    for layer in plan.layers:
+        if layer.rank is not None:
+            replacement = MixedRankLinear.from_factors(*factorisations[layer.name].factors(layer.rank))
+            _replace(model, layer.name, replacement)
+    model.mixrank_plan = plan
+    return model
+
+
+def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Give a freshly built dense model the layers of a plan, with factors that wait for a checkpoint's tensors.
+
+    Raises:
+        InputError: the plan names a layer that the model does not have, or of another size.
+    """
+    for name in plan.split:
+        linear = _module(model, name)
+        if not isinstance(linear, nn.Linear) or linear.out_features % QKV_SECTIONS:
+            raise InputError(f"the plan splits {name}, which is not a fused linear layer of this model")
+        model.set_submodule(name, SplitLinear.from_linear(linear, QKV_SECTIONS))
+    linears = compressible_linears(model)
+    for layer in plan.layers:
+        linear = linears.get(layer.name)
+        _check(layer, linear)
+        if layer.rank is not None:
+            like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+            sizes = (layer.in_features, layer.out_features, layer.rank, layer.bias)
+            _replace(model, layer.name, MixedRankLinear(*sizes, **like))
+    model.mixrank_plan = plan
+    return model
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _check(layer: LayerPlan, linear: nn.Linear | None) -> None:
+    if linear is None:
+        raise InputError(f"the plan names the layer {layer.name}, which this model does not have as a linear layer")
+    if (linear.in_features, linear.out_features) != (layer.in_features, layer.out_features):
+        raise InputError(
+            f"the plan has layer {layer.name} with {layer.in_features} inputs and {layer.out_features} outputs, "
+            f"but this model's has {linear.in_features} and {linear.out_features}"
+        )
+
+
+def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
+    replacement.train(model.get_submodule(name).training)
+    model.set_submodule(name, replacement)
