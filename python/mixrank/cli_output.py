@@ -126,28 +126,3 @@ def comparison_table(dense: dict[str, Any], compressed: dict[str, Any], title: s
     row("top-1", "top1", percent, points)
     row("images/s", "images_per_second", rate, ratio)
     return table
-
-
-def plan_table(plan: dict[str, Any]) -> Table:
-    """One row per layer: its shape, its rank, and the parameters before and after."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("layer", title="plan", title_justify="left", title_style="bold")
-    for heading in ("in", "out", "rank", "before", "after", "kept"):
-        table.add_column(heading, justify="right")
-    for layer in plan["layers"]:
-        before, after = layer["parameters_before"], layer["parameters_after"]
-        table.add_row(
-            escape(layer["name"]),
-            str(layer["in_features"]),
-            str(layer["out_features"]),
-            "dense" if layer["rank"] is None else str(layer["rank"]),
-            f"{before:,}",
-            f"{after:,}",
-            f"{100 * after / before:.0f} %",
-        )
-    table.add_section()
-    before, after = plan["parameters_before"], plan["parameters_after"]
-    table.add_row("whole model", "", "", "", f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %")
-    return table

@@ -1,0 +1,202 @@
+"""The report: one HTML file with the numbers, the plots and the plan of a compression, and nothing beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from mixrank.errors import InputError
+from mixrank.files import write_text
+
+SUMMARY_KEYS = ("top1", "parameters", "bytes", "macs", "images_per_second")
+LAYER_KEYS = ("name", "in_features", "out_features", "rank", "parameters_before", "parameters_after")
+
+
+def write_report(path: str | Path, data: dict[str, Any]) -> None:
+    """Draw a result and write it as one self-contained HTML file.
+
+    Args:
+        path: the file to write; it is whole afterwards, or what it was before.
+        data: what ``mixrank compress --json`` or ``evaluate --json`` wrote, or the same with a list ``results``, one
+            entry for each budget with its own ``label``, ``compressed``, ``plan`` and ``layers`` (``mixrank demo``).
+
+    Raises:
+        InputError: ``data`` is not such a result, or the file cannot be written.
+
+    Example:
+        >>> write_report("report.html", json.loads(Path("result.json").read_text()))  # doctest: +SKIP
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mixrank", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "seconds": _seconds}
+    write_text(Path(path), environment.get_template("report.html").render(_context(data)))
+
+
+def _context(data: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows, checked and in order."""
+    try:
+        return _checked_context(data)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, ZeroDivisionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the data is not a result of mixrank compress, evaluate or demo: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _checked_context(data: dict[str, Any]) -> dict[str, Any]:
+    entries = data.get("results", [data])
+    dense = {key: data["dense"][key] for key in SUMMARY_KEYS}
+    results = [_result(entry, index, dense) for index, entry in enumerate(entries)]
+    architecture = data["model"]["architecture"]
+    context = {
+        "architecture": architecture,
+        "dense": dense,
+        "results": results,
+        "chosen": results[(len(results) - 1) // 2],
+        "front": None,
+        "energy": None,
+        "rows": _rows(dense, results),
+        "speed": _speed_note(data),
+        "command": _command_line(data),
+        "facts": _facts(data),
+        "skipped": _skipped(data.get("images", {})),
+    }
+    if len(results) > 1:
+        from markupsafe import Markup
+
+        from mixrank import report_figures
+
+        variants = [{"label": "dense", **dense}] + [{"label": r["label"], **r["compressed"]} for r in results]
+        context["front"] = Markup(report_figures.front(variants, "front"))
+    return context
+
+
+def _result(entry: dict[str, Any], index: int, dense: dict[str, Any]) -> dict[str, Any]:
+    """One budget: its summary, its layers, and its plots."""
+    from markupsafe import Markup
+
+    from mixrank import report_figures
+
+    plan = entry["plan"]
+    curves = {layer["name"]: layer for layer in entry.get("layers") or []}
+    layers = [curves.get(layer["name"], {}) | {key: layer[key] for key in LAYER_KEYS} for layer in plan["layers"]]
+    compressed = {key: entry["compressed"][key] for key in SUMMARY_KEYS}
+    kept = compressed["parameters"] / dense["parameters"]
+    figures = {}
+    if layers:
+        figures["depth"] = report_figures.depth(layers, f"depth{index}")
+        figures["parameters"] = report_figures.parameters(plan, f"parameters{index}")
+        if any(layer.get("relative_error") is not None for layer in layers):
+            figures["error"] = report_figures.error(layers, f"error{index}")
+        if any(layer.get("weight_energy_kept") or layer.get("output_energy_kept") for layer in layers):
+            figures["energy"] = report_figures.energy(layers, f"energy{index}")
+    return {
+        "label": entry.get("label") or f"{100 * kept:.0f} % kept",
+        "kept": kept,
+        "compressed": compressed,
+        "layers": layers,
+        "tiles": _tiles(dense, compressed),
+        "figures": {name: Markup(svg) for name, svg in figures.items()},
+    }
+
+
+def _tiles(dense: dict[str, Any], compressed: dict[str, Any]) -> list[dict[str, str]]:
+    """The headline numbers."""
+    tiles = [
+        {"value": f"{100 * (compressed[key] / dense[key] - 1):+.1f} %".replace("-", "−"), "label": label}
+        for key, label in (("parameters", "parameters"), ("bytes", "bytes"), ("macs", "multiply-accumulates"))
+    ]
+    if dense["images_per_second"] and compressed["images_per_second"]:
+        gain = compressed["images_per_second"] / dense["images_per_second"]
+        tiles.append({"value": f"{gain:.2f}×", "label": "images per second"})
+    if dense["top1"] is not None and compressed["top1"] is not None:
+        change = compressed["top1"] - dense["top1"]
+        tiles.append({"value": f"{change:+.2f} pt".replace("-", "−"), "label": "top-1"})
+    return tiles
+
+
+def _rows(dense: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The summary table: the dense model, then each budget."""
+
+    def row(label: str, summary: dict[str, Any]) -> dict[str, Any]:
+        gain = None
+        if dense["images_per_second"] and summary["images_per_second"]:
+            gain = summary["images_per_second"] / dense["images_per_second"]
+        return {"label": label, "kept": summary["parameters"] / dense["parameters"], "gain": gain, **summary}
+
+    return [row("dense", dense)] + [row(result["label"], result["compressed"]) for result in results]
+
+
+def _speed_note(data: dict[str, Any]) -> str | None:
+    """How the speed was measured, in a sentence."""
+    speed = data.get("speed") or {}
+    if "dense" not in speed:
+        return None
+    how = speed["dense"]
+    spread = ", ".join(f"{name} {values['low']:.0f} to {values['high']:.0f}" for name, values in speed.items())
+    return (
+        f"Measured interleaved, {how['rounds']} rounds of batches of {how['batch']} on {how['threads']} threads; "
+        f"the median is shown, the range is {spread} images/s."
+    )
+
+
+def _command_line(data: dict[str, Any]) -> str | None:
+    """The command that made the result, from its options."""
+    options = data.get("options") or {}
+    command = data.get("command")
+    if command not in ("compress", "evaluate"):
+        return None if command is None else f"mixrank {command}"
+    words = ["mixrank", command] + ([str(options["file"])] if "file" in options else [])
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "file" or value is None or (value is False and name != "centre"):
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        else:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def _facts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Small tables at the end: what has to be known to repeat or to judge the numbers."""
+    facts = {
+        "Versions": data.get("versions") or {},
+        "Options": data.get("options") or {},
+        "Seconds": {name: _seconds(value) for name, value in (data.get("times") or {}).items()},
+        "Images": {
+            name.replace("_", " "): len(value) if isinstance(value, list) else value
+            for name, value in (data.get("images") or {}).items()
+        },
+        "Model arguments": data["model"].get("args") or {},
+    }
+    return {title: {name: _plain(value) for name, value in table.items()} for title, table in facts.items() if table}
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else "-" if value is None else json.dumps(value)
+
+
+def _skipped(images: dict[str, Any]) -> list[str]:
+    return [name for value in images.values() if isinstance(value, list) for name in value]
+
+
+def _number(value: float | None, digits: int = 0, scale: float = 1.0) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value / scale:,.{digits}f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
