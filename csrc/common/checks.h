@@ -1,0 +1,62 @@
+// From tensors to plain parameters: every check of what a caller passes, with messages that name the argument, what it
+// was and what it must be. Only the stable ABI of torch is used here and in the *_op files.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/types.h"
+
+namespace mixrank {
+
+using torch::stable::Tensor;
+
+// Unlike STD_TORCH_CHECK, this leaves the source file and line out of what users read.
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (__builtin_expect(condition, true)) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// "[64, 192]"
+std::string shape_of(const Tensor& tensor);
+std::string shape_text(const std::vector<int64_t>& sizes);
+std::string dtype_name(const Tensor& tensor);
+
+// One of the four floating dtypes of the kernels, on the CPU.
+Dtype checked_dtype(const char* op, const char* argument, const Tensor& tensor);
+// The same dtype as the argument `like`.
+void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* like,
+                      const Tensor& like_tensor);
+void check_shape(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& expected,
+                 const std::string& meaning);
+// Errors if the memory that the two tensors may touch overlaps.
+void check_no_overlap(const char* op, const char* argument, const Tensor& tensor, const char* other,
+                      const Tensor& other_tensor);
+// a * b, or an error that names what would be too large.
+int64_t checked_product(const char* op, const char* what, int64_t a, int64_t b);
+
+int64_t element_size(Dtype dtype);
+
+// A 2-D tensor as it is.
+MatrixView matrix_view(const Tensor& tensor);
+
+// All leading dimensions of a tensor [..., K] as rows. Keeps the offsets of the rows alive where they are not uniform.
+class RowsView {
+ public:
+  explicit RowsView(const Tensor& tensor);
+  const MatrixView& view() const { return view_; }
+
+ private:
+  std::vector<int64_t> offsets_;
+  MatrixView view_;
+};
+
+}  // namespace mixrank

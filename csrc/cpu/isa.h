@@ -1,0 +1,40 @@
+// The instruction sets that kernels are compiled for, and the choice among them at run time.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/gram.h"
+#include "cpu/lowrank_linear.h"
+
+namespace mixrank {
+
+// The kernels of one instruction set, compiled from the same sources as those of every other.
+struct KernelTable {
+  const char* isa;
+  const char* float_tile;  // rows x columns of the register tile, as text
+  const char* double_tile;
+  bool bfloat_pairs;  // bf16 products by vdpbf16ps
+  void (*lowrank_linear)(const LowrankLinearParams&);
+  void (*gram_accumulate)(const GramParams&);
+};
+
+extern const KernelTable kPortableKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512Bf16Kernels;
+#endif
+
+// What the processor offers and the operating system lets programs use.
+std::vector<std::pair<std::string, bool>> cpu_features();
+std::vector<std::string> compiled_isas();   // best first
+std::vector<std::string> supported_isas();  // best first: compiled in, and this machine can run it
+
+// The kernels in use by this process.
+const KernelTable& kernels();
+// "auto" restores the best. Throws std::invalid_argument for any name outside supported_isas().
+void set_isa(const std::string& name);
+
+}  // namespace mixrank

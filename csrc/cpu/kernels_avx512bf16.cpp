@@ -1,0 +1,40 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/isa.h"
+#include "cpu/runtime.h"
+
+// After the standard headers, so that their functions are not compiled for a processor that may be missing.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#endif
+
+#define MIXRANK_BF16_PAIRS
+
+#include "cpu/simd_avx512.h"
+// These build on the vector layer above.
+#include "cpu/microkernel.h"
+#include "cpu/pack.h"
+#include "cpu/gram_kernel.h"
+#include "cpu/lowrank_linear_kernel.h"
+
+namespace mixrank {
+
+const KernelTable kAvx512Bf16Kernels = {
+    "avx512bf16", "12x32", "12x16", true, lowrank_linear_kernel<Bf16Pairs>, gram_kernel<Bf16Pairs>,
+};
+
+}  // namespace mixrank
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

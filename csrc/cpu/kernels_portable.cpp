@@ -1,0 +1,19 @@
+#include <cstring>
+
+#include "cpu/isa.h"
+#include "cpu/runtime.h"
+
+#include "cpu/simd_portable.h"
+// These build on the vector layer above.
+#include "cpu/microkernel.h"
+#include "cpu/pack.h"
+#include "cpu/gram_kernel.h"
+#include "cpu/lowrank_linear_kernel.h"
+
+namespace mixrank {
+
+const KernelTable kPortableKernels = {
+    "portable", "6x8", "6x4", false, lowrank_linear_kernel<F32>, gram_kernel<F32>,
+};
+
+}  // namespace mixrank
