@@ -1,7 +1,7 @@
 """The command line: ``mixrank compress | evaluate | inspect | report | demo``.
 
 Only arguments are declared here. What a command does lives in its own module and is imported when the command
-runs, so that ``mixrank --help`` does not wait for torch.
+runs, so that ``mixrank --help`` does not wait for timm and matplotlib.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def _write(
 ) -> None:
     from rich.console import Console
 
-    from mixrank.cli_output import comparison_table, versions, write_json
+    from mixrank.cli_output import comparison_table, plain, versions, write_json
 
     details = result.to_json()
     data = {
@@ -246,7 +246,7 @@ def _write(
     if options.report is not None:
         from mixrank.report import write_report
 
-        write_report(options.report, data)
+        write_report(options.report, plain(data))
     if options.json is not None:
         write_json(options.json, data)
 

@@ -45,15 +45,16 @@ def cpu_name() -> str:
 
 
 def to_json_text(data: Any) -> str:
-    """Strict JSON: paths as text, NaN and infinities (which JSON does not have) as null."""
-    return json.dumps(_strict(data), indent=1, allow_nan=False) + "\n"
+    """Strict JSON, for other readers than Python's."""
+    return json.dumps(plain(data), indent=1, allow_nan=False) + "\n"
 
 
-def _strict(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` in terms of JSON alone: paths as text, NaN and infinities (which JSON does not have) as None."""
     if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -65,7 +65,6 @@ def _checked_context(data: dict[str, Any]) -> dict[str, Any]:
         "results": results,
         "chosen": results[(len(results) - 1) // 2],
         "front": None,
-        "energy": None,
         "rows": _rows(dense, results),
         "speed": _speed_note(data),
         "command": _command_line(data),
@@ -93,7 +92,7 @@ def _result(entry: dict[str, Any], index: int, dense: dict[str, Any]) -> dict[st
     layers = [curves.get(layer["name"], {}) | {key: layer[key] for key in LAYER_KEYS} for layer in plan["layers"]]
     compressed = {key: entry["compressed"][key] for key in SUMMARY_KEYS}
     kept = compressed["parameters"] / dense["parameters"]
-    figures = {}
+    figures: dict[str, str | None] = dict.fromkeys(("energy", "depth", "parameters", "error"))
     if layers:
         figures["depth"] = report_figures.depth(layers, f"depth{index}")
         figures["parameters"] = report_figures.parameters(plan, f"parameters{index}")
@@ -107,7 +106,7 @@ def _result(entry: dict[str, Any], index: int, dense: dict[str, Any]) -> dict[st
         "compressed": compressed,
         "layers": layers,
         "tiles": _tiles(dense, compressed),
-        "figures": {name: Markup(svg) for name, svg in figures.items()},
+        "figures": {name: svg and Markup(svg) for name, svg in figures.items()},
     }
 
 

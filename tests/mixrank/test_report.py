@@ -1,0 +1,226 @@
+"""The report: whole in itself, complete, and safe with hostile names."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mixrank.allocate import allocate
+from mixrank.compress import layer_reports
+from mixrank.decompose import decompose
+from mixrank.errors import InputError
+from mixrank.report import write_report
+from mixrank.report_figures import kinds_of
+
+HOSTILE = "blocks.0.<script>alert(1)</script>.$\\frac{1$.\"&'qkv"
+
+
+class Blocks(nn.Module):
+    """Two blocks of linear layers with the names of a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"qkv": (32, 96), "proj": (32, 32), "fc1": (32, 64), "fc2": (64, 32)}
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(2)
+        )
+
+
+def summary(parameters: int, top1: float | None, rate: float | None) -> dict[str, Any]:
+    return {
+        "top1": top1,
+        "parameters": parameters,
+        "bytes": 4 * parameters,
+        "macs": 50 * parameters,
+        "images_per_second": rate,
+    }
+
+
+def entry(keep: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Blocks()
+    factorisations = decompose(model, factors="svd")
+    plan = allocate(model, factorisations, keep=keep, step=4)
+    layers = [
+        report.__dict__ | {"relative_error": 0.1, "output_energy_kept": report.weight_energy_kept}
+        for report in layer_reports(plan, factorisations)
+    ]
+    return {
+        "compressed": summary(plan.parameters_after, 80.0 + keep, 150.0),
+        "plan": plan.to_json(),
+        "layers": layers,
+    }
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    made = entry(0.6)
+    return {
+        "command": "compress",
+        "model": {"architecture": "some_vit", "args": {"img_size": 28}},
+        "dense": summary(made["plan"]["parameters_before"], 82.5, 100.0),
+        **made,
+        "options": {"model": "some_vit", "images": "a folder", "keep": 0.6, "centre": False, "strict": False},
+        "versions": {"torch": "2.11"},
+        "times": {"calibrate": 1.234},
+        "images": {"calibration": 12, "calibration_skipped": ["x.png: truncated"]},
+        "speed": {
+            name: {"images_per_second": rate, "low": rate - 5, "high": rate + 5, "rounds": 5, "batch": 8, "threads": 2}
+            for name, rate in (("dense", 100.0), ("compressed", 150.0))
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def several(single: dict[str, Any]) -> dict[str, Any]:
+    results = [entry(keep) | {"label": f"keep {keep:g}"} for keep in (0.7, 0.6, 0.5)]
+    return {key: value for key, value in single.items() if key not in ("compressed", "plan", "layers")} | {
+        "command": "demo",
+        "results": results,
+    }
+
+
+class Page(HTMLParser):
+    """Tags, ids and references of a page."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "input", "link"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.note(attributes)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.note(attributes)
+
+    def note(self, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.references.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def written(path: Path, data: dict[str, Any]) -> str:
+    write_report(path, data)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["single", "several"])
+def test_page_needs_nothing_beside_it(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    text = written(tmp_path / "page.html", request.getfixturevalue(name))
+    page = Page(text)
+    assert page.open == []
+    assert "http" not in text
+    assert "@import" not in text
+    assert not {"script", "link", "img", "iframe", "object", "metadata"} & set(page.tags)
+    assert all(reference.startswith("#") for reference in page.references)
+    assert len(page.ids) == len(set(page.ids))
+    references = {reference[1:] for reference in page.references} | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert references <= set(page.ids)
+
+
+def test_every_colour_follows_the_page(single: dict[str, Any], tmp_path: Path) -> None:
+    text = written(tmp_path / "page.html", single)
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert drawn
+    assert not re.findall(r"(?:fill|stroke): #\w+", drawn)
+    used = set(re.findall(r"var\(--([\w-]+)\)", text))
+    assert used <= set(re.findall(r"--([\w-]+):", text))
+
+
+def test_single_result_has_every_figure(single: dict[str, Any], tmp_path: Path) -> None:
+    text = written(tmp_path / "page.html", single)
+    assert text.count("<svg") == 4
+    for words in (
+        "Energy kept against rank",
+        "output energy kept (%)",
+        "weight energy kept (%)",
+        "Rank along the depth",
+        "Parameters kept along the depth",
+        "parameters (thousands)",
+        "relative output error (%)",
+        "layer of this kind, from the input",
+        "mixrank compress --model some_vit --images &#39;a folder&#39; --keep 0.6 --no-centre",
+        "x.png: truncated",
+        "1.50×",
+        "5 rounds of batches of 8 on 2 threads",
+    ):
+        assert words in text, words
+    for layer in single["plan"]["layers"]:
+        assert f"<td>{layer['name']}</td>" in text
+
+
+def test_several_budgets_have_a_front(several: dict[str, Any], tmp_path: Path) -> None:
+    text = written(tmp_path / "page.html", several)
+    assert text.count("<svg") == 1 + 3 * 4
+    for words in ("Accuracy against size", "parameters (millions)", "images per second", "keep 0.7", "keep 0.5"):
+        assert words in text, words
+
+
+def test_without_curves_and_scores_the_rest_is_drawn(single: dict[str, Any], tmp_path: Path) -> None:
+    """The JSON of ``evaluate`` has no curves, and a model without labelled images has no top-1."""
+    data = {key: value for key, value in single.items() if key not in ("layers", "speed", "images")}
+    data["dense"] = data["dense"] | {"top1": None, "images_per_second": None}
+    text = written(tmp_path / "page.html", data)
+    assert text.count("<svg") == 2
+    assert "nan" not in text.lower()
+    assert "None" not in text
+
+
+def test_hostile_names_stay_text(single: dict[str, Any], tmp_path: Path) -> None:
+    data = copy.deepcopy(single)
+    data["plan"]["layers"][0]["name"] = data["layers"][0]["name"] = HOSTILE
+    data["model"]["architecture"] = "</title><script>alert(2)</script>"
+    data["options"]["images"] = "<img src=x onerror=alert(3)>"
+    data["images"]["calibration_skipped"] = ["<b>bold</b>"]
+    data["versions"]["cpu"] = "<i>"
+    text = written(tmp_path / "page.html", data)
+    page = Page(text)
+    assert not {"script", "img", "b" * 2, "i"} & set(page.tags)
+    assert page.references == [reference for reference in page.references if reference.startswith("#")]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "&lt;b&gt;bold&lt;/b&gt;" in text
+
+
+def test_report_is_the_same_every_time(single: dict[str, Any], tmp_path: Path) -> None:
+    assert written(tmp_path / "a.html", single) == written(tmp_path / "b.html", single)
+
+
+@pytest.mark.parametrize("missing", ["model", "dense", "compressed", "plan"])
+def test_foreign_data_is_refused(missing: str, single: dict[str, Any], tmp_path: Path) -> None:
+    data = json.loads(json.dumps({key: value for key, value in single.items() if key != missing}))
+    with pytest.raises(InputError, match=f"not a result of mixrank.*{missing}"):
+        write_report(tmp_path / "page.html", data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_kinds_are_the_last_words_of_names() -> None:
+    names = ["blocks.0.attn.qkv", "blocks.0.attn.qkv.parts.2", "blocks.0.mlp.fc1", "layers.1.downsample.reduction", "3"]
+    assert kinds_of(names) == ["qkv", "v", "fc1", "reduction", "3"]
+    many = [f"kind{index}" for index in range(9)] + ["kind0"]
+    assert kinds_of(many)[0] == "kind0"
+    assert len(set(kinds_of(many))) == 6
+    assert kinds_of(many)[8] == "other"
