@@ -1,0 +1,10 @@
+"""Triton implementations of the operators: CUDA tensors, or CPU tensors under Triton's interpreter.
+
+Importing this package imports Triton; ``mixrank_kernels`` itself does not import it.
+"""
+
+from mixrank_kernels.triton._common import is_interpreted
+from mixrank_kernels.triton.gram import gram_accumulate_
+from mixrank_kernels.triton.lowrank_linear import lowrank_linear
+
+__all__ = ["gram_accumulate_", "is_interpreted", "lowrank_linear"]

@@ -1,0 +1,223 @@
+"""gram += (w * x)^T @ x and column_sum += (w * x).sum(rows), for one matrix or a batch.
+
+Shapes: x [B, M, K] with any strides, row_weight [B, M] with any strides, gram [B, K, K] and column_sum [B, K]
+contiguous and of one dtype, fp64 or fp32. x is bf16, fp16, fp32 or fp64; the sizes are positive.
+
+``gram_partial_kernel`` computes the tiles of the lower triangle only, each over one range of rows (a split), in fp32
+(fp64 for fp64 x). ``gram_reduce_kernel`` adds the splits in their order in gram's dtype, so that results do not
+depend on timing, and adds the same number to both sides of the diagonal: the update is exactly symmetric.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixrank_kernels.triton import config as configs
+from mixrank_kernels.triton._common import accumulate_wide_product, launch_guard
+
+
+@triton.jit
+def triangle_tile(i, n):
+    """The (row, column) of tile i of the lower triangle of n x n tiles, 0 <= i < n (n + 1) / 2, in integers only.
+
+    Row r of the triangle has r + 1 tiles and row n - 1 - r the n - r that fill it up to n + 1: the triangle folds into
+    a rectangle n + 1 wide whose lines are one long row followed by one short one.
+    """
+    line = i // (n + 1)
+    place = i % (n + 1)
+    short = (place + line) // n
+    row = (n - 1 - line) + short * (2 * line + 1 - n)
+    return row, place - short * (n - line)
+
+
+@triton.jit
+def _column_sum(
+    p_x,  # [BM, BK]
+    p_weight,  # [BM], unused unless HAS_WEIGHT
+    m_k,  # [BK]
+    start,
+    stop,
+    stride_xm,
+    stride_wm,
+    HAS_WEIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    wide: tl.constexpr,
+):  # [BK]
+    step = tl.full((), BM, tl.int64)
+    b_sum = tl.zeros([m_k.shape[0]], dtype=wide)
+    for i_m in range(start, stop, BM):
+        m_m = i_m + tl.arange(0, BM) < stop
+        b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0).to(wide)  # [BM, BK]
+        if HAS_WEIGHT:
+            b_x *= tl.load(p_weight, mask=m_m, other=0.0).to(wide)[:, None]
+            p_weight += step * stride_wm
+        b_sum += tl.sum(b_x, axis=0)
+        p_x += step * stride_xm
+    return b_sum
+
+
+@triton.jit
+def gram_partial_kernel(
+    partial_ptr,  # [B, splits, tiles, BK, BK]
+    partial_sum_ptr,  # [B, splits, blocks, BK], unused unless HAS_SUM
+    x_ptr,  # [B, M, K]
+    weight_ptr,  # [B, M], unused unless HAS_WEIGHT
+    M,
+    K,
+    splits,
+    split_rows,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_wb,
+    stride_wm,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    wide: tl.constexpr = partial_ptr.dtype.element_ty
+    blocks = tl.cdiv(K, BK)
+    tiles = blocks * (blocks + 1) // 2
+    i_part = tl.program_id(0) // tiles
+    i_row, i_col = triangle_tile(tl.program_id(0) % tiles, blocks)
+    i_b = i_part // splits
+    start = (i_part % splits) * split_rows
+    stop = tl.minimum(start + split_rows, M)
+
+    o_i = i_row * BK + tl.arange(0, BK)
+    o_j = i_col * BK + tl.arange(0, BK)
+    m_i, m_j = o_i < K, o_j < K
+    o_m = tl.arange(0, BM)
+    p_rows = x_ptr + i_b.to(tl.int64) * stride_xb + (start + o_m).to(tl.int64)[:, None] * stride_xm
+    p_i = p_rows + o_i.to(tl.int64)[None, :] * stride_xk
+    p_j = p_rows + o_j.to(tl.int64)[None, :] * stride_xk
+    p_weight = weight_ptr
+    if HAS_WEIGHT:
+        p_weight += i_b.to(tl.int64) * stride_wb + (start + o_m).to(tl.int64) * stride_wm
+    step = tl.full((), BM, tl.int64)
+
+    # A loop of its own: only diagonal tiles take it, and the sums need no place in the pipeline of the products.
+    if HAS_SUM:
+        if i_row == i_col:
+            b_sum = _column_sum(p_i, p_weight, m_i, start, stop, stride_xm, stride_wm, HAS_WEIGHT, BM, wide)
+            tl.store(partial_sum_ptr + i_part.to(tl.int64) * blocks * BK + o_i, b_sum)
+
+    b_gram = tl.zeros([BK, BK], dtype=wide)
+    for i_m in range(start, stop, BM):
+        m_m = i_m + o_m < stop
+        b_i = tl.load(p_i, mask=m_m[:, None] & m_i[None, :], other=0.0)  # [BM, BK]
+        b_j = tl.load(p_j, mask=m_m[:, None] & m_j[None, :], other=0.0)  # [BM, BK]
+        if HAS_WEIGHT:
+            b_weight = tl.load(p_weight, mask=m_m, other=0.0).to(wide)
+            b_gram = accumulate_wide_product(tl.trans(b_i.to(wide) * b_weight[:, None]), b_j, b_gram)
+            p_weight += step * stride_wm
+        else:
+            b_gram = tl.dot(tl.trans(b_i), b_j, b_gram, input_precision="ieee", out_dtype=wide)
+        p_i += step * stride_xm
+        p_j += step * stride_xm
+    p_tile = partial_ptr + tl.program_id(0).to(tl.int64) * BK * BK
+    tl.store(p_tile + tl.arange(0, BK)[:, None] * BK + tl.arange(0, BK)[None, :], b_gram)
+
+
+@triton.jit
+def gram_reduce_kernel(
+    gram_ptr,  # [B, K, K]
+    column_sum_ptr,  # [B, K], unused unless HAS_SUM
+    partial_ptr,  # [B, splits, tiles, BK, BK]
+    partial_sum_ptr,  # [B, splits, blocks, BK], unused unless HAS_SUM
+    K,
+    splits,
+    HAS_SUM: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+):
+    master: tl.constexpr = gram_ptr.dtype.element_ty
+    parts: tl.constexpr = BK // BS
+    blocks = tl.cdiv(K, BK)
+    tiles = blocks * (blocks + 1) // 2
+    i_piece = tl.program_id(0) % (parts * parts)
+    i_tile = tl.program_id(0) // (parts * parts) % tiles
+    i_b = (tl.program_id(0) // (parts * parts) // tiles).to(tl.int64)
+    i_row, i_col = triangle_tile(i_tile, blocks)
+
+    o_si = i_piece // parts * BS + tl.arange(0, BS)
+    o_sj = i_piece % parts * BS + tl.arange(0, BS)
+    p_partial = partial_ptr + (i_b * splits * tiles + i_tile) * BK * BK + o_si[:, None] * BK + o_sj[None, :]
+    b_update = tl.zeros([BS, BS], dtype=master)
+    for _ in range(splits):
+        b_update += tl.load(p_partial).to(master)
+        p_partial += tiles.to(tl.int64) * BK * BK
+
+    o_i = (i_row * BK + o_si).to(tl.int64)
+    o_j = (i_col * BK + o_sj).to(tl.int64)
+    p_lower = gram_ptr + i_b * K * K + o_i[:, None] * K + o_j[None, :]
+    m_lower = (o_i < K)[:, None] & (o_j[None, :] <= o_i[:, None])
+    tl.store(p_lower, tl.load(p_lower, mask=m_lower) + b_update, mask=m_lower)
+    p_upper = gram_ptr + i_b * K * K + o_j[:, None] * K + o_i[None, :]
+    m_upper = (o_i < K)[None, :] & (o_j[:, None] < o_i[None, :])
+    tl.store(p_upper, tl.load(p_upper, mask=m_upper) + tl.trans(b_update), mask=m_upper)
+
+    if HAS_SUM:
+        if (i_row == i_col) & (i_piece % parts == 0):
+            p_partial_sum = partial_sum_ptr + i_b * splits * blocks * BK + o_i
+            b_sum = tl.zeros([BS], dtype=master)
+            for _ in range(splits):
+                b_sum += tl.load(p_partial_sum).to(master)
+                p_partial_sum += blocks.to(tl.int64) * BK
+            p_sum = column_sum_ptr + i_b * K + o_i
+            tl.store(p_sum, tl.load(p_sum, mask=o_i < K) + b_sum, mask=o_i < K)
+
+
+def row_schedule(m: int, tiles: int, scratch_splits: int) -> tuple[int, int]:
+    """How ``m`` rows are divided when a split has ``tiles`` tiles: rows of a split, and splits of one round."""
+    splits = max(
+        triton.cdiv(m, configs.GRAM_ROWS_MAX),
+        min(triton.cdiv(configs.GRAM_PROGRAMS, tiles), triton.cdiv(m, configs.GRAM_ROWS_MIN)),
+    )
+    return triton.cdiv(m, splits), min(splits, max(1, scratch_splits))
+
+
+def gram_accumulate_(
+    gram: Tensor,  # [K, K] or [B, K, K]
+    x: Tensor,  # [..., K] or [B, M, K]
+    row_weight: Tensor | None = None,  # x.shape[:-1]
+    column_sum: Tensor | None = None,  # [K] or [B, K]
+) -> None:
+    """Triton's ``gram_accumulate_``; the arguments have passed the checks of the operator.
+
+    Raises:
+        RuntimeError: the tensors are not on CUDA and the interpreter is off, or it is on and they are bfloat16.
+    """
+    k = gram.shape[-1]
+    with launch_guard("gram_accumulate_", x):
+        if x.numel() == 0:
+            return
+        rows = x if gram.dim() == 3 else x.reshape(1, -1, k)  # [B, M, K]
+        b, m = rows.shape[:2]
+        weights = None if row_weight is None else row_weight.reshape(b, m)  # [B, M]
+        config = configs.gram_config(x.dtype, k, row_weight is not None)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        variant = {"HAS_SUM": column_sum is not None, "BK": config.BK}
+        blocks = triton.cdiv(k, config.BK)
+        tiles = blocks * (blocks + 1) // 2
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        tile_bytes = config.BK**2 * wide.itemsize
+        split_rows, round_splits = row_schedule(m, b * tiles, configs.GRAM_SCRATCH_BYTES // (b * tiles * tile_bytes))
+        partial = x.new_empty((b, round_splits, tiles, config.BK, config.BK), dtype=wide)
+        partial_sum = x.new_empty((b, round_splits, blocks, config.BK), dtype=wide) if column_sum is not None else None
+        for start in range(0, m, split_rows * round_splits):
+            part = rows[:, start : start + split_rows * round_splits]
+            part_weights = None if weights is None else weights[:, start : start + split_rows * round_splits]
+            splits = triton.cdiv(part.shape[1], split_rows)
+            gram_partial_kernel[(b * splits * tiles,)](
+                partial, partial_sum, part, part_weights, part.shape[1], k, splits, split_rows, *part.stride(),
+                *((0, 0) if part_weights is None else part_weights.stride()),
+                HAS_WEIGHT=weights is not None, BM=config.BM, **variant, **options,
+            )  # fmt: skip
+            gram_reduce_kernel[(b * tiles * (config.BK // config.BS) ** 2,)](
+                gram, column_sum, partial, partial_sum, k, splits, BS=config.BS, num_warps=4, **variant
+            )
