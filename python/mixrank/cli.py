@@ -97,7 +97,7 @@ def _root(
 )
 def compress(
     model: Annotated[str, typer.Option(help="A timm architecture.", rich_help_panel="Model")],
-    images: Annotated[str, typer.Option(help="Calibration images, unlabelled. " + IMAGES_HELP)],
+    images: Annotated[str, typer.Option(help="Images without labels. " + IMAGES_HELP, rich_help_panel="Calibration")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write (safetensors).", rich_help_panel="Output")],
     weights: Annotated[
         Path | None,
@@ -151,17 +151,19 @@ def compress(
     labels: Annotated[
         Path | None, typer.Option(help=LABELS_HELP + " For --eval-images.", rich_help_panel="Evaluation")
     ] = None,
-    data_root: Annotated[Path | None, typer.Option(help=ROOT_HELP)] = None,
-    split: Annotated[str, typer.Option(help="The part of a named data set to calibrate on.")] = "train",
+    data_root: Annotated[Path | None, typer.Option(help=ROOT_HELP, rich_help_panel="Calibration")] = None,
+    split: Annotated[
+        str, typer.Option(help="The part of a named data set to calibrate on.", rich_help_panel="Calibration")
+    ] = "train",
     eval_split: Annotated[
         str, typer.Option(help="The part of a named data set to evaluate on.", rich_help_panel="Evaluation")
     ] = "validation",
     json: Annotated[Path | None, typer.Option(help=JSON_HELP, rich_help_panel="Output")] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.", rich_help_panel="Output")] = None,
-    limit: Annotated[int | None, typer.Option(help=LIMIT_HELP + " Calibration only.")] = None,
+    limit: Annotated[int | None, typer.Option(help=LIMIT_HELP, rich_help_panel="Calibration")] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one batch.")] = 32,
     dtype: Annotated[
-        Precision, typer.Option(help="Precision of the model during calibration; the sums are float64.")
+        Precision, typer.Option(help="Precision of the model; the sums are float64.", rich_help_panel="Calibration")
     ] = Precision.float32,
     strict: Annotated[bool, typer.Option("--strict", help=STRICT_HELP)] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random subset.")] = 0,
@@ -216,11 +218,11 @@ def report(
     out: Annotated[Path, typer.Option(help="The HTML file to write.")],
 ) -> None:
     """Draw the report of a result: one HTML file that needs nothing beside it."""
+    from mixrank.cli_compress import check_outputs
     from mixrank.cli_output import read_result
-    from mixrank.files import check_writable
     from mixrank.report import write_report
 
-    check_writable(out, "--out")
+    check_outputs({"--out": out}, result)
     write_report(out, read_result(result))
     print(f"report      {out}")
 

@@ -67,7 +67,7 @@ class CompressOptions:
             raise InputError(f"--weights {self.weights} does not exist or is not a file")
         if self.labels is not None and self.eval_images is None:
             raise InputError("--labels belongs to --eval-images, which is missing (calibration needs no labels)")
-        check_outputs({"--out": self.out, "--json": self.json, "--report": self.report})
+        check_outputs({"--out": self.out, "--json": self.json, "--report": self.report}, self.weights, self.labels)
 
     def timm_args(self) -> dict[str, Any]:
         """``--model-args`` as a dictionary."""
@@ -85,13 +85,16 @@ def check_positive(name: str, value: int | None) -> None:
         raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
-def check_outputs(files: dict[str, Path | None]) -> None:
-    """Each file can be written, and no two are the same."""
+def check_outputs(files: dict[str, Path | None], *inputs: Path | None) -> None:
+    """Each file can be written, no two are the same, and none is an input of the same command."""
     seen: dict[Path, str] = {}
+    read = {path.resolve() for path in inputs if path is not None}
     for option, path in files.items():
         if path is None:
             continue
         check_writable(path, option)
+        if path.resolve() in read:
+            raise InputError(f"{option} {path} would overwrite an input of this command")
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise InputError(f"{other} and {option} name the same file {path}")

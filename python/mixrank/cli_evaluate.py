@@ -39,7 +39,7 @@ class EvaluateOptions:
             raise InputError(f"{self.file} does not exist or is not a file")
         check_positive("batch_size", self.batch_size)
         check_positive("limit", self.limit)
-        check_outputs({"--json": self.json})
+        check_outputs({"--json": self.json}, self.file, self.labels)
 
 
 def run(options: EvaluateOptions) -> None:

@@ -343,6 +343,19 @@ def test_two_outputs_of_one_name(world: World, tmp_path: Path) -> None:
     assert "name the same file" in refused(invoke(*world.compress(out, "--json", str(out))))
 
 
+def test_inputs_are_never_overwritten(world: World) -> None:
+    before = {path: path.read_bytes() for path in (world.weights, world.labels, world.root / "half.json")}
+    scored = ["--eval-images", str(world.flat), "--labels", str(world.labels)]
+    for arguments in (
+        world.compress(world.weights),
+        world.compress(world.root / "m", *scored, "--json", str(world.labels)),
+        ["evaluate", str(world.checkpoint), "--images", str(world.flat), "--json", str(world.checkpoint)],
+        ["report", str(world.root / "half.json"), "--out", str(world.root / "half.json")],
+    ):
+        assert "would overwrite an input" in refused(invoke(*arguments))
+    assert before == {path: path.read_bytes() for path in before}
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import time
 import zipfile
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
 from mixrank.cli_compress import Stopwatch
-from mixrank.cli_output import change, gigamacs, megabytes, percent, rate, ratio, versions, write_json
+from mixrank.cli_output import gigamacs, megabytes, percent, rate, ratio, versions, write_json
 from mixrank.compress import layer_reports
 from mixrank.data import Batch
 from mixrank.decompose import decompose
@@ -131,7 +132,7 @@ def run(
         speed = compare_speed(models, test[0].images[:SPEED_BATCH])
 
     with watch.stage("save_and_reload"):
-        files = [_save_and_reload(variant, out, test[0].images) for variant in variants]
+        files = [_save_and_reload(variant, out, test[0].images[:SPEED_BATCH]) for variant in variants]
     dense_summary = summarise(dense, dense_score, speed["dense"]).to_json()
     results = [
         {
@@ -185,6 +186,9 @@ def _prepare_folder(out: Path) -> None:
 
 
 def _variant(dense: torch.nn.Module, factorisations: Any, keep: float, test: list[Batch], progress: bool) -> Variant:
+    label = f"keep {keep:g}"
+    if progress:
+        print(label, file=sys.stderr)
     plan = allocate(
         dense,
         factorisations,
@@ -193,7 +197,7 @@ def _variant(dense: torch.nn.Module, factorisations: Any, keep: float, test: lis
     )
     model = apply_(copy.deepcopy(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
-    return Variant(f"keep {keep:g}", keep, model, plan, layers, evaluate(model, test, progress=progress))
+    return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))
 
 
 def _save_and_reload(variant: Variant, out: Path, images: torch.Tensor) -> Path:
@@ -210,15 +214,14 @@ def demo_table(data: dict[str, Any]) -> Table:
     """The one table: the dense model, then each budget."""
     from rich.table import Table
 
-    table = Table(*COLUMNS[:1], title="Fashion-MNIST vision transformer", title_justify="left", title_style="bold")
-    for heading in COLUMNS[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table(title="Fashion-MNIST vision transformer", title_justify="left", title_style="bold")
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     dense = data["dense"]
     for label, summary in [("dense", dense)] + [(entry["label"], entry["compressed"]) for entry in data["results"]]:
-        kept = "" if summary is dense else f" ({change(summary['parameters'], dense['parameters'])})"
         table.add_row(
             label,
-            f"{summary['parameters']:,}{kept}",
+            f"{summary['parameters']:,}",
             megabytes(summary["bytes"]),
             gigamacs(summary["macs"]),
             percent(summary["top1"]),
