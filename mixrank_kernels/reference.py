@@ -35,6 +35,7 @@ def gram_accumulate_(
 ) -> None:
     rows = x.to(gram.dtype) if gram.dim() == 3 else x.to(gram.dtype).reshape(-1, x.shape[-1])
     weighted = rows if row_weight is None else rows * row_weight.to(gram.dtype).reshape(*rows.shape[:-1], 1)
-    gram.add_(weighted.mT @ rows)
+    lower = (weighted.mT @ rows).tril()
+    gram.add_(lower + lower.tril(-1).mT)
     if column_sum is not None:
         column_sum.add_(weighted.sum(-2))

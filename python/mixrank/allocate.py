@@ -112,7 +112,7 @@ def allocate(
         for name, shape, choice in _ranks(shapes, budget, step)
     }
     available = budget.limit - fixed
-    chosen = _mixed(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, step)
+    chosen = greedy(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, step)
     options = {"ranks": ranks, "energy": energy, "step": step} | {
         name: value for name, value in limits.items() if value is not None
     }
@@ -227,8 +227,11 @@ def _points(
     return [Point(rank, budget.cost(name, shape, rank), error) for rank, error in zip(ranks, errors, strict=True)]
 
 
-def _mixed(choices: dict[str, list[Point]], available: int) -> dict[str, Point]:
-    """Greedy along the convex hulls; a segment that does not fit is followed as far as the budget goes."""
+def greedy(choices: dict[str, list[Point]], available: int) -> dict[str, Point]:
+    """One point for each layer, costing ``available`` at most: greedy along the convex hulls.
+
+    A segment that does not fit is followed as far as the budget goes, and its layer is closed.
+    """
     chosen = {name: points[0] for name, points in choices.items()}
     available -= sum(point.cost for point in chosen.values())
     segments = []

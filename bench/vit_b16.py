@@ -1,0 +1,244 @@
+"""Compress a real ViT-B/16 by every strategy and measure accuracy, speed, time and memory.
+
+    MIXRANK_DATA=FOLDER python -m bench.vit_b16
+
+FOLDER holds ``vit_base_patch16_224.int8.safetensors`` with ``dequantize.py``, ``calibration/`` (unlabelled images),
+``test/`` and ``test.csv`` (columns file, label). One JSON line for each measurement goes to
+``bench/results/vit_b16.jsonl``; what is there already is not measured again, so an interrupted run goes on.
+``python -m bench.report`` makes the tables of docs/accuracy.md from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.environment import RESULTS, append, read
+from mixrank.allocate import allocate
+from mixrank.apply import apply_
+from mixrank.calibrate import CalibrationStats, calibrate
+from mixrank.data import open_images
+from mixrank.decompose import decompose
+from mixrank.evaluate import compare_speed, evaluate, summarise
+from mixrank.models import create_model, preprocessing, split_qkv_
+
+ARCHITECTURE = "vit_base_patch16_224"
+OUT = RESULTS / "vit_b16.jsonl"
+KEEPS = (0.6, 0.5, 0.4)
+COST_IMAGES = 256
+SPEED_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """One way to compress; the fields are the arguments of :func:`mixrank.compress`."""
+
+    keep: float
+    factors: str
+    ranks: str
+    energy: str
+    centre: bool
+    split_qkv: bool
+
+
+def strategies() -> Iterator[Strategy]:
+    """Every strategy at every budget; for uniform ranks the energy plays no part."""
+    choices = itertools.product(("svd", "aware"), (("mixed", "weight"), ("uniform", "weight"), ("mixed", "output")))
+    for (factors, (ranks, energy)), centre, split in itertools.product(choices, (False, True), (False, True)):
+        for keep in KEEPS:
+            yield Strategy(keep, factors, ranks, energy, centre, split)
+
+
+class Data:
+    """The folder with the real model and images."""
+
+    def __init__(self, folder: Path, scratch: Path) -> None:
+        self.folder = folder
+        self.weights = scratch / "vit_b16.safetensors"
+
+    def dequantize(self) -> None:
+        subprocess.run([sys.executable, str(self.folder / "dequantize.py"), str(self.weights)], check=True)
+
+    def model(self) -> torch.nn.Module:
+        return create_model(ARCHITECTURE, weights=self.weights)
+
+    def calibration(self, model: torch.nn.Module, limit: int | None = None):
+        return open_images(self.folder / "calibration", preprocessing(model), limit=limit).batches(32)
+
+    def test(self, model: torch.nn.Module):
+        source = open_images(self.folder / "test", preprocessing(model), labels=self.folder / "test.csv")
+        return source.batches(50)
+
+
+def measure_strategies(data: Data, out: Path, wanted: list[Strategy]) -> None:
+    done = {tuple(row["strategy"].values()) for row in read(out) if row["kind"] == "strategy"}
+    wanted = [strategy for strategy in wanted if tuple(dataclasses.asdict(strategy).values()) not in done]
+    dense = data.model()
+    test = list(data.test(dense))
+    if not any(row["kind"] == "dense" for row in read(out)):
+        append(out, {"kind": "dense"} | summarise(dense, evaluate(dense, test, progress=True)).to_json())
+    if not wanted:
+        return
+    print("calibrating on all images", file=sys.stderr)
+    fused_stats = calibrate(dense, data.calibration(dense), progress=True)
+    for (split, factors, centre), group in itertools.groupby(sorted(wanted, key=_decomposition), key=_decomposition):
+        base = copy.deepcopy(dense)
+        stats = with_parts(fused_stats, split_qkv_(base)) if split else fused_stats
+        factorisations = decompose(base, stats, factors=factors, centre=centre)
+        for strategy in group:
+            plan = allocate(base, factorisations, keep=strategy.keep, ranks=strategy.ranks, energy=strategy.energy)
+            model = apply_(copy.deepcopy(base), plan, factorisations)
+            score = evaluate(model, test)
+            errors = [factorisations[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]
+            row = {
+                "kind": "strategy",
+                "strategy": dataclasses.asdict(strategy),
+                "calibration_images": stats.images,
+                "test_images": score.images,
+                "mean_relative_error": sum(errors) / len(errors),
+                "dense_layers": sum(p.rank is None for p in plan.layers),
+                "ranks": {p.name: p.rank for p in plan.layers},
+            }
+            append(out, row | summarise(model, score).to_json())
+            print(f"{strategy}: top-1 {score.top1:.1f} %", file=sys.stderr, flush=True)
+
+
+def _decomposition(strategy: Strategy) -> tuple[bool, str, bool]:
+    return strategy.split_qkv, strategy.factors, strategy.centre
+
+
+def with_parts(stats: CalibrationStats, split: tuple[str, ...]) -> CalibrationStats:
+    """Statistics for a model whose fused layers were split after calibration: the parts share one input."""
+    layers = dict(stats)
+    for name in split:
+        shared = layers.pop(name)
+        layers |= {f"{name}.parts.{i}": shared for i in range(3)}
+    return CalibrationStats(layers, stats.images, stats.seconds)
+
+
+def measure_costs(data: Data, out: Path) -> None:
+    """Seconds and peak memory of each step, every step in a process of its own."""
+    done = {row["step"] for row in read(out) if row["kind"] == "cost"}
+    for name, step in COSTS.items():
+        if name not in done:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                append(out, {"kind": "cost", "step": name} | pool.apply(_measured, (step, data)))
+
+
+def _measured(step: Callable[[Data], dict[str, Any]], data: Data) -> dict[str, Any]:
+    row = step(data)
+    # Kilobytes on Linux. The highest point of the process, the interpreter and its libraries included.
+    return row | {"peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def _calibrate(data: Data, dtype: torch.dtype | None) -> dict[str, Any]:
+    model = data.model()
+    batches = list(data.calibration(model, COST_IMAGES))
+    stats = calibrate(model, batches, dtype=dtype)
+    return {"seconds": stats.seconds, "images": stats.images}
+
+
+def cost_calibrate_fp32(data: Data) -> dict[str, Any]:
+    return _calibrate(data, None)
+
+
+def cost_calibrate_bf16(data: Data) -> dict[str, Any]:
+    return _calibrate(data, torch.bfloat16)
+
+
+def cost_decompose(data: Data) -> dict[str, Any]:
+    model = data.model()
+    stats = calibrate(model, data.calibration(model, 8))
+    started = time.perf_counter()
+    decompose(model, stats)
+    return {"seconds": time.perf_counter() - started, "images": 0}
+
+
+def _forward(data: Data, keep: float | None, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    model = data.model()
+    if keep is not None:
+        factorisations = decompose(model, factors="svd")
+        apply_(model, allocate(model, factorisations, keep=keep), factorisations)
+        del factorisations
+    images = torch.cat([batch.images for batch in itertools.islice(data.test(model), 6)])[:COST_IMAGES]
+    started = time.perf_counter()
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        for chunk in images.split(32):
+            model(chunk)
+    return {"seconds": time.perf_counter() - started, "images": len(images)}
+
+
+def cost_dense_forward(data: Data) -> dict[str, Any]:
+    return _forward(data, None)
+
+
+def cost_dense_forward_bf16(data: Data) -> dict[str, Any]:
+    return _forward(data, None, torch.bfloat16)
+
+
+def cost_compressed_forward(data: Data) -> dict[str, Any]:
+    return _forward(data, 0.5)
+
+
+COSTS = {
+    "calibrate, float32": cost_calibrate_fp32,
+    "calibrate, bfloat16": cost_calibrate_bf16,
+    "decompose": cost_decompose,
+    "forward, dense, float32": cost_dense_forward,
+    "forward, dense, bfloat16": cost_dense_forward_bf16,
+    "forward, keep 0.5, float32": cost_compressed_forward,
+}
+
+
+def measure_speed(data: Data, out: Path) -> None:
+    """Dense against compressed, interleaved, at batch 1 and 8."""
+    if any(row["kind"] == "speed" for row in read(out)):
+        return
+    dense = data.model()
+    factorisations = decompose(dense, factors="svd")
+    models = {"dense": dense}
+    for keep in KEEPS:
+        plan = allocate(dense, factorisations, keep=keep)
+        models[f"keep {keep}"] = apply_(copy.deepcopy(dense), plan, factorisations)
+    for batch in (1, SPEED_BATCH):
+        results = compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=9)
+        for name, speed in results.items():
+            append(out, {"kind": "speed", "model": name} | dataclasses.asdict(speed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
+    parser.add_argument("--keep", type=float, action="append", help="only this budget (repeatable)")
+    parser.add_argument("--part", choices=("strategies", "costs", "speed"), action="append", help="only this part")
+    args = parser.parse_args()
+    if "MIXRANK_DATA" not in os.environ:
+        parser.error("set MIXRANK_DATA to the folder with the model and the images")
+    parts = args.part or ["strategies", "costs", "speed"]
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
+        data.dequantize()
+        if "strategies" in parts:
+            measure_strategies(data, args.out, [s for s in strategies() if not args.keep or s.keep in args.keep])
+        if "costs" in parts:
+            measure_costs(data, args.out)
+        if "speed" in parts:
+            measure_speed(data, args.out)
+
+
+if __name__ == "__main__":
+    main()

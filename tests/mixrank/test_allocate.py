@@ -1,0 +1,150 @@
+"""Allocation: budgets hold, and the greedy choice is the best one up to a step."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mixrank import InputError, allocate, apply_, calibrate, compress, decompose
+from mixrank.allocate import Point, greedy, lower_hull, tokens_per_layer
+from mixrank.models import count_bytes, count_macs, count_parameters
+
+BUDGETS = [0.95, 0.7, 0.5, 0.3, 0.15]
+
+
+@pytest.mark.parametrize("ranks", ["mixed", "uniform"])
+@pytest.mark.parametrize("energy", ["weight", "output"])
+@pytest.mark.parametrize("keep", BUDGETS)
+def test_the_budget_is_never_exceeded_and_nearly_used(model, images, ranks, energy, keep):
+    factorisations = decompose(model, calibrate(model, [images]))
+    plan = allocate(model, factorisations, keep=keep, ranks=ranks, energy=energy)
+    total = count_parameters(model)
+    assert plan.parameters_before == total
+    assert plan.parameters_after <= keep * total
+    # Mixed ranks leave less than one step of the widest layer; uniform ranks one step of every layer.
+    slack = (
+        8 * (192 + 768)
+        if ranks == "mixed"
+        else 8 * sum(layer.in_features + layer.out_features for layer in plan.layers)
+    )
+    assert plan.parameters_after > keep * total - slack
+    assert all(layer.rank is None or layer.rank % 8 == 0 for layer in plan.layers)
+    apply_(model, plan, factorisations)
+    assert count_parameters(model) == plan.parameters_after
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        assert (type(module) is nn.Linear) == (layer.rank is None)
+        assert (module.bias is not None) == layer.bias
+        assert sum(p.numel() for p in module.parameters()) == layer.parameters_after
+        assert layer.parameters_after <= layer.parameters_before
+
+
+def test_budgets_in_bytes_and_macs(model, images):
+    factorisations = decompose(model, calibrate(model, [images]))
+    limit = int(0.55 * count_bytes(model))
+    by_bytes = apply_(copy.deepcopy(model), allocate(model, factorisations, max_bytes=limit), factorisations)
+    assert 0.98 * limit < count_bytes(by_bytes) <= limit
+    limit = int(0.6 * count_macs(model))
+    by_macs = apply_(copy.deepcopy(model), allocate(model, factorisations, max_macs=limit), factorisations)
+    assert 0.97 * limit < count_macs(by_macs) <= limit
+
+
+def test_tokens_per_layer_counts_one_image(model):
+    tokens = tokens_per_layer(model)
+    assert tokens["blocks.0.attn.qkv"] == 5
+    assert tokens["head"] == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "exactly one of keep, max_bytes and max_macs must be given"),
+        ({"keep": 0.5, "max_bytes": 10}, "exactly one of keep, max_bytes and max_macs must be given"),
+        ({"keep": 0}, r"keep must be in \(0, 1\], but it was 0"),
+        ({"keep": 1.5}, r"keep must be in \(0, 1\], but it was 1.5"),
+        ({"keep": float("nan")}, r"keep must be in \(0, 1\], but it was nan"),
+        ({"keep": 0.01}, r"keep must be at least 0\.\d+ for this model and step, but it was 0.01"),
+        ({"max_bytes": 1000}, r"max_bytes must be at least \d+ for this model and step, but it was 1000"),
+        ({"max_macs": 1000}, r"max_macs must be at least \d+ for this model and step, but it was 1000"),
+        ({"keep": 0.5, "step": 0}, "step must be at least 1, but it was 0"),
+        ({"keep": 0.5, "ranks": "random"}, "ranks must be one of mixed, uniform, but it was 'random'"),
+        ({"keep": 0.5, "energy": "solar"}, "energy must be one of weight, output, but it was 'solar'"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused_before_the_work(model, budget, message):
+    with pytest.raises(InputError, match=message):
+        allocate(model, decompose(model, factors="svd"), **budget)
+
+    def forbidden():
+        pytest.fail("calibration began")
+        yield
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        compress(model, forbidden(), split_qkv=True, **budget)
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_the_smallest_keep_that_is_named_is_possible(model):
+    factorisations = decompose(model, factors="svd")
+    with pytest.raises(InputError) as raised:
+        allocate(model, factorisations, keep=0.01)
+    least = float(str(raised.value).split()[5])
+    assert allocate(model, factorisations, keep=least).parameters_after <= least * count_parameters(model)
+    with pytest.raises(InputError):
+        allocate(model, factorisations, keep=least - 0.001)
+
+
+def test_output_energy_needs_statistics(model):
+    with pytest.raises(InputError, match="energy='output' needs calibration statistics"):
+        allocate(model, decompose(model, factors="svd"), keep=0.5, energy="output")
+
+
+def test_mixed_ranks_leave_less_error_than_uniform_ones(model, images):
+    factorisations = decompose(model, calibrate(model, [images]))
+
+    def error(ranks: str) -> float:
+        plan = allocate(model, factorisations, keep=0.4, ranks=ranks, energy="output")
+        return sum(factorisations[p.name].relative_error(p.rank) for p in plan.layers if p.rank is not None)
+
+    assert error("mixed") < error("uniform")
+
+
+costs = st.lists(st.integers(1, 50), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(costs, st.integers(0, 2**31)), min_size=1, max_size=4), st.floats(0, 1))
+def test_greedy_is_optimal_up_to_one_step(layers, share):
+    """Against exhaustive search: the error is at most that of the best plan with one hull segment less budget."""
+    choices = {}
+    for i, (steps, seed) in enumerate(layers):
+        errors = np.sort(np.random.default_rng(seed).random(len(steps)))[::-1]
+        total, points = 1, [Point(0, 1, 1.0)]
+        for j, (cost, error) in enumerate(zip(steps, errors, strict=True)):
+            total += cost
+            points.append(Point(j + 1, total, 0.0 if j == len(steps) - 1 else float(error)))
+        choices[str(i)] = points
+    least = sum(points[0].cost for points in choices.values())
+    most = sum(points[-1].cost for points in choices.values())
+    available = least + int(share * (most - least))
+    chosen = greedy(choices, available)
+    assert sum(point.cost for point in chosen.values()) <= available
+    longest = max(b.cost - a.cost for points in choices.values() for a, b in itertools.pairwise(lower_hull(points)))
+    best = min(
+        sum(point.error for point in plan)
+        for plan in itertools.product(*choices.values())
+        if sum(point.cost for point in plan) <= max(least, available - longest)
+    )
+    assert sum(point.error for point in chosen.values()) <= best + 1e-9
+
+
+def test_the_hull_is_convex_and_below_all_points():
+    points = [Point(8, 10, 0.5), Point(16, 20, 0.45), Point(24, 30, 0.2), Point(None, 35, 0.0)]
+    assert [point.cost for point in lower_hull(points)] == [10, 35]

@@ -1,0 +1,110 @@
+"""Decomposition: every strategy against its closed form."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import mixrank
+from mixrank import InputError, calibrate, decompose
+from mixrank.calibrate import LayerStats
+from mixrank.decompose import factorise
+from mixrank.models import split_qkv_
+
+STRATEGIES = list(itertools.product(["svd", "aware"], [False, True], [False, True]))
+
+
+@pytest.mark.parametrize(("factors", "centre", "split"), STRATEGIES)
+def test_the_layer_error_is_its_closed_form(model, images, factors, centre, split, observed):
+    """Measured squared output error on the calibration images against ``relative_error``, for every strategy."""
+    if split:
+        split_qkv_(model)
+    stats = calibrate(model, [images])
+    factorisations = decompose(model, stats, factors=factors, centre=centre)
+    for name, x in observed(model, images).items():
+        linear = model.get_submodule(name)
+        outputs = x @ linear.weight.double().mT
+        for rank in (8, 64, 184):
+            down, up, bias = factorisations[name].factors(rank)
+            approximate = (x @ down.double().mT) @ up.double().mT + bias.double() - linear.bias.double()
+            measured = ((outputs - approximate).square().sum() / outputs.square().sum()).item()
+            assert factorisations[name].relative_error(rank) == pytest.approx(measured, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_aware_factors_are_optimal(model, images, centre, observed):
+    """No other factors of the same rank (and bias, if centred) have a smaller error: checked against a whitened SVD."""
+    stats = calibrate(model, [images])
+    aware = decompose(model, stats, factors="aware", centre=centre)
+    plain = decompose(model, stats, factors="svd", centre=centre)
+    for name, x in observed(model, images).items():
+        outputs = x @ model.get_submodule(name).weight.double().mT
+        energy = outputs.square().sum()
+        used = outputs - outputs.mean(0) if centre else outputs
+        tail = torch.linalg.svdvals(used)[16:].square().sum() / energy
+        assert aware[name].relative_error(16) == pytest.approx(tail.item(), rel=1e-3)
+        assert aware[name].relative_error(16) <= plain[name].relative_error(16)
+
+
+def test_svd_factors_are_the_truncated_svd(model):
+    for name, factorisation in decompose(model, factors="svd").items():
+        weight = model.get_submodule(name).weight.double()
+        values = torch.linalg.svdvals(weight)
+        down, up, bias = factorisation.factors(24)
+        error = (up.double() @ down.double() - weight).square().sum()
+        assert error.item() == pytest.approx(values[24:].square().sum().item(), rel=1e-4)
+        torch.testing.assert_close(
+            factorisation.weight_energy, values.square() / values.square().sum(), rtol=1e-6, atol=1e-9
+        )
+        assert torch.equal(bias, model.get_submodule(name).bias)
+        assert factorisation.relative_error(24) is None
+
+
+def test_a_singular_gram_matrix_is_harmless():
+    """Fewer tokens than features: factors at a rank above that of the data reproduce the outputs exactly."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(32, 48), torch.randn(5, 32)
+    x64 = x.double()
+    stats = LayerStats("input", x64.mT @ x64, x64.sum(0), 5)
+    factorisation = factorise(linear, stats, centre=False)
+    layer = mixrank.MixedRankLinear.from_factors(*factorisation.factors(5))
+    torch.testing.assert_close(layer(x), linear(x), rtol=1e-4, atol=1e-5)
+    assert factorisation.relative_error(5) < 1e-12
+
+
+def test_a_weight_or_input_of_zeros_is_harmless():
+    linear = nn.Linear(8, 8)
+    linear.weight.data.zero_()
+    stats = LayerStats("output", torch.zeros(8, 8).double(), torch.zeros(8).double(), 4)
+    factorisation = factorise(linear, stats)
+    assert factorisation.relative_error(1) == 0
+    assert all(tensor.isfinite().all() for tensor in factorisation.factors(3))
+
+
+def test_the_mean_goes_into_the_bias_even_where_there_was_none():
+    linear = nn.Linear(16, 12, bias=False)
+    x = (torch.randn(200, 16) * 0.1 + torch.randn(16)).double()
+    y = x @ linear.weight.double().mT
+    stats = LayerStats("output", y.mT @ y, y.sum(0), 200)
+    down, up, bias = factorise(linear, stats).factors(2)
+    error = y - (x @ down.double().mT @ up.double().mT + bias.double())
+    torch.testing.assert_close(error.mean(0), torch.zeros(12).double(), rtol=0, atol=1e-6)
+
+
+def test_strategies_that_cannot_be_are_refused(model, images):
+    with pytest.raises(InputError, match="factors must be one of aware, svd, but it was 'magic'"):
+        decompose(model, factors="magic")
+    with pytest.raises(InputError, match="factors='aware' with centre=True needs calibration images"):
+        decompose(model, factors="aware")
+    with pytest.raises(InputError, match="factors='svd' with centre=True needs calibration images"):
+        decompose(model, factors="svd", centre=True)
+    other = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    with pytest.raises(InputError, match=r"statistics have no layer blocks\.1\.attn\.qkv"):
+        decompose(model, calibrate(other, [images]))
+    wider = timm.create_model("vit_small_patch16_224", img_size=32, depth=2)
+    with pytest.raises(InputError, match=r"layer blocks\.0\.attn\.qkv: statistics of the input must be of size 192"):
+        decompose(model, calibrate(wider, [images]))
