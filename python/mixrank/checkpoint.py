@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mixrank.apply import restructure_
 from mixrank.data import check_preprocessing
@@ -180,7 +179,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     path = Path(path)
     header = read_header(path)
     _skeleton(header, f"{path}")
-    with _NoInitialisation():
+    with torch.random.fork_rng(devices=[]):  # the initial values are about to be replaced
         model = create_model(header.architecture, args=header.args)
         _prepare(model, header)
     buffers = dict(model.named_buffers())
@@ -196,20 +195,6 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
         raise InputError(f"{path} is broken: {error}") from error
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the model cannot be put on the device {device!r}: {error}") from error
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """Leave the parameters of a new model as they are: every one is about to be replaced, and this is most of the time.
-
-    Buffers are computed as ever, since those that are not in the file are needed. The random generator is not touched.
-    """
-
-    _SKIPPED = {getattr(Tensor, f"{name}_") for name in "normal uniform erfinv mul add clamp fill zero".split()}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self._SKIPPED and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return function(*args, **(kwargs or {}))
 
 
 def read_header(path: Path | str) -> Header:
