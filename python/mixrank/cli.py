@@ -40,7 +40,7 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class HonestGroup(TyperGroup):
+class Commands(TyperGroup):
     """Turns what a user can mend into one sentence and a status, wherever the command was started from."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -55,7 +55,7 @@ class HonestGroup(TyperGroup):
 
 
 app = typer.Typer(
-    cls=HonestGroup,
+    cls=Commands,
     name="mixrank",
     help="Compress vision transformers by mixed-rank factorisation and serve them by fused kernels.",
     no_args_is_help=True,
@@ -218,7 +218,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The HTML file to write.")],
 ) -> None:
     """Draw the report of a result: one HTML file that needs nothing beside it."""
-    from mixrank.cli_compress import check_outputs
+    from mixrank.cli_input import check_outputs
     from mixrank.cli_output import read_result
     from mixrank.report import write_report
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixrank.cli_input import check_outputs, check_positive, first_images
+from mixrank.cli_output import Stopwatch, comparison_table, plain, versions, write_json
 from mixrank.errors import InputError
-from mixrank.files import check_writable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import torch
-
     from mixrank.data import ImageSource
 
 STRATEGY = ("factors", "ranks", "energy", "centre", "split_qkv", "step")
@@ -80,39 +75,6 @@ class CompressOptions:
         return args
 
 
-def check_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-
-
-def check_outputs(files: dict[str, Path | None], *inputs: Path | None) -> None:
-    """Each file can be written, no two are the same, and none is an input of the same command."""
-    seen: dict[Path, str] = {}
-    read = {path.resolve() for path in inputs if path is not None}
-    for option, path in files.items():
-        if path is None:
-            continue
-        check_writable(path, option)
-        if path.resolve() in read:
-            raise InputError(f"{option} {path} would overwrite an input of this command")
-        other = seen.setdefault(path.resolve(), option)
-        if other != option:
-            raise InputError(f"{other} and {option} name the same file {path}")
-
-
-class Stopwatch:
-    """Seconds by stage, for the ``times`` of a result."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-
-
 def run(options: CompressOptions) -> None:
     """Compress, measure, write; nothing is written unless everything before it worked."""
     options.check()
@@ -123,7 +85,7 @@ def run(options: CompressOptions) -> None:
     from mixrank import checkpoint
     from mixrank.compress import compress
     from mixrank.data import open_images
-    from mixrank.evaluate import evaluate, summarise
+    from mixrank.evaluate import compare_speed, evaluate, summarise
     from mixrank.models import create_model, preprocessing
 
     watch, progress = Stopwatch(), not options.quiet
@@ -158,8 +120,8 @@ def run(options: CompressOptions) -> None:
         with watch.stage("evaluate_compressed"):
             score = evaluate(model, evaluation.batches(options.batch_size), progress=progress)
     with watch.stage("speed"):
-        sample = first_images(evaluation or calibration, options.batch_size)
-        speed = measure_speed({"dense": dense, "compressed": model}, sample)
+        sample = first_images(calibration if evaluation is None else evaluation, options.batch_size)
+        speed = compare_speed({"dense": dense, "compressed": model}, sample)
 
     summaries = {
         "dense": summarise(dense, dense_score, speed["dense"]).to_json(),
@@ -198,21 +160,6 @@ def _open_evaluation(options: CompressOptions, data_config: dict[str, Any]) -> I
     return source
 
 
-def first_images(source: ImageSource, count: int) -> torch.Tensor:
-    """One batch to time the models on."""
-    batch = next(iter(source.batches(count)), None)
-    if batch is None:
-        raise InputError("there is no image that decodes to time the model on")
-    return batch.images
-
-
-def measure_speed(models: dict[str, torch.nn.Module], images: torch.Tensor) -> dict[str, Any]:
-    """Interleaved, so that whatever else the machine does meets every model alike."""
-    from mixrank.evaluate import compare_speed
-
-    return compare_speed(models, images)
-
-
 def _provenance(options: dict[str, Any], summaries: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
     """What the checkpoint says of its origin: no times and no paths, so that equal runs give equal bytes."""
     kept = ("top1", "parameters", "bytes", "macs")
@@ -230,8 +177,6 @@ def _write(
     watch: Stopwatch,
 ) -> None:
     from rich.console import Console
-
-    from mixrank.cli_output import comparison_table, plain, versions, write_json
 
     details = result.to_json()
     data = {

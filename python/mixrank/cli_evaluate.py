@@ -7,7 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixrank.cli_compress import Stopwatch, check_outputs, check_positive, first_images, measure_speed
+from mixrank.cli_input import check_outputs, check_positive, first_images
+from mixrank.cli_output import Stopwatch, comparison_table, versions, write_json
 from mixrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def run(options: EvaluateOptions) -> None:
     options.check()
     from mixrank import checkpoint
     from mixrank.data import open_images
-    from mixrank.evaluate import evaluate, summarise
+    from mixrank.evaluate import compare_speed, evaluate, summarise
     from mixrank.models import create_model, model_spec, preprocessing
 
     watch = Stopwatch()
@@ -68,7 +69,7 @@ def run(options: EvaluateOptions) -> None:
         score = evaluate(model, source.batches(options.batch_size), progress=not options.quiet)
     with watch.stage("speed"):
         sample = first_images(source, options.batch_size)
-        speed = measure_speed({"dense": merged(model), "compressed": model}, sample)
+        speed = compare_speed({"dense": merged(model), "compressed": model}, sample)
 
     spec = model_spec(model)
     dense = summarise(create_model(spec.architecture, args=spec.args), None, speed["dense"]).to_json()
@@ -99,8 +100,6 @@ def _write(
     watch: Stopwatch,
 ) -> None:
     from rich.console import Console
-
-    from mixrank.cli_output import comparison_table, versions, write_json
 
     images = {"evaluation": score.images, "evaluation_skipped": skipped}
     if options.json is not None:

@@ -18,8 +18,7 @@ from mixrank import checkpoint
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
-from mixrank.cli_compress import Stopwatch
-from mixrank.cli_output import gigamacs, megabytes, percent, rate, ratio, versions, write_json
+from mixrank.cli_output import Stopwatch, gigamacs, megabytes, percent, rate, ratio, versions, write_json
 from mixrank.compress import layer_reports
 from mixrank.data import Batch
 from mixrank.decompose import decompose
