@@ -39,7 +39,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 # Stack that the spills of one thread may take, in bytes. ptxas parks a value or two to reach a higher occupancy, also
 # where registers are left; without aligned rows every element has an address of its own, which fills them.
-STACK_LIMIT = {"contiguous": 32, "transposed": 32, "odd": 512, "strided": 512}
+STACK_LIMIT = {"contiguous": 32, "transposed": 32, "odd": 512, "strided": 512, "unit": 512}
 
 KERNELS = {
     kernel.__name__: kernel
@@ -48,7 +48,7 @@ KERNELS = {
 
 DTYPES = {"bf16": "half", "fp16": "half", "fp32": "fp32", "fp64": "fp64"}
 
-# Arguments that Triton specialises in each memory layout: strides of one, and multiples of 16.
+# Arguments that Triton specialises in each memory layout: those that are one, and multiples of 16.
 LAYOUTS = {
     "contiguous": (
         {"stride_xk", "stride_dk", "stride_ur", "stride_bias", "stride_wm"},
@@ -60,6 +60,12 @@ LAYOUTS = {
     ),
     "odd": ({"stride_xk", "stride_dk", "stride_ur", "stride_bias", "stride_wm"}, set()),
     "strided": (set(), set()),
+    # Every size is one, so that none is a tensor in the kernel any more.
+    "unit": (
+        {"M", "K", "N", "R", "splits", "split_rows"}
+        | {f"stride_{axis}" for axis in ("xb", "xm", "xk", "dr", "dk", "un", "ur", "bias", "wb", "wm")},
+        set(),
+    ),
 }
 
 
@@ -105,7 +111,7 @@ def _gram_variants() -> Iterator[Variant]:
             continue
         wide = "fp64" if dtype == "fp64" else "fp32"
         weights = {"any": (False, True), "weighted": (True,)}.get(shape, (False,))
-        for weighted, summed, layout in product(weights, (False, True), ("contiguous", "odd", "strided")):
+        for weighted, summed, layout in product(weights, (False, True), ("contiguous", "odd", "strided", "unit")):
             pointers = {"partial_ptr": wide, "x_ptr": dtype}
             pointers |= {"weight_ptr": wide} if weighted else {}
             pointers |= {"partial_sum_ptr": wide} if summed else {}
@@ -113,12 +119,12 @@ def _gram_variants() -> Iterator[Variant]:
             name = f"gram-{shape}-{dtype}-{layout}" + "-weight" * weighted + "-sum" * summed
             options = (layout, operands == "half", config.num_warps, config.num_stages)
             yield Variant(name, "gram_partial_kernel", pointers, constants, *options)
-        for master, summed in product(("fp32", "fp64"), (False, True)):
+        for master, summed, layout in product(("fp32", "fp64"), (False, True), ("contiguous", "unit")):
             pointers = {"gram_ptr": master, "partial_ptr": wide}
             pointers |= {"column_sum_ptr": master, "partial_sum_ptr": wide} if summed else {}
             constants = {"HAS_SUM": summed, "BK": config.BK, "BS": config.BS}
-            name = f"gram-reduce-{shape}-{dtype}-{master}" + "-sum" * summed
-            yield Variant(name, "gram_reduce_kernel", pointers, constants, "contiguous", False, 4, 3)
+            name = f"gram-reduce-{shape}-{dtype}-{master}-{layout}" + "-sum" * summed
+            yield Variant(name, "gram_reduce_kernel", pointers, constants, layout, False, 4, 3)
 
 
 def variants(pattern: str = "") -> list[Variant]:

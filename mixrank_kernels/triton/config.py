@@ -33,8 +33,8 @@ class GramConfig:
     num_stages: int
 
 
-# One launch that recomputes the intermediate for every BN columns (``fused``), or one for each product (``down``, ``up``).
-# Zero stands for a block that the kernel does not have.
+# One launch that recomputes the intermediate for every BN columns (``fused``), or a launch for each product (``down``
+# and ``up``). Zero stands for a block that the kernel does not have.
 LOWRANK = {
     ("half", "fused-rows16"): LowRankConfig(BM=16, BN=64, BR=64, BK=128, num_warps=4, num_stages=3),
     ("half", "fused"): LowRankConfig(BM=64, BN=128, BR=64, BK=64, num_warps=8, num_stages=3),

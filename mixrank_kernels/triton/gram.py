@@ -150,7 +150,7 @@ def gram_reduce_kernel(
     b_update = tl.zeros([BS, BS], dtype=master)
     for _ in range(splits):
         b_update += tl.load(p_partial).to(master)
-        p_partial += tiles.to(tl.int64) * BK * BK
+        p_partial += tl.full((), BK * BK, tl.int64) * tiles
 
     o_i = (i_row * BK + o_si).to(tl.int64)
     o_j = (i_col * BK + o_sj).to(tl.int64)
@@ -167,7 +167,7 @@ def gram_reduce_kernel(
             b_sum = tl.zeros([BS], dtype=master)
             for _ in range(splits):
                 b_sum += tl.load(p_partial_sum).to(master)
-                p_partial_sum += blocks.to(tl.int64) * BK
+                p_partial_sum += tl.full((), BK, tl.int64) * blocks
             p_sum = column_sum_ptr + i_b * K + o_i
             tl.store(p_sum, tl.load(p_sum, mask=o_i < K) + b_sum, mask=o_i < K)
 

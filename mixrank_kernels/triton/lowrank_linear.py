@@ -117,6 +117,8 @@ def lowrank_up_kernel(
             b_hidden = _hidden_tile(
                 x_ptr, down_ptr, o_m, o_r, M, R, K, stride_xm, stride_xk, stride_dr, stride_dk, BK, wide
             )
+            # An infinite x times the zeros that stand for ranks past the last is NaN, which must not reach y.
+            b_hidden = tl.where(m_r[None, :], b_hidden, 0.0)
         else:
             p_hidden = hidden_ptr + o_m[:, None].to(tl.int64) * R + o_r[None, :]
             b_hidden = tl.load(p_hidden, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
