@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import io
+import multiprocessing
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from timm.data import IterableImageDataset
+
+from mixrank.data import Batch, as_batch, check_preprocessing, open_images
+from mixrank.errors import InputError
+
+CONFIG = {
+    "input_size": [3, 8, 8],
+    "interpolation": "bicubic",
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+GREY = CONFIG | {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25]}
+
+
+def picture(path: Path, level: int = 128, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, level if mode in ("L", "P") else (level,) * len(mode)).save(path)
+    return path
+
+
+def noise(path: Path) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images without labels; 10.png comes after 9.png."""
+    for number in range(1, 11):
+        picture(tmp_path / "images" / f"{number}.png", level=20 * number)
+    return tmp_path / "images"
+
+
+def levels(batch: Batch) -> list[int]:
+    """The grey levels that :func:`picture` was given."""
+    return [round(float((image.mean() * 0.5 + 0.5) * 255)) for image in batch.images]
+
+
+def test_a_folder_in_natural_order_and_again(folder):
+    source = open_images(folder, CONFIG)
+    assert source.names == [f"{number}.png" for number in range(1, 11)]
+    assert (len(source), source.labelled, source.classes, source.skipped) == (10, False, None, [])
+    batches = source.batches(4)
+    assert len(batches) == 3
+    for _ in range(2):
+        found = list(batches)
+        assert [len(batch.images) for batch in found] == [4, 4, 2]
+        assert [name for batch in found for name in batch.names] == source.names
+        assert [level for batch in found for level in levels(batch)] == [20 * number for number in range(1, 11)]
+        assert all(batch.labels is None and batch.images.dtype == torch.float32 for batch in found)
+
+
+def test_images_are_prepared_as_timm_prepares_them(tmp_path):
+    noise(tmp_path / "a.png")
+    expected = timm.data.create_transform(**CONFIG)(Image.open(tmp_path / "a.png").convert("RGB"))
+    assert torch.equal(next(iter(open_images(tmp_path, CONFIG).batches(1))).images[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P"])
+@pytest.mark.parametrize("config", [CONFIG, GREY], ids=["colour", "grey"])
+def test_every_kind_of_picture_fits_the_model(tmp_path, mode, config):
+    picture(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode=mode)
+    (batch,) = open_images(tmp_path, config).batches(1)
+    assert list(batch.images.shape) == [1, *config["input_size"]]
+
+
+def test_subfolders_are_classes(tmp_path):
+    for name in ("2/x.png", "10/x.jpg", "2/y.PNG", "1/z.webp"):
+        picture(tmp_path / name)
+    source = open_images(tmp_path, CONFIG)
+    assert source.labelled
+    assert source.classes == ["1", "2", "10"]
+    (batch,) = source.batches(8)
+    assert dict(zip(batch.names, batch.labels.tolist(), strict=True)) == {
+        "1/z.webp": 0,
+        "2/x.png": 1,
+        "2/y.PNG": 1,
+        "10/x.jpg": 2,
+    }
+    assert batch.labels.dtype == torch.int64
+    assert source.batches(8).classes == source.classes
+
+
+@pytest.mark.parametrize("names", [["all/x.png", "all/y.png"], ["a/x.png", "b/y.png", "z.png"]], ids=["one", "stray"])
+def test_subfolders_that_cannot_be_classes(tmp_path, names):
+    for name in names:
+        picture(tmp_path / name)
+    source = open_images(tmp_path, CONFIG)
+    assert not source.labelled
+    assert next(iter(source.batches(4))).labels is None
+
+
+def test_a_limit_takes_the_same_random_images_each_time(folder):
+    some = open_images(folder, CONFIG, limit=4, seed=1)
+    assert len(some) == len(set(some.names)) == 4
+    assert some.names == open_images(folder, CONFIG, limit=4, seed=1).names
+    assert some.names != open_images(folder, CONFIG, limit=4, seed=2).names
+    assert [name for batch in some.batches(3) for name in batch.names] == some.names
+    assert len(open_images(folder, CONFIG, limit=99)) == 10
+
+
+def test_loading_leaves_the_random_stream_alone(folder):
+    before = torch.get_rng_state()
+    list(open_images(folder, CONFIG).batches(4, workers=0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_change_nothing(folder, monkeypatch, method):
+    (folder / "5.png").write_bytes(b"not an image")
+    source = open_images(folder, CONFIG)
+    alone = list(source.batches(4, workers=0))
+    previous = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        shared = list(source.batches(4, workers=1))
+    finally:
+        multiprocessing.set_start_method(previous, force=True)
+    assert [batch.names for batch in shared] == [batch.names for batch in alone]
+    assert all(torch.equal(one.images, other.images) for one, other in zip(alone, shared, strict=True))
+    assert len(source.skipped) == 1
+
+
+def _spoil(folder: Path, how: str) -> Path:
+    path = folder / "5.png"
+    if how == "truncated":
+        path.write_bytes(noise(path)[:-2000])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("I am a picture")
+    elif how == "bomb":
+        picture(path, size=(9500, 9500), mode="L")
+    elif how == "narrow":
+        picture(path, size=(1, 2_000_000), mode="L")
+    elif how == "dangling":
+        path.unlink()
+        path.symlink_to("nowhere.png")
+    return path
+
+
+SPOILT = {
+    "truncated": "truncated|broken PNG",
+    "empty": "cannot identify image file",
+    "text": "cannot identify image file",
+    "bomb": "could be decompression bomb",
+    "narrow": "1 x 2000000 pixels is too narrow",
+    "dangling": "No such file",
+}
+
+
+@pytest.mark.parametrize(("how", "reason"), SPOILT.items(), ids=SPOILT)
+def test_an_image_that_does_not_decode_is_skipped_and_counted(folder, how, reason):
+    _spoil(folder, how)
+    source = open_images(folder, CONFIG)
+    for _ in range(2):
+        found = list(source.batches(4))
+        assert [len(batch.images) for batch in found] == [4, 3, 2]
+        assert [name for batch in found for name in batch.names] == [n for n in source.names if n != "5.png"]
+        (skipped,) = source.skipped
+        assert re.match(f"5.png: .*({reason})", skipped)
+    with pytest.raises(InputError, match=f"5.png does not decode: .*({reason})"):
+        list(open_images(folder, CONFIG, strict=True).batches(4))
+
+
+def test_images_of_which_none_decodes(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"no image of .* decodes \(a.png: cannot identify"):
+        list(open_images(tmp_path, CONFIG).batches(1))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("absent", "do not exist: give a folder"),
+        ("empty", "has no image"),
+        ("notes.txt", "is a file, but it must be a folder"),
+        ("broken.tar", "cannot be opened"),
+        ("empty.tar", "has no image"),
+    ],
+)
+def test_sources_without_images(tmp_path, source, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.md").touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    with pytest.raises(InputError, match=message):
+        open_images(tmp_path / source, CONFIG)
+
+
+def test_arguments_outside_their_range(folder):
+    with pytest.raises(InputError, match="limit must be at least 1, but it was 0"):
+        open_images(folder, CONFIG, limit=0)
+    with pytest.raises(InputError, match="batch_size must be at least 1, but it was 0"):
+        open_images(folder, CONFIG).batches(0)
+    with pytest.raises(InputError, match="workers must be at least 0, but it was -1"):
+        open_images(folder, CONFIG).batches(1, workers=-1)
+
+
+def write_labels(folder: Path, rows: list[str], header: str = "file,label") -> Path:
+    path = folder.parent / "labels.csv"
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_labels_from_a_file_in_any_order_with_other_columns(folder):
+    rows = [f"cc-by,{number * 3},{number}.png" for number in range(10, 0, -1)]
+    path = write_labels(folder, rows, header="license,label,file")
+    source = open_images(folder, CONFIG, labels=path, limit=5)
+    assert source.labelled
+    for batch in source.batches(2):
+        assert batch.labels.tolist() == [3 * int(Path(name).stem) for name in batch.names]
+
+
+def test_labels_replace_those_of_subfolders_and_match_by_file_name(tmp_path):
+    picture(tmp_path / "images" / "a" / "x.png")
+    picture(tmp_path / "images" / "b" / "y.png")
+    source = open_images(
+        tmp_path / "images", CONFIG, labels=write_labels(tmp_path / "images", ["x.png,7", "b/y.png,5"])
+    )
+    assert source.classes is None
+    assert next(iter(source.batches(2))).labels.tolist() == [7, 5]
+
+
+GOOD = [f"{number}.png,0" for number in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        (GOOD, "name,label", "must have the columns file and label, but has no 'file'"),
+        (GOOD, "file,class", "but has no 'label'"),
+        ([*GOOD[:3], "4.png,cat", *GOOD[4:]], "file,label", "line 5: the label of '4.png' must be .* not 'cat'"),
+        ([*GOOD[:3], "4.png,-1", *GOOD[4:]], "file,label", "must be a class index, not '-1'"),
+        ([*GOOD[:3], "4.png", *GOOD[4:]], "file,label", "must be a class index, not ''"),
+        ([*GOOD, "4.png,1"], "file,label", "line 12: '4.png' has two different labels"),
+        (GOOD[:7], "file,label", r"no label for 3 of 10 images of .* \(first: 8.png\)"),
+        ([*GOOD, "11.png,0", "12.png,0"], "file,label", r"names 2 files that .* does not have \(first: 11.png\)"),
+        ([], "", "must have the columns file and label"),
+    ],
+)
+def test_labels_that_do_not_fit(folder, rows, header, message):
+    with pytest.raises(InputError, match=message):
+        open_images(folder, CONFIG, labels=write_labels(folder, rows, header))
+
+
+def test_labels_that_cannot_be_read(folder):
+    with pytest.raises(InputError, match=r"absent.csv cannot be read: No such file"):
+        open_images(folder, CONFIG, labels=folder / "absent.csv")
+    with pytest.raises(InputError, match=r"cannot be read: .*codec"):
+        open_images(folder, CONFIG, labels=folder / "1.png")
+
+
+def test_labels_that_could_mean_two_images(tmp_path):
+    picture(tmp_path / "images" / "a" / "x.png")
+    picture(tmp_path / "images" / "b" / "x.png")
+    with pytest.raises(InputError, match=r"means more than one image of .* by 'x.png': give the path"):
+        open_images(tmp_path / "images", CONFIG, labels=write_labels(tmp_path / "images", ["x.png,1"]))
+
+
+def make_tar(path: Path, images: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in images.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tar_of_class_folders(tmp_path, workers):
+    image = noise(tmp_path / "a.png")
+    images = {f"{label}/{number}.png": image for label in ("cat", "dog") for number in range(3)}
+    source = open_images(make_tar(tmp_path / "set.tar", images | {"dog/3.png": b"broken"}), CONFIG)
+    assert source.classes == ["cat", "dog"]
+    found = list(source.batches(4, workers))
+    assert [label for batch in found for label in batch.labels.tolist()] == [0, 0, 0, 1, 1, 1]
+    assert [len(batch.names) for batch in found] == [4, 2]
+    assert len(source.skipped) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "set.tar"]
+
+
+def test_a_named_data_set_with_an_index(tmp_path):
+    for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
+        picture(tmp_path / name)
+    source = open_images("torch/image_folder", CONFIG, root=tmp_path)
+    assert (len(source), source.labelled, source.names) == (3, True, ["image 0", "image 1", "image 2"])
+    (batch,) = source.batches(4)
+    assert batch.labels.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "message"),
+    [
+        ("torch/cifar10", None, "torch/cifar10 needs a root"),
+        ("torch/nonsense", ".", "torch/nonsense cannot be opened: Unknown torchvision dataset nonsense"),
+        ("torch/cifar10", "absent", "torch/cifar10 cannot be opened: Dataset not found"),
+        ("hfds/", None, "do not exist"),
+    ],
+)
+def test_named_data_sets_that_cannot_be_opened(name, root, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        open_images(name, CONFIG, root=root)
+    assert capsys.readouterr().out == ""
+
+
+class Stream:
+    """What a reader of timm for an endless or remote data set looks like."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self):
+        for number in range(self.count):
+            yield Image.new("RGB", (0 if number == 1 else 9, 9)), number
+
+
+def test_a_stream(monkeypatch):
+    monkeypatch.setattr(timm.data, "create_dataset", lambda **_: IterableImageDataset(None, reader=Stream(9)))
+    source = open_images("wds/shards", CONFIG, limit=5)
+    assert (len(source), len(source.batches(2)), source.labelled) == (5, 3, True)
+    for _ in range(2):
+        found = list(source.batches(2))
+        assert [batch.labels.tolist() for batch in found] == [[0], [2, 3], [4]]
+        assert found[1].names == ["image 2", "image 3"]
+        assert [text.split(":")[0] for text in source.skipped] == ["image 1"]
+    assert sum(len(batch.images) for batch in open_images("wds/shards", CONFIG).batches(4)) == 8
+    with pytest.raises(InputError, match="is a stream without file names"):
+        open_images("wds/shards", CONFIG, labels="labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_size": [3, 8]}, r"input_size cannot be used: \[3, 8\]"),
+        ({"input_size": [3, 0, 8]}, "input_size cannot be used"),
+        ({"input_size": [3, 8, 10**9]}, "input_size cannot be used"),
+        ({"input_size": "3, 8, 8"}, "input_size cannot be used"),
+        ({"mean": [0.5]}, r"mean cannot be used: \[0.5\]"),
+        ({"std": [0.5, 0.0, 0.5]}, "std cannot be used"),
+        ({"std": None}, "std cannot be used: None"),
+        ({"crop_pct": 1e-6}, "crop_pct cannot be used"),
+        ({"crop_pct": "all"}, "crop_pct cannot be used: 'all'"),
+        ({"interpolation": "magic"}, "interpolation cannot be used: 'magic'"),
+        ({"interpolation": []}, "interpolation cannot be used"),
+        ({"crop_mode": 3}, "crop_mode cannot be used"),
+        ({"tf_preprocessing": True}, "tf_preprocessing cannot be used: True"),
+    ],
+)
+def test_preprocessing_that_cannot_be_used(folder, change, message):
+    with pytest.raises(InputError, match=message):
+        check_preprocessing(CONFIG | change)
+    with pytest.raises(InputError, match=message):
+        open_images(folder, CONFIG | change)
+
+
+def test_a_model_of_many_channels_has_no_pictures(folder):
+    config = CONFIG | {"input_size": [4, 8, 8], "mean": [0.5] * 4, "std": [0.5] * 4}
+    with pytest.raises(InputError, match="images have 1 or 3 channels, but the model wants 4"):
+        open_images(folder, config)
+
+
+IMAGES = torch.zeros(2, 3, 4, 4)
+LABELS = torch.tensor([4, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("item", "labels"),
+    [
+        (IMAGES, None),
+        ((IMAGES,), None),
+        ([IMAGES, LABELS], [4, 5]),
+        ((IMAGES, [4, 5]), [4, 5]),
+        ((IMAGES, torch.rand(2, 10)), None),
+        ((IMAGES, {"file": "x"}), None),
+        ({"image": IMAGES, "label": LABELS}, [4, 5]),
+        ({"pixel_values": IMAGES}, None),
+    ],
+)
+def test_as_batch_reads_what_loaders_yield(item, labels):
+    batch = as_batch(item, 10)
+    assert batch.images is IMAGES
+    assert batch.names == ["image 10", "image 11"]
+    assert (None if batch.labels is None else batch.labels.tolist()) == labels
+    assert batch.labels is None or batch.labels.dtype == torch.int64
+    assert as_batch(batch) is batch
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (IMAGES[0], r"\[B, C, H, W\], but it held torch.float32 \[3, 4, 4\]"),
+        (IMAGES.byte(), "held torch.uint8"),
+        ("images", "held str"),
+        ([], "held list"),
+        ({"pictures": IMAGES}, "held NoneType"),
+        ((IMAGES, torch.tensor([1])), "a batch of 2 images came with 1 labels"),
+    ],
+)
+def test_as_batch_refuses(item, message):
+    with pytest.raises(InputError, match=message):
+        as_batch(item)
