@@ -1,4 +1,4 @@
-"""Registration of fakes, reference fallback, Triton, autograd, autocast and FLOP counts for every operator."""
+"""Registration of fakes, reference fallback, Triton, autograd and autocast for every operator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from mixrank_kernels import _checks, reference
 from mixrank_kernels._load import load_extension
@@ -90,14 +89,6 @@ def _autocast_lowrank_linear(device_type: str) -> Callable:
     return kernel
 
 
-def _lowrank_linear_flops(x_shape, down_shape, up_shape, *_bias, out_shape=None, **_kwargs) -> int:
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
-    rank, k = down_shape
-    return 2 * rows * rank * (k + up_shape[0])
-
-
 _FAKES = {"lowrank_linear": _fake_lowrank_linear, "gram_accumulate_": _fake_gram_accumulate_}
 
 for _name in SCHEMAS:
@@ -116,6 +107,5 @@ for _device_type in ("cpu", "cuda"):
         "Autocast" + torch._C._dispatch_key_for_device(_device_type),
         with_keyset=True,
     )
-register_flop_formula(torch.ops.mixrank_kernels.lowrank_linear)(_lowrank_linear_flops)
 
 extension = load_extension()

@@ -366,7 +366,7 @@ def count_macs(model: nn.Module) -> int:
     Raises:
         InputError: the forward pass cannot be traced on a zero image of the model's input size.
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    from mixrank_kernels.flops import FlopCounterMode
 
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     # Tensors without memory: fast for any size of model, and attention is always counted, since the formula of

@@ -12,6 +12,7 @@ import torch
 import mixrank_kernels
 from mixrank_kernels import backend, ops, reference, testing
 from mixrank_kernels._schema import SCHEMAS, overload
+from mixrank_kernels.flops import FlopCounterMode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS = [name for name in backend.available("cpu") if name != "cpu"]
@@ -330,9 +331,12 @@ def test_bad_arguments_are_named_while_tracing(op, changed, message):
 
 def test_flops_are_counted():
     x, down, up = torch.ones(3, 7, 10), torch.ones(4, 10), torch.ones(6, 4)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         ops.lowrank_linear(x, down, up)
     assert counter.get_total_flops() == 2 * 21 * 4 * (10 + 6)
+    with FlopCounterMode(display=False) as counter:
+        ops.gram_accumulate_(torch.zeros(10, 10), x)
+    assert counter.get_total_flops() == 21 * 10 * 11
 
 
 def test_every_operator_is_complete():
