@@ -220,10 +220,20 @@ def measure_speed(data: Data, out: Path) -> None:
             append(out, {"kind": "speed", "model": name} | dataclasses.asdict(speed))
 
 
+def _selected(strategy: Strategy, args: argparse.Namespace) -> bool:
+    return (
+        (not args.keep or strategy.keep in args.keep)
+        and args.ranks in (None, strategy.ranks)
+        and args.energy in (None, strategy.energy)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     parser.add_argument("--keep", type=float, action="append", help="only this budget (repeatable)")
+    parser.add_argument("--ranks", choices=("mixed", "uniform"), help="only these ranks")
+    parser.add_argument("--energy", choices=("weight", "output"), help="only this energy")
     parser.add_argument("--part", choices=("strategies", "costs", "speed"), action="append", help="only this part")
     args = parser.parse_args()
     if "MIXRANK_DATA" not in os.environ:
@@ -233,7 +243,7 @@ def main() -> None:
         data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
         data.dequantize()
         if "strategies" in parts:
-            measure_strategies(data, args.out, [s for s in strategies() if not args.keep or s.keep in args.keep])
+            measure_strategies(data, args.out, [strategy for strategy in strategies() if _selected(strategy, args)])
         if "costs" in parts:
             measure_costs(data, args.out)
         if "speed" in parts:
