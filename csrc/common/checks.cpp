@@ -1,10 +1,12 @@
 #include "common/checks.h"
 
+#include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 namespace mixrank {
 namespace {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 
 struct ByteRange {
@@ -18,6 +20,46 @@ ByteRange touched(const Tensor& tensor) {
   int64_t last = 0;
   for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
   return {data, data + (last + 1) * tensor.element_size()};
+}
+
+std::string dtype_name(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(tensor.scalar_type());
+  }
+}
+
+std::string device_name(const Tensor& tensor) {
+  switch (tensor.device().type()) {
+    case DeviceType::CPU:
+      return "cpu";
+    case DeviceType::CUDA:
+      return "cuda";
+    case DeviceType::Meta:
+      return "meta";
+    default:
+      return "another device";
+  }
 }
 
 }  // namespace
@@ -35,51 +77,38 @@ std::string shape_of(const Tensor& tensor) {
   return shape_text(std::vector<int64_t>(sizes.begin(), sizes.end()));
 }
 
-std::string dtype_name(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    default:
-      return torch::headeronly::toString(tensor.scalar_type());
-  }
+Dtype checked_dtype(const char* op, const char* argument, const Tensor& tensor, bool master) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype == ScalarType::Float) return Dtype::kFloat32;
+  if (dtype == ScalarType::Double) return Dtype::kFloat64;
+  if (!master && dtype == ScalarType::BFloat16) return Dtype::kBFloat16;
+  if (!master && dtype == ScalarType::Half) return Dtype::kFloat16;
+  check(false, op, ": ", argument, " must have one of the dtypes ",
+        master ? "float64, float32" : "float32, bfloat16, float16, float64", ", but it was ", dtype_name(tensor));
+  __builtin_unreachable();
 }
 
-Dtype checked_dtype(const char* op, const char* argument, const Tensor& tensor) {
-  check(tensor.is_cpu(), op, ": ", argument, " must be on the CPU like x, but it was on another device");
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      check(false, op, ": ", argument, " must be float32, float64, bfloat16 or float16, but it was ",
-            dtype_name(tensor));
-  }
-  return Dtype::kFloat32;
+void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
+                  const char* like_name) {
+  check(tensor.is_cpu() == like.is_cpu(), op, ": ", argument, " must be on ", device_name(like), " as ", like_name,
+        " is, but it was on ", device_name(tensor));
 }
 
-void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* like,
-                      const Tensor& like_tensor) {
-  checked_dtype(op, argument, tensor);
-  check(tensor.scalar_type() == like_tensor.scalar_type(), op, ": ", argument, " must be ", dtype_name(like_tensor),
-        " like ", like, ", but it was ", dtype_name(tensor));
+void check_dtype(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
+                 const char* like_name) {
+  check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have dtype ", dtype_name(like), " as ",
+        like_name, " has, but it was ", dtype_name(tensor));
 }
 
-void check_shape(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& expected,
-                 const std::string& meaning) {
-  const auto sizes = tensor.sizes();
-  check(std::vector<int64_t>(sizes.begin(), sizes.end()) == expected, op, ": ", argument, " must have shape ",
-        shape_text(expected), " (", meaning, "), but it was ", shape_of(tensor));
+void check_shape(const char* op, const char* argument, bool condition, const std::string& wanted,
+                 const Tensor& tensor) {
+  check(condition, op, ": ", argument, " must have shape ", wanted, ", but it was ", shape_of(tensor));
+}
+
+void check_contiguous(const char* op, const char* argument, const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  check(tensor.is_contiguous(), op, ": ", argument, " must be contiguous, but its strides were ",
+        shape_text(std::vector<int64_t>(strides.begin(), strides.end())));
 }
 
 void check_no_overlap(const char* op, const char* argument, const Tensor& tensor, const char* other,

@@ -28,15 +28,15 @@ void check(bool condition, const Parts&... parts) {
 // "[64, 192]"
 std::string shape_of(const Tensor& tensor);
 std::string shape_text(const std::vector<int64_t>& sizes);
-std::string dtype_name(const Tensor& tensor);
 
-// One of the four floating dtypes of the kernels, on the CPU.
-Dtype checked_dtype(const char* op, const char* argument, const Tensor& tensor);
-// The same dtype as the argument `like`.
-void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* like,
-                      const Tensor& like_tensor);
-void check_shape(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& expected,
-                 const std::string& meaning);
+// One of the dtypes of the kernels; for a `master` (an accumulator) only the wide ones.
+Dtype checked_dtype(const char* op, const char* argument, const Tensor& tensor, bool master = false);
+// The device and the dtype of the argument called `like_name`.
+void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
+                  const char* like_name);
+void check_dtype(const char* op, const char* argument, const Tensor& tensor, const Tensor& like, const char* like_name);
+void check_shape(const char* op, const char* argument, bool condition, const std::string& wanted, const Tensor& tensor);
+void check_contiguous(const char* op, const char* argument, const Tensor& tensor);
 // Errors if the memory that the two tensors may touch overlaps.
 void check_no_overlap(const char* op, const char* argument, const Tensor& tensor, const char* other,
                       const Tensor& other_tensor);

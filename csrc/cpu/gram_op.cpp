@@ -2,25 +2,12 @@
 
 #include "common/checks.h"
 #include "cpu/isa.h"
+#include "cpu/scalar.h"
 
 namespace mixrank {
 namespace {
 
 constexpr char kOp[] = "gram_accumulate_";
-
-float as_float(uint32_t bits) {
-  float value;
-  static_assert(sizeof(value) == sizeof(bits));
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-double half_value(uint16_t bits) {
-  const int exponent = (bits >> 10) & 0x1f, fraction = bits & 0x3ff;
-  double magnitude = exponent == 0 ? fraction * 0x1p-24 : (1024 + fraction) * __builtin_ldexp(1.0, exponent - 25);
-  if (exponent == 0x1f) magnitude = fraction ? __builtin_nan("") : __builtin_inf();
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
 
 double element(const void* data, Dtype dtype, int64_t index) {
   switch (dtype) {
@@ -29,9 +16,9 @@ double element(const void* data, Dtype dtype, int64_t index) {
     case Dtype::kFloat64:
       return static_cast<const double*>(data)[index];
     case Dtype::kBFloat16:
-      return as_float(static_cast<uint32_t>(static_cast<const BFloat*>(data)[index].bits) << 16);
+      return widen(static_cast<const BFloat*>(data)[index]);
     case Dtype::kFloat16:
-      return half_value(static_cast<const Half*>(data)[index].bits);
+      return widen(static_cast<const Half*>(data)[index]);
   }
   return 0;
 }
@@ -52,45 +39,32 @@ std::vector<Acc> gathered_weights(const Tensor& row_weight, Dtype dtype, int64_t
   return weights;
 }
 
-void check_accumulator(const char* argument, const Tensor& tensor, const Tensor& x) {
-  check(tensor.is_contiguous(), kOp, ": ", argument, " must be contiguous, but it was a strided view of shape ",
-        shape_of(tensor));
-  check_no_overlap(kOp, argument, tensor, "x", x);
-}
-
 void gram_accumulate_(Tensor gram,                               // [K, K] or [B, K, K]
                       const Tensor& x,                           // [..., K] or [B, M, K]
                       const std::optional<Tensor>& row_weight,   // x.shape[:-1]
                       const std::optional<Tensor>& column_sum) {  // [K] or [B, K]
   GramParams params{};
+  params.gram_dtype = checked_dtype(kOp, "gram", gram, true);
   params.dtype = checked_dtype(kOp, "x", x);
-  params.gram_dtype = checked_dtype(kOp, "gram", gram);
-  check(params.gram_dtype == Dtype::kFloat64 || params.gram_dtype == Dtype::kFloat32, kOp,
-        ": gram must be float64 or float32, but it was ", dtype_name(gram));
-  check(x.dim() >= 1, kOp, ": x must have shape [..., K], but it was ", shape_of(x));
-  const int64_t K = x.size(x.dim() - 1);
-  check(K >= 1, kOp, ": x must have shape [..., K] with K >= 1, but it was ", shape_of(x));
-  check(gram.dim() == 2 || gram.dim() == 3, kOp, ": gram must have shape [K, K] or [B, K, K], but it was ",
-        shape_of(gram));
-  const bool batched = gram.dim() == 3;
+  const int64_t dims = gram.dim(), K = dims > 0 ? gram.size(dims - 1) : 0;
+  const bool batched = dims == 3;
+  check_shape(kOp, "gram", (dims == 2 || batched) && gram.size(dims - 2) == K, "[K, K] or [B, K, K]", gram);
+  check_contiguous(kOp, "gram", gram);
+  check(K >= 1, kOp, ": gram must have at least one row, but it had none");
+  const int64_t last = x.dim() >= 1 ? x.size(x.dim() - 1) : -1;
   if (batched) {
-    check(x.dim() == 3 && x.size(0) == gram.size(0), kOp, ": x must have shape [B, M, K] with B = ", gram.size(0),
-          " (the first dimension of gram), but it was ", shape_of(x));
-    check_shape(kOp, "gram", gram, {x.size(0), K, K}, "[B, K, K] with K the last dimension of x");
+    check_shape(kOp, "x", x.dim() == 3 && x.size(0) == gram.size(0) && last == K,
+                "[B, M, K] with B = " + std::to_string(gram.size(0)) + " and K = " + std::to_string(K) +
+                    " (as gram has)",
+                x);
   } else {
-    check_shape(kOp, "gram", gram, {K, K}, "[K, K] with K the last dimension of x");
+    check_shape(kOp, "x", last == K, "[..., K] with K = " + std::to_string(K) + " (the size of gram)", x);
   }
-  check_accumulator("gram", gram, x);
-  if (column_sum) {
-    check_same_dtype(kOp, "column_sum", *column_sum, "gram", gram);
-    check_shape(kOp, "column_sum", *column_sum, batched ? std::vector<int64_t>{x.size(0), K} : std::vector<int64_t>{K},
-                batched ? "[B, K]" : "[K]");
-    check_accumulator("column_sum", *column_sum, x);
-    check_no_overlap(kOp, "column_sum", *column_sum, "gram", gram);
-    params.column_sum = column_sum->mutable_data_ptr();
-  }
+  check(gram.is_cpu(), kOp, ": gram must be on cpu as the other arguments are");
+  check_device(kOp, "x", x, gram, "gram");
+  check_no_overlap(kOp, "gram", gram, "x", x);
 
-  RowsView rows(x);
+  const RowsView rows(x);
   params.x = rows.view();
   params.batches = 1;
   if (batched) {
@@ -102,11 +76,12 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
   std::vector<double> double_weights;
   if (row_weight) {
     const Dtype weight_dtype = checked_dtype(kOp, "row_weight", *row_weight);
-    const auto sizes = x.sizes();
-    check_shape(kOp, "row_weight", *row_weight, std::vector<int64_t>(sizes.begin(), sizes.end() - 1),
-                "the shape of x without its last dimension");
+    const auto wanted = x.sizes().slice(0, x.dim() - 1), found = row_weight->sizes();
+    const std::vector<int64_t> shape(wanted.begin(), wanted.end());
+    check_shape(kOp, "row_weight", shape == std::vector<int64_t>(found.begin(), found.end()),
+                shape_text(shape) + " (one weight for each row of x)", *row_weight);
+    check_device(kOp, "row_weight", *row_weight, gram, "gram");
     check_no_overlap(kOp, "gram", gram, "row_weight", *row_weight);
-    if (column_sum) check_no_overlap(kOp, "column_sum", *column_sum, "row_weight", *row_weight);
     const int64_t count = params.x.rows * params.batches;
     if (params.dtype == Dtype::kFloat64) {
       double_weights = gathered_weights<double>(*row_weight, weight_dtype, count);
@@ -115,6 +90,19 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
       float_weights = gathered_weights<float>(*row_weight, weight_dtype, count);
       params.row_weight = float_weights.data();
     }
+  }
+  if (column_sum) {
+    const std::vector<int64_t> shape = batched ? std::vector<int64_t>{gram.size(0), K} : std::vector<int64_t>{K};
+    const auto found = column_sum->sizes();
+    check_shape(kOp, "column_sum", shape == std::vector<int64_t>(found.begin(), found.end()), shape_text(shape),
+                *column_sum);
+    check_contiguous(kOp, "column_sum", *column_sum);
+    check_device(kOp, "column_sum", *column_sum, gram, "gram");
+    check_dtype(kOp, "column_sum", *column_sum, gram, "gram");
+    check_no_overlap(kOp, "column_sum", *column_sum, "x", x);
+    check_no_overlap(kOp, "column_sum", *column_sum, "gram", gram);
+    if (row_weight) check_no_overlap(kOp, "column_sum", *column_sum, "row_weight", *row_weight);
+    params.column_sum = column_sum->mutable_data_ptr();
   }
   params.gram = gram.mutable_data_ptr();
   kernels().gram_accumulate(params);

@@ -8,7 +8,7 @@ namespace mixrank {
 namespace {
 
 // Up to here dot products along the weights' own rows beat packing the weights first.
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 24;
 // Row blocks that share one pass over the packed weights: their intermediate stays in L2.
 constexpr int64_t kPanelBlocks = 8;
 // Multiply-adds that are worth a thread of their own.

@@ -15,23 +15,30 @@ Tensor lowrank_linear(const Tensor& x,                     // [..., K]
                       const std::optional<Tensor>& bias) {  // [N]; returns [..., N]
   LowrankLinearParams params{};
   params.dtype = checked_dtype(kOp, "x", x);
-  check(x.dim() >= 1, kOp, ": x must have shape [..., K], but it was ", shape_of(x));
+  check(x.is_cpu(), kOp, ": x must be on cpu as the other arguments are");
+  check_shape(kOp, "x", x.dim() >= 1, "[..., K]", x);
   const int64_t K = x.size(x.dim() - 1);
-  check(K >= 1, kOp, ": x must have shape [..., K] with K >= 1, but it was ", shape_of(x));
-  check_same_dtype(kOp, "down", down, "x", x);
-  check(down.dim() == 2 && down.size(1) == K, kOp, ": down must have shape [R, K] with K = ", K,
-        " (the last dimension of x), but it was ", shape_of(down));
+  check_shape(kOp, "down", down.dim() == 2 && down.size(1) == K,
+              "[R, K] with K = " + std::to_string(K) + " (the last dimension of x)", down);
   const int64_t R = down.size(0);
-  check(R >= 1, kOp, ": down must have shape [R, K] with R >= 1, but it was ", shape_of(down));
-  check_same_dtype(kOp, "up", up, "x", x);
-  check(up.dim() == 2 && up.size(1) == R, kOp, ": up must have shape [N, R] with R = ", R,
-        " (the first dimension of down), but it was ", shape_of(up));
+  check(R >= 1, kOp, ": down must have at least one row (the rank R), but it had none");
+  check(K >= 1, kOp, ": x must have at least one feature (its last dimension), but it had none");
+  check_shape(kOp, "up", up.dim() == 2 && up.size(1) == R, "[N, R] with R = " + std::to_string(R) + " (the rows of down)",
+              up);
   const int64_t N = up.size(0);
-  check(N >= 1, kOp, ": up must have shape [N, R] with N >= 1, but it was ", shape_of(up));
+  check(N >= 1, kOp, ": up must have at least one row (out features N), but it had none");
   if (bias) {
-    check_same_dtype(kOp, "bias", *bias, "x", x);
-    check(bias->dim() == 1 && bias->size(0) == N, kOp, ": bias must have shape [N] with N = ", N,
-          " (the first dimension of up), but it was ", shape_of(*bias));
+    check_shape(kOp, "bias", bias->dim() == 1 && bias->size(0) == N,
+                "[N] with N = " + std::to_string(N) + " (the rows of up)", *bias);
+  }
+  const auto check_like_x = [&](const char* argument, const Tensor& tensor) {
+    check_device(kOp, argument, tensor, x, "x");
+    check_dtype(kOp, argument, tensor, x, "x");
+  };
+  check_like_x("down", down);
+  check_like_x("up", up);
+  if (bias) {
+    check_like_x("bias", *bias);
     params.bias = bias->const_data_ptr();
     params.bias_stride = bias->stride(0);
   }

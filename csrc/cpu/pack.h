@@ -88,18 +88,16 @@ inline void pack_panel(const MatrixView& weight, int64_t row, typename S::Unit* 
     for (; k < weight.cols; ++k) unit_row<S>(src + k * weight.col_stride, 1, valid, dst + k * kCols);
     return;
   }
-  // A unit of kPack elements is filled element by element; the last one may be half empty.
-  using Element = T;
   for (int64_t n = 0; n < valid; ++n) {
     const T* from = src + n * weight.row_stride;
     if constexpr (S::kPack == 1) {
       for (int64_t i = k; i < weight.cols; ++i) dst[i * kCols + n] = widen(from[i * weight.col_stride]);
     } else {
       for (int64_t u = k / S::kPack; u < units; ++u) {
-        Element* unit = reinterpret_cast<Element*>(dst + u * kCols + n);
+        T* unit = reinterpret_cast<T*>(dst + u * kCols + n);
         for (int64_t e = 0; e < S::kPack; ++e) {
-          const int64_t i = u * S::kPack + e;
-          unit[e] = i < weight.cols ? from[i * weight.col_stride] : Element{};
+          const int64_t i = u * S::kPack + e;  // the last unit may be half empty
+          unit[e] = i < weight.cols ? from[i * weight.col_stride] : T{};
         }
       }
     }

@@ -1,5 +1,5 @@
 // Conversions of single elements, exact in both directions up to one rounding to nearest even; NaN stays NaN.
-// Included once by each file of kernels, after its target is set.
+// Everything has internal linkage, so that each file compiles its own copy for its own instruction set.
 #pragma once
 
 #include <cstring>
