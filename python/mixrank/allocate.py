@@ -1,16 +1,16 @@
 """Allocation: one budget for the whole model, spent where it saves the most error.
 
 Each layer offers a few points (cost, error): a factorisation at every multiple of ``step``, and the dense weight, which
-has no error. The sum of errors is separable, so the best plan follows the lower convex hulls of the layers:
-their segments, sorted by error saved per unit of cost, are taken while they fit. This is the greedy allocation of
-Azizi, Nazemi and Pedram (2024) with one sort in place of the loop, and with the dense layer as one of the choices.
-The budget is never exceeded.
+has no error. The greedy allocation of Azizi, Nazemi and Pedram (2024) always takes the step that saves most error per
+unit of cost. The errors of different layers add up and each falls convexly with the rank, so among
+factorisations that is the best plan up to one step. The dense weight is the last step of a layer and is
+not anticipated: the error it saves at once would draw the budget to a few dense layers. The budget is never exceeded.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
+import heapq
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -228,33 +228,43 @@ def _points(
 
 
 def greedy(choices: dict[str, list[Point]], available: int) -> dict[str, Point]:
-    """One point for each layer, costing ``available`` at most: greedy along the convex hulls.
+    """One point for each layer, costing ``available`` at most: always the step that saves most error per cost.
 
-    A segment that does not fit is followed as far as the budget goes, and its layer is closed.
+    A step that does not fit is followed as far as the budget goes, and its layer is closed.
     """
     chosen = {name: points[0] for name, points in choices.items()}
     available -= sum(point.cost for point in chosen.values())
-    segments = []
-    for order, (name, points) in enumerate(choices.items()):
-        hull = lower_hull(points)
-        for start, end in itertools.pairwise(hull):
-            segments.append(((start.error - end.error) / (end.cost - start.cost), order, name, end))
-    segments.sort(key=lambda segment: (-segment[0], segment[1], segment[3].cost))
-    closed = set()
-    for _, _, name, end in segments:
-        if name in closed:
-            continue
-        best = end
-        if end.cost - chosen[name].cost > available:
-            closed.add(name)
+    paths = {name: steps(points) for name, points in choices.items()}
+    heap: list[tuple[float, int, str]] = []
+
+    def offer(order: int, name: str) -> None:
+        if paths[name]:
+            heapq.heappush(heap, (_slope(chosen[name], paths[name][0]), order, name))
+
+    for order, name in enumerate(choices):
+        offer(order, name)
+    while heap:
+        _, order, name = heapq.heappop(heap)
+        step = paths[name].pop(0)
+        if step.cost - chosen[name].cost <= available:
+            best = step
+            available -= best.cost - chosen[name].cost
+            chosen[name] = best
+            offer(order, name)
+        else:
             best = max(
                 (point for point in choices[name] if point.cost - chosen[name].cost <= available),
                 key=lambda point: point.cost,
             )
-        if best.cost > chosen[name].cost:
-            available -= best.cost - chosen[name].cost
-            chosen[name] = best
+            if best.error < chosen[name].error:
+                available -= best.cost - chosen[name].cost
+                chosen[name] = best
     return chosen
+
+
+def steps(points: list[Point]) -> list[Point]:
+    """The points after the first that the greedy choice visits: the hull of the ranks, and the dense weight last."""
+    return [*lower_hull(points[:-1])[1:], points[-1]] if len(points) > 1 else []
 
 
 def lower_hull(points: list[Point]) -> list[Point]:

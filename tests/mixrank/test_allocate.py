@@ -116,33 +116,44 @@ def test_mixed_ranks_leave_less_error_than_uniform_ones(model, images):
     assert error("mixed") < error("uniform")
 
 
-costs = st.lists(st.integers(1, 50), min_size=1, max_size=4)
+costs = st.lists(st.integers(1, 50), min_size=2, max_size=4)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(costs, st.integers(0, 2**31)), min_size=1, max_size=4), st.floats(0, 1))
-def test_greedy_is_optimal_up_to_one_step(layers, share):
-    """Against exhaustive search: the error is at most that of the best plan with one hull segment less budget."""
+def test_greedy_is_optimal_up_to_one_step_on_convex_errors(layers, share):
+    """Against exhaustive search: the error is at most that of the best plan with one step less budget."""
     choices = {}
-    for i, (steps, seed) in enumerate(layers):
-        errors = np.sort(np.random.default_rng(seed).random(len(steps)))[::-1]
-        total, points = 1, [Point(0, 1, 1.0)]
-        for j, (cost, error) in enumerate(zip(steps, errors, strict=True)):
-            total += cost
-            points.append(Point(j + 1, total, 0.0 if j == len(steps) - 1 else float(error)))
+    for i, (step_costs, seed) in enumerate(layers):
+        slopes = np.sort(np.random.default_rng(seed).random(len(step_costs)))[::-1]
+        saved = slopes * step_costs
+        total, left, points = 1, float(saved.sum()), [Point(0, 1, float(saved.sum()))]
+        for j, (cost, gain) in enumerate(zip(step_costs, saved, strict=True)):
+            total, left = total + cost, left - float(gain)
+            points.append(Point(j + 1, total, max(left, 0.0)))
         choices[str(i)] = points
     least = sum(points[0].cost for points in choices.values())
     most = sum(points[-1].cost for points in choices.values())
     available = least + int(share * (most - least))
     chosen = greedy(choices, available)
     assert sum(point.cost for point in chosen.values()) <= available
-    longest = max(b.cost - a.cost for points in choices.values() for a, b in itertools.pairwise(lower_hull(points)))
+    longest = max(cost for step_costs, _ in layers for cost in step_costs)
     best = min(
         sum(point.error for point in plan)
         for plan in itertools.product(*choices.values())
         if sum(point.cost for point in plan) <= max(least, available - longest)
     )
     assert sum(point.error for point in chosen.values()) <= best + 1e-9
+
+
+def test_the_dense_weight_is_the_last_step():
+    """Its large saving must not draw the budget before the ranks below it are paid for."""
+    square = [Point(8, 10, 0.5), Point(16, 20, 0.4), Point(24, 30, 0.35), Point(None, 32, 0.0)]
+    plain = [Point(8, 10, 0.6), Point(16, 20, 0.3), Point(24, 30, 0.1), Point(None, 60, 0.0)]
+    chosen = greedy({"square": square, "plain": plain}, 52)
+    assert (chosen["square"].rank, chosen["plain"].rank) == (16, 24)
+    chosen = greedy({"square": square, "plain": plain}, 62)
+    assert (chosen["square"].rank, chosen["plain"].rank) == (None, 24)
 
 
 def test_the_hull_is_convex_and_below_all_points():
