@@ -149,9 +149,12 @@ def _write(path: Path, tensors: dict[str, Tensor], text: str) -> None:
         raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        with temporary.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         save_file(tensors, temporary, metadata={_KEY: text})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(mode)  # safetensors makes its file anew, closed to everyone else
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
@@ -161,7 +164,9 @@ def _write(path: Path, tensors: dict[str, Tensor], text: str) -> None:
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
-    """Read a checkpoint: a model in eval mode, in the dtypes that were saved, with the same outputs bit for bit.
+    """Read a checkpoint: a model in eval mode, in the dtypes that were saved, with every tensor as it was, bit for bit.
+
+    So are the outputs, where the tensors that were saved were contiguous.
 
     Nothing of the file is executed, and memory for the model is taken only after its header fits the architecture
     in every tensor. The model carries ``mixrank_spec``, ``mixrank_plan`` and ``mixrank_preprocessing``.
