@@ -14,7 +14,7 @@ from mixrank.allocate import allocate, check_budget
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
 from mixrank.decompose import Factorisation, LayerShape, check_strategy, decompose
-from mixrank.models import compressible_linears, split_qkv_
+from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.plan import Plan
 
 CURVE_POINTS = 33
@@ -159,6 +159,7 @@ def compress(
         return value
 
     fused = dict(model.named_modules()) if split_qkv else {}
+    exposed = expose_qkv_(model)
     split = split_qkv_(model) if split_qkv else ()
     try:
         allocation = {
@@ -178,5 +179,6 @@ def compress(
     except BaseException:
         for name in split:
             model.set_submodule(name, fused[name])
+        hide_qkv_(model, exposed)
         raise
     return CompressionResult(plan, reports, 0 if stats is None else stats.images, seconds)

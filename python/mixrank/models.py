@@ -291,6 +291,12 @@ def expose_qkv_(model: nn.Module) -> tuple[str, ...]:
     return tuple(exposed)
 
 
+def hide_qkv_(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Undo :func:`expose_qkv_` for the layers that it named."""
+    for name in names:
+        model.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = False
+
+
 def split_qkv_(model: nn.Module) -> tuple[str, ...]:
     """Hold every replaceable fused ``qkv`` as three layers, in place, so that q, k and v get ranks of their own.
 

@@ -81,3 +81,16 @@ def test_a_foreign_plan_is_refused(model, change):
     change(data)
     with pytest.raises(InputError, match="the plan"):
         mixrank.Plan.from_json(data)
+
+
+def test_attention_that_reads_its_weight_directly_is_compressed_too():
+    """Timm's BEiT calls F.linear on the weight of qkv; compress makes it call the layer, and undoes that on failure."""
+    torch.manual_seed(0)
+    beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=96, num_heads=3, num_classes=4)
+    images = torch.randn(4, 3, 32, 32)
+    with pytest.raises(InputError):
+        compress(beit, [images], keep=0.01)
+    assert not beit.blocks[0].attn.qkv_bias_separate
+    result = compress(beit, [images], keep=0.5)
+    assert "blocks.0.attn.qkv" in {layer.name for layer in result.plan.layers}
+    assert beit(images).isfinite().all()
