@@ -130,12 +130,14 @@ def _front(variants: Sequence[dict[str, Any]]) -> Figure:
     if scored:
         ordered = sorted(scored)
         accuracy.plot([x for x, *_ in ordered], [y for _, y, *_ in ordered], color=SERIES[0], alpha=0.5, zorder=1)
-        for x, y, label, colour in scored:
+        for index, (x, y, label, colour) in enumerate(ordered):
             accuracy.scatter([x], [y], color=colour, s=42, zorder=2)
-            accuracy.annotate(label, (x, y), (7, -11), textcoords="offset points")
+            # Above and below in turn: budgets lie so close that labels on one side would run into each other.
+            place = {"xytext": (0, 7), "va": "bottom"} if index % 2 else {"xytext": (0, -7), "va": "top"}
+            accuracy.annotate(label, (x, y), textcoords="offset points", ha="center", **place)
         low, high = min(y for _, y, *_ in scored), max(y for _, y, *_ in scored)
         margin = max(1.0, 0.35 * (high - low))
-        accuracy.set_ylim(low - margin, min(100.0, high + margin / 2))
+        accuracy.set_ylim(low - margin, min(100.0, high + margin))
         accuracy.set_xlim(0, 1.12 * max(sizes))
 
     speed.set_title("Speed")

@@ -19,7 +19,7 @@ from mixrank.errors import InputError
 from mixrank.models import preprocessing
 
 LARGEST_ASSETS = 8_000_000
-LARGEST_LOSS = {0.6: 3.0, 0.5: 6.0, 0.4: 15.0}  # points of top-1
+LARGEST_LOSS = {0.6: 1.0, 0.45: 1.0, 0.3: 2.0}  # points of top-1
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_budgets_hold_and_everything_shrinks(demo: tuple[Path, str, dict[str, An
 def test_accuracy_is_kept(demo: tuple[Path, str, dict[str, Any]]) -> None:
     _, _, data = demo
     dense = data["dense"]["top1"]
-    assert dense > 85
+    assert dense > 84
     lost = {entry["keep"]: dense - entry["compressed"]["top1"] for entry in data["results"]}
     for keep, points in LARGEST_LOSS.items():
         assert lost[keep] <= points, lost

@@ -32,10 +32,10 @@ from mixrank.report import write_report
 if TYPE_CHECKING:
     from rich.table import Table
 
-KEEPS = (0.6, 0.5, 0.4)
+KEEPS = (0.6, 0.45, 0.3)
 STRATEGY = {"factors": "aware", "ranks": "mixed", "energy": "output", "step": 8}
 SPEED_BATCH = 32
-BATCH = 250
+BATCH = 100
 COLUMNS = ("", "parameters", "MB", "GMACs", "top-1", "images/s", "speed-up")
 
 
