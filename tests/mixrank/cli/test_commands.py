@@ -1,0 +1,127 @@
+"""What the commands write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixrank import checkpoint
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "depth": 2, "num_classes": 2}
+SUMMARY = {"top1", "parameters", "bytes", "macs", "images_per_second"}
+IMAGES_PER_CLASS = 6
+
+
+def test_compress_writes_checkpoint_json_and_report(world, tmp_path: Path) -> None:
+    out, result_file, page = tmp_path / "m.safetensors", tmp_path / "m.json", tmp_path / "m.html"
+    more = ["--eval-images", str(world.flat), "--labels", str(world.labels), "--json", str(result_file)]
+    result = world.invoke(*world.compress(out, *more, "--report", str(page)))
+    assert result.exit_code == 0, result.output
+    for word in ("dense", "compressed", "parameters", "MB", "GMACs", "top-1", "images/s"):
+        assert word in result.stdout
+
+    data = json.loads(result_file.read_text())
+    assert data["dense"].keys() >= SUMMARY
+    assert data["compressed"].keys() >= SUMMARY
+    assert {"plan", "layers", "options", "versions", "times", "images"} <= data.keys()
+    assert {"mixrank", "torch", "timm", "triton", "python", "cpu", "threads"} <= data["versions"].keys()
+    assert {"load", "calibrate", "decompose", "allocate", "apply", "speed", "save"} <= data["times"].keys()
+    assert data["compressed"]["parameters"] == data["plan"]["parameters_after"]
+    assert data["compressed"]["parameters"] <= 0.5 * data["dense"]["parameters"]
+    assert data["compressed"]["bytes"] < data["dense"]["bytes"]
+    assert data["compressed"]["macs"] < data["dense"]["macs"]
+    assert data["images"]["calibration"] == data["images"]["evaluation"] == 2 * IMAGES_PER_CLASS
+    assert data["images"]["calibration_skipped"] == []
+    assert 0 <= data["compressed"]["top1"] <= 100
+    assert len(data["layers"]) == len(data["plan"]["layers"]) == 8
+    assert "<svg" in page.read_text()
+
+    model = checkpoint.load(out)
+    assert sum(parameter.numel() for parameter in model.parameters()) == data["compressed"]["parameters"]
+    assert {path.name for path in tmp_path.iterdir()} == {"m.safetensors", "m.json", "m.html"}
+
+
+def test_equal_runs_write_equal_checkpoints(world, tmp_path: Path) -> None:
+    out = tmp_path / "again.safetensors"
+    assert world.invoke(*world.compress(out)).exit_code == 0
+    assert out.read_bytes() == world.checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--factors", "svd", "--ranks", "uniform"],
+        ["--energy", "output", "--no-centre", "--split-qkv", "--dtype", "bfloat16"],
+        ["--limit", "5", "--seed", "3", "--batch-size", "2", "--step", "4"],
+    ],
+    ids=["svd-uniform", "output-split", "limit"],
+)
+def test_compress_takes_every_strategy(world, tmp_path: Path, more: list[str]) -> None:
+    out, result_file = tmp_path / "m.safetensors", tmp_path / "m.json"
+    result = world.invoke(*world.compress(out, *more, "--json", str(result_file)))
+    assert result.exit_code == 0, result.output
+    data = json.loads(result_file.read_text())
+    assert data["compressed"]["parameters"] <= 0.5 * data["dense"]["parameters"]
+    assert data["images"]["calibration"] == (5 if "--limit" in more else 2 * IMAGES_PER_CLASS)
+    assert data["dense"]["top1"] is None
+
+
+@pytest.mark.parametrize(("option", "key"), [("--max-bytes", "bytes"), ("--max-macs", "macs")])
+def test_other_budgets_hold(world, tmp_path: Path, option: str, key: str) -> None:
+    limit = int(0.6 * json.loads((world.root / "half.json").read_text())["dense"][key])
+    result_file = tmp_path / "m.json"
+    arguments = world.compress(tmp_path / "m.safetensors", option, str(limit), "--json", str(result_file), keep=None)
+    result = world.invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result_file.read_text())["compressed"][key] <= limit
+
+
+def test_evaluate_measures_a_checkpoint(world, tmp_path: Path) -> None:
+    result_file = tmp_path / "e.json"
+    result = world.invoke(
+        "evaluate", str(world.checkpoint), "--images", str(world.tree), "--json", str(result_file), "--quiet"
+    )
+    assert result.exit_code == 0, result.output
+    assert "top-1" in result.stdout
+    data = json.loads(result_file.read_text())
+    before = json.loads((world.root / "half.json").read_text())
+    for key in ("parameters", "bytes", "macs"):
+        assert data["dense"][key] == before["dense"][key]
+        assert data["compressed"][key] == before["compressed"][key]
+    assert data["dense"]["top1"] is None
+    assert data["dense"]["images_per_second"] > 0
+    assert 0 <= data["compressed"]["top1"] <= 100
+    assert data["plan"] == before["plan"]
+
+
+def test_evaluate_without_labels_measures_speed_only(world, tmp_path: Path) -> None:
+    result_file = tmp_path / "e.json"
+    arguments = ["--images", str(world.flat), "--limit", "4", "--json", str(result_file), "--quiet"]
+    result = world.invoke("evaluate", str(world.checkpoint), *arguments)
+    assert result.exit_code == 0, result.output
+    assert "top-1 needs labels" in result.stdout
+    data = json.loads(result_file.read_text())
+    assert data["compressed"]["top1"] is None
+    assert data["images"]["evaluation"] == 4
+
+
+def test_inspect_shows_the_plan(world) -> None:
+    result = world.invoke("inspect", str(world.checkpoint))
+    assert result.exit_code == 0, result.output
+    assert ARCHITECTURE in result.stdout
+    assert "blocks.1.mlp.fc2" in result.stdout
+    header = json.loads(world.invoke("inspect", str(world.checkpoint), "--json").stdout)
+    assert header["architecture"] == ARCHITECTURE
+    assert header["args"] == MODEL_ARGS
+    assert header["plan"] == json.loads((world.root / "half.json").read_text())["plan"]
+    assert header["file_bytes"] == world.checkpoint.stat().st_size
+
+
+def test_report_is_drawn_from_the_json(world, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = world.invoke("report", str(world.root / "half.json"), "--out", str(page))
+    assert result.exit_code == 0, result.output
+    assert page.read_text().count("<svg") == 4
