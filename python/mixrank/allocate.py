@@ -256,7 +256,7 @@ def greedy(choices: dict[str, list[Point]], available: int) -> dict[str, Point]:
                 (point for point in choices[name] if point.cost - chosen[name].cost <= available),
                 key=lambda point: point.cost,
             )
-            if best.error < chosen[name].error:
+            if best.cost > chosen[name].cost:
                 available -= best.cost - chosen[name].cost
                 chosen[name] = best
     return chosen

@@ -15,7 +15,7 @@ from mixrank import InputError, allocate, apply_, calibrate, compress, decompose
 from mixrank.allocate import Point, greedy, lower_hull, tokens_per_layer
 from mixrank.models import count_bytes, count_macs, count_parameters
 
-BUDGETS = [0.95, 0.7, 0.5, 0.3, 0.15]
+BUDGETS = [0.95, 0.7, 0.5, 0.3, 0.22]
 
 
 @pytest.mark.parametrize("ranks", ["mixed", "uniform"])
