@@ -65,7 +65,8 @@ def _strategy(row: dict) -> str:
     s = row["strategy"]
     ranks = "uniform ranks" if s["ranks"] == "uniform" else f"mixed ranks by {s['energy']} energy"
     factors = "activation-aware" if s["factors"] == "aware" else "plain SVD"
-    return f"{factors}, {ranks}{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}"
+    shrink = f", shrink {s['shrink']}" if s.get("shrink") else ""
+    return f"{factors}, {ranks}{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}{shrink}"
 
 
 def strategies() -> str:

@@ -14,6 +14,7 @@ import argparse
 import copy
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bench.environment import RESULTS, append, read
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
-from mixrank.calibrate import CalibrationStats, calibrate
+from mixrank.calibrate import CalibrationStats, LayerStats, calibrate
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
@@ -53,6 +56,7 @@ class Strategy:
     energy: str
     centre: bool
     split_qkv: bool
+    shrink: float = 0.0
 
 
 def strategies() -> Iterator[Strategy]:
@@ -61,6 +65,8 @@ def strategies() -> Iterator[Strategy]:
     for (factors, (ranks, energy)), centre, split in itertools.product(choices, (False, True), (False, True)):
         for keep in KEEPS:
             yield Strategy(keep, factors, ranks, energy, centre, split)
+    for keep, shrink in itertools.product(KEEPS, (0.3, 1.0)):
+        yield Strategy(keep, "aware", "mixed", "weight", True, False, shrink)
 
 
 class Data:
@@ -84,21 +90,44 @@ class Data:
         return source.batches(50)
 
 
-def measure_strategies(data: Data, out: Path, wanted: list[Strategy]) -> None:
-    done = {tuple(row["strategy"].values()) for row in read(out) if row["kind"] == "strategy"}
-    wanted = [strategy for strategy in wanted if tuple(dataclasses.asdict(strategy).values()) not in done]
+def cached_statistics(data: Data, model: torch.nn.Module, cache: Path | None) -> CalibrationStats:
+    """The statistics of all calibration images; with ``cache``, from that file, or written to it for the next run."""
+    if cache is not None and cache.is_file():
+        with safe_open(cache, "pt") as file:
+            header = json.loads(file.metadata()["statistics"])
+            layers = {
+                name: LayerStats(side, file.get_tensor(f"{name}.gram"), file.get_tensor(f"{name}.total"), rows)
+                for name, (side, rows) in header["layers"].items()
+            }
+        return CalibrationStats(layers, header["images"], header["seconds"])
+    print("calibrating on all images", file=sys.stderr)
+    stats = calibrate(model, data.calibration(model), progress=True)
+    if cache is not None:
+        tensors = {
+            f"{name}.{part}": getattr(layer, part) for name, layer in stats.items() for part in ("gram", "total")
+        }
+        layers = {name: (layer.side, layer.rows) for name, layer in stats.items()}
+        header = {"layers": layers, "images": stats.images, "seconds": stats.seconds}
+        save_file(tensors, cache, {"statistics": json.dumps(header)})
+    return stats
+
+
+def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Path | None) -> None:
+    done = {Strategy(**row["strategy"]) for row in read(out) if row["kind"] == "strategy"}
+    wanted = [strategy for strategy in wanted if strategy not in done]
     dense = data.model()
     test = list(data.test(dense))
     if not any(row["kind"] == "dense" for row in read(out)):
         append(out, {"kind": "dense"} | summarise(dense, evaluate(dense, test, progress=True)).to_json())
     if not wanted:
         return
-    print("calibrating on all images", file=sys.stderr)
-    fused_stats = calibrate(dense, data.calibration(dense), progress=True)
-    for (split, factors, centre), group in itertools.groupby(sorted(wanted, key=_decomposition), key=_decomposition):
+    fused_stats = cached_statistics(data, dense, cache)
+    for (split, factors, centre, shrink), group in itertools.groupby(
+        sorted(wanted, key=_decomposition), key=_decomposition
+    ):
         base = copy.deepcopy(dense)
         stats = with_parts(fused_stats, split_qkv_(base)) if split else fused_stats
-        factorisations = decompose(base, stats, factors=factors, centre=centre)
+        factorisations = decompose(base, stats, factors=factors, centre=centre, shrink=shrink)
         for strategy in group:
             plan = allocate(base, factorisations, keep=strategy.keep, ranks=strategy.ranks, energy=strategy.energy)
             model = apply_(copy.deepcopy(base), plan, factorisations)
@@ -117,8 +146,8 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy]) -> None:
             print(f"{strategy}: top-1 {score.top1:.1f} %", file=sys.stderr, flush=True)
 
 
-def _decomposition(strategy: Strategy) -> tuple[bool, str, bool]:
-    return strategy.split_qkv, strategy.factors, strategy.centre
+def _decomposition(strategy: Strategy) -> tuple[bool, str, bool, float]:
+    return strategy.split_qkv, strategy.factors, strategy.centre, strategy.shrink
 
 
 def with_parts(stats: CalibrationStats, split: tuple[str, ...]) -> CalibrationStats:
@@ -221,19 +250,16 @@ def measure_speed(data: Data, out: Path) -> None:
 
 
 def _selected(strategy: Strategy, args: argparse.Namespace) -> bool:
-    return (
-        (not args.keep or strategy.keep in args.keep)
-        and args.ranks in (None, strategy.ranks)
-        and args.energy in (None, strategy.energy)
-    )
+    wanted = (args.only or {}).items()
+    return (not args.keep or strategy.keep in args.keep) and wanted <= dataclasses.asdict(strategy).items()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     parser.add_argument("--keep", type=float, action="append", help="only this budget (repeatable)")
-    parser.add_argument("--ranks", choices=("mixed", "uniform"), help="only these ranks")
-    parser.add_argument("--energy", choices=("weight", "output"), help="only this energy")
+    parser.add_argument("--only", type=json.loads, help='only strategies with these fields, such as {"ranks": "mixed"}')
+    parser.add_argument("--cache", type=Path, help="a file that keeps the calibration statistics between runs")
     parser.add_argument("--part", choices=("strategies", "costs", "speed"), action="append", help="only this part")
     args = parser.parse_args()
     if "MIXRANK_DATA" not in os.environ:
@@ -243,7 +269,8 @@ def main() -> None:
         data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
         data.dequantize()
         if "strategies" in parts:
-            measure_strategies(data, args.out, [strategy for strategy in strategies() if _selected(strategy, args)])
+            wanted = [strategy for strategy in strategies() if _selected(strategy, args)]
+            measure_strategies(data, args.out, wanted, args.cache)
         if "costs" in parts:
             measure_costs(data, args.out)
         if "speed" in parts:

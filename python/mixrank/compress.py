@@ -114,6 +114,7 @@ def compress(
     ranks: str = "mixed",
     energy: str = "weight",
     centre: bool | None = None,
+    shrink: float = 0.0,
     split_qkv: bool = False,
     step: int = 8,
     dtype: torch.dtype | None = None,
@@ -132,6 +133,7 @@ def compress(
         ranks: ``"mixed"`` or ``"uniform"``.
         energy: what mixed ranks save: ``"weight"`` or ``"output"`` energy, see :func:`mixrank.allocate.allocate`.
         centre: move the mean of what is lost into the bias; None: only for ``factors="aware"``.
+        shrink: pull of ``"aware"`` factors towards ``"svd"``, at least 0; guards against few calibration images.
         split_qkv: give q, k and v ranks of their own instead of the fused layer's one.
         step: ranks are multiples of this.
         dtype: run the calibration under autocast in this dtype.
@@ -165,13 +167,13 @@ def compress(
         allocation = {
             "keep": keep, "max_bytes": max_bytes, "max_macs": max_macs, "ranks": ranks, "energy": energy, "step": step
         }  # fmt: skip
-        centre = check_strategy(factors, centre, calibrated=images is not None)
+        centre = check_strategy(factors, centre, shrink, calibrated=images is not None)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in compressible_linears(model).items()}
         check_budget(model, shapes, **allocation)
         stats = None
         if images is not None:
             stats = timed("calibrate", lambda: calibrate(model, images, progress=progress, dtype=dtype))
-        strategy = {"factors": factors, "centre": centre}
+        strategy = {"factors": factors, "centre": centre, "shrink": shrink}
         factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **strategy))
         plan = timed("allocate", lambda: allocate(model, factorisations, **allocation))
         reports = layer_reports(plan, factorisations)

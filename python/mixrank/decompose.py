@@ -8,7 +8,8 @@ inverse). The strategies differ in the matrix whose leading eigenvectors are tak
     ``W W^T``: the truncated singular value decomposition of the weight.
 ``aware``
     ``W G W^T``, G the (centred) Gram matrix of the inputs: the least error of the layer's outputs on the
-    calibration images.
+    calibration images. With ``shrink`` above 0 both matrices are brought to trace 1 and ``shrink`` times the first is
+    added: what the calibration images do not show counts as if it were seen evenly (a ridge on G).
 
 For N > K the work is done in the K coordinates of ``W = Q R`` instead of the N of the output space.
 """
@@ -117,10 +118,12 @@ class Factorisation:
         return tensor.to(self.like.device, self.like.dtype).contiguous()
 
 
-def check_strategy(factors: str, centre: bool | None, *, calibrated: bool) -> bool:
+def check_strategy(factors: str, centre: bool | None, shrink: float, *, calibrated: bool) -> bool:
     """Return whether factors are centred; raise InputError for an unknown strategy or one that needs statistics."""
     if factors not in FACTORS:
         raise InputError(f"factors must be one of {', '.join(FACTORS)}, but it was {factors!r}")
+    if not 0 <= shrink < float("inf"):
+        raise InputError(f"shrink must be a number of at least 0, but it was {shrink}")
     centre = factors == "aware" if centre is None else centre
     if not calibrated and (factors == "aware" or centre):
         raise InputError(f"factors={factors!r} with centre={centre} needs calibration images, but there were none")
@@ -128,7 +131,12 @@ def check_strategy(factors: str, centre: bool | None, *, calibrated: bool) -> bo
 
 
 def factorise(
-    linear: nn.Linear, stats: LayerStats | None = None, *, factors: str = "aware", centre: bool | None = None
+    linear: nn.Linear,
+    stats: LayerStats | None = None,
+    *,
+    factors: str = "aware",
+    centre: bool | None = None,
+    shrink: float = 0.0,
 ) -> Factorisation:
     """Decompose one linear layer.
 
@@ -138,11 +146,12 @@ def factorise(
         factors: ``"aware"`` or ``"svd"``, see the module.
         centre: move the mean of what is lost into the bias, and measure errors about the mean. None: only for
             ``"aware"``, where it always lowers the error on the calibration images.
+        shrink: pull of ``"aware"`` factors towards ``"svd"``, at least 0.
 
     Raises:
         InputError: an unknown strategy, missing statistics, or statistics of a layer of another size.
     """
-    centre = check_strategy(factors, centre, calibrated=stats is not None)
+    centre = check_strategy(factors, centre, shrink, calibrated=stats is not None)
     weight = linear.weight.detach().double().cpu()
     if not weight.isfinite().all():
         raise InputError(f"the weight of a layer of shape {list(weight.shape)} has NaN or infinite values")
@@ -156,7 +165,11 @@ def factorise(
     energy_all = None if output_gram is None else output_gram.trace()
     if centre:
         output_gram = output_gram - torch.outer(mean, mean)
-    basis = _leading(output_gram)[1] if factors == "aware" else weight_basis
+    if factors == "aware":
+        pull = shrink * _unit_trace(weight_gram) if shrink else 0.0
+        basis = _leading(_unit_trace(output_gram) + pull)[1]
+    else:
+        basis = weight_basis
     output_energy, centred_share = None, 1.0
     if output_gram is not None:
         along = ((output_gram @ basis) * basis).sum(0).clamp_(min=0)
@@ -182,6 +195,7 @@ def decompose(
     *,
     factors: str = "aware",
     centre: bool | None = None,
+    shrink: float = 0.0,
     progress: bool = False,
 ) -> dict[str, Factorisation]:
     """Decompose every compressible layer of a model, in float64 on the CPU.
@@ -191,6 +205,7 @@ def decompose(
         stats: what :func:`mixrank.calibrate.calibrate` returned for this model, or None for plain SVD.
         factors: ``"aware"`` or ``"svd"``.
         centre: move the mean of what is lost into the bias; None: only for ``"aware"``.
+        shrink: pull of ``"aware"`` factors towards ``"svd"``, at least 0.
         progress: show a progress bar with the time left.
 
     Returns:
@@ -212,7 +227,8 @@ def decompose(
         if stats is not None and name not in stats:
             raise InputError(f"the statistics have no layer {name}: they are of another model")
         try:
-            result[name] = factorise(linear, None if stats is None else stats[name], factors=factors, centre=centre)
+            layer = None if stats is None else stats[name]
+            result[name] = factorise(linear, layer, factors=factors, centre=centre, shrink=shrink)
         except InputError as error:
             raise InputError(f"layer {name}: {error}") from error
     return result
@@ -222,6 +238,11 @@ def _leading(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (none below zero) and eigenvectors, the largest first."""
     values, vectors = torch.linalg.eigh(symmetric)
     return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def _unit_trace(symmetric: Tensor) -> Tensor:
+    trace = symmetric.trace()
+    return symmetric / trace if trace > 0 else symmetric
 
 
 def _shares(energy: Tensor) -> Tensor:

@@ -110,3 +110,26 @@ def test_strategies_that_cannot_be_are_refused(model, images):
     wider = timm.create_model("vit_small_patch16_224", img_size=32, depth=2)
     with pytest.raises(InputError, match=r"layer blocks\.0\.attn\.qkv: statistics of the input must be of size 192"):
         decompose(model, calibrate(wider, [images]))
+
+
+def test_shrinking_leads_from_aware_factors_to_svd(model, images):
+    stats = calibrate(model, [images])
+    name, rank = "blocks.0.mlp.fc1", 16
+    weight = model.get_submodule(name).weight.double()
+    plain = decompose(model, factors="svd")[name]
+
+    def weight_error(shrink: float) -> float:
+        down, up, _ = decompose(model, stats, shrink=shrink)[name].factors(rank)
+        return (up.double() @ down.double() - weight).square().sum().item()
+
+    best = (1 - plain.weight_energy[:rank].sum().item()) * weight.square().sum().item()
+    errors = [weight_error(shrink) for shrink in (0.0, 0.3, 3.0, 1e6)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1.01 * best
+    assert errors[-1] == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("shrink", [-0.1, float("nan"), float("inf")])
+def test_a_shrink_out_of_range_is_refused(model, shrink):
+    with pytest.raises(InputError, match=f"shrink must be a number of at least 0, but it was {shrink}"):
+        decompose(model, factors="svd", shrink=shrink)
