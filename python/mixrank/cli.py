@@ -140,6 +140,10 @@ def compress(
             rich_help_panel="Strategy",
         ),
     ] = None,
+    shrink: Annotated[
+        float,
+        typer.Option(help="Pull of aware factors towards svd, against few images.", rich_help_panel="Strategy"),
+    ] = 0.0,
     split_qkv: Annotated[
         bool,
         typer.Option("--split-qkv/--no-split-qkv", help="Factor q, k and v apart.", rich_help_panel="Strategy"),

@@ -15,7 +15,7 @@ from mixrank.errors import InputError
 if TYPE_CHECKING:
     from mixrank.data import ImageSource
 
-STRATEGY = ("factors", "ranks", "energy", "centre", "split_qkv", "step")
+STRATEGY = ("factors", "ranks", "energy", "centre", "shrink", "split_qkv", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class CompressOptions:
     ranks: str
     energy: str
     centre: bool | None
+    shrink: float
     split_qkv: bool
     step: int
     eval_images: str | None

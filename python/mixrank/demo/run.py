@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 KEEPS = (0.6, 0.45, 0.3)
-STRATEGY = {"factors": "aware", "ranks": "mixed", "energy": "output", "step": 8}
+STRATEGY = {"factors": "aware", "ranks": "mixed", "energy": "weight", "step": 8}
 SPEED_BATCH = 32
 BATCH = 100
 COLUMNS = ("", "parameters", "MB", "GMACs", "top-1", "images/s", "speed-up")

@@ -55,7 +55,7 @@ def test_equal_runs_write_equal_checkpoints(world, tmp_path: Path) -> None:
     [
         ["--factors", "svd", "--ranks", "uniform"],
         ["--energy", "output", "--no-centre", "--split-qkv", "--dtype", "bfloat16"],
-        ["--limit", "5", "--seed", "3", "--batch-size", "2", "--step", "4"],
+        ["--limit", "5", "--seed", "3", "--batch-size", "2", "--step", "4", "--shrink", "0.3"],
     ],
     ids=["svd-uniform", "output-split", "limit"],
 )
