@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ def measure_costs(data: Data, out: Path) -> None:
     done = {row["step"] for row in read(out) if row["kind"] == "cost"}
     for name, step in COSTS.items():
         if name not in done:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                append(out, {"kind": "cost", "step": name} | pool.apply(_measured, (step, data)))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+                append(out, {"kind": "cost", "step": name} | executor.submit(_measured, step, data).result())
 
 
 def _measured(step: Callable[[Data], dict[str, Any]], data: Data) -> dict[str, Any]:
