@@ -198,15 +198,15 @@ def cost_decompose(data: Data) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "images": 0}
 
 
-def _forward(data: Data, keep: float | None, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def _forward(data: Data, keep: float | None) -> dict[str, Any]:
     model = data.model()
     if keep is not None:
         factorisations = decompose(model, factors="svd")
         apply_(model, allocate(model, factorisations, keep=keep), factorisations)
         del factorisations
-    images = torch.cat([batch.images for batch in itertools.islice(data.test(model), 6)])[:COST_IMAGES]
+    images = torch.cat([batch.images for batch in data.calibration(model, COST_IMAGES)])
     started = time.perf_counter()
-    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+    with torch.inference_mode():
         for chunk in images.split(32):
             model(chunk)
     return {"seconds": time.perf_counter() - started, "images": len(images)}
@@ -214,10 +214,6 @@ def _forward(data: Data, keep: float | None, dtype: torch.dtype | None = None) -
 
 def cost_dense_forward(data: Data) -> dict[str, Any]:
     return _forward(data, None)
-
-
-def cost_dense_forward_bf16(data: Data) -> dict[str, Any]:
-    return _forward(data, None, torch.bfloat16)
 
 
 def cost_compressed_forward(data: Data) -> dict[str, Any]:
@@ -229,7 +225,6 @@ COSTS = {
     "calibrate, bfloat16": cost_calibrate_bf16,
     "decompose": cost_decompose,
     "forward, dense, float32": cost_dense_forward,
-    "forward, dense, bfloat16": cost_dense_forward_bf16,
     "forward, keep 0.5, float32": cost_compressed_forward,
 }
 
