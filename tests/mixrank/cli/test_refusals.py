@@ -227,8 +227,10 @@ def test_process_compresses_nothing_with_a_wrong_keep(world, tmp_path: Path) -> 
 def test_process_stops_at_ctrl_c(world, tmp_path: Path) -> None:
     """A model that is never ready stands for the long work, so that the signal always arrives in its middle."""
     arguments = world.compress(tmp_path / "m.safetensors")
+    # A shell that starts the tests in the background lets them, and what they start, ignore the signal.
     code = (
-        "import sys, time, mixrank.models\n"
+        "import signal, sys, time, mixrank.models\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(*_, **__):\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(100)\n"
