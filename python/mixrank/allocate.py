@@ -39,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit in one unit: ``total`` is what the dense model costs, ``fixed`` the part outside the layers."""
+    """A limit in one unit, what the dense model costs in it, and what one weight and one bias of each layer cost."""
 
     unit: str
     limit: int
