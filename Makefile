@@ -16,7 +16,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 bench: .venv/installed
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m mixrank_bench.run
 
 clean:
 	rm -rf .venv build demo-output mixrank_kernels/*.so *.egg-info python/*.egg-info

@@ -1,4 +1,4 @@
-"""Make the tables of the documents from the committed results: ``python -m bench.report``.
+"""Make the tables of the documents from the committed results: ``python -m mixrank_bench.report``.
 
 A table stands between ``<!-- generated: ... -->`` and ``<!-- end -->``; ``--check`` fails where a document is not what
 the results say.
@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import run, vit_b16
-from bench.environment import ROOT, read
+from mixrank_bench import run, vit_b16
+from mixrank_bench.environment import ROOT, read
 
-BLOCK = re.compile(r"(<!-- generated: python -m bench\.report(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated: python -m mixrank_bench\.report(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -165,7 +165,7 @@ def main() -> None:
             if not args.check:
                 path.write_text(text)
     if args.check and stale:
-        sys.exit(f"out of date, run python -m bench.report: {', '.join(stale)}")
+        sys.exit(f"out of date, run python -m mixrank_bench.report: {', '.join(stale)}")
 
 
 if __name__ == "__main__":

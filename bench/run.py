@@ -1,7 +1,7 @@
-"""Time the operators against what a user would write instead: ``python -m bench.run`` (``make bench``).
+"""Time the operators against what a user would write instead: ``python -m mixrank_bench.run`` (``make bench``).
 
 Every case first passes the error budget on its own inputs; a case that does not is an error, not a row. Results go to
-``bench/results/ops.jsonl`` with ``--save``; ``python -m bench.report`` makes docs/benchmarks.md from them.
+``bench/results/ops.jsonl`` with ``--save``; ``python -m mixrank_bench.report`` makes docs/benchmarks.md from them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.environment import RESULTS, append, environment
-from bench.ops import Case, cases
-from bench.timing import Timing, interleaved
+from mixrank_bench.environment import RESULTS, append, environment
+from mixrank_bench.ops import Case, cases
+from mixrank_bench.timing import Timing, interleaved
 from mixrank_kernels import ops, reference, testing
 
 OUT = RESULTS / "ops.jsonl"

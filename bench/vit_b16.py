@@ -1,11 +1,11 @@
 """Compress a real ViT-B/16 by every strategy and measure accuracy, speed, time and memory.
 
-    MIXRANK_DATA=FOLDER python -m bench.vit_b16
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16
 
 FOLDER holds ``vit_base_patch16_224.int8.safetensors`` with ``dequantize.py``, ``calibration/`` (unlabelled images),
 ``test/`` and ``test.csv`` (columns file, label). One JSON line for each measurement goes to
 ``bench/results/vit_b16.jsonl``; what is there already is not measured again, so an interrupted run goes on.
-``python -m bench.report`` makes the tables of docs/accuracy.md from it.
+``python -m mixrank_bench.report`` makes the tables of docs/accuracy.md from it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bench.environment import RESULTS, append, read
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import CalibrationStats, LayerStats, calibrate
@@ -39,6 +38,7 @@ from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.models import create_model, preprocessing, split_qkv_
+from mixrank_bench.environment import RESULTS, append, read
 
 ARCHITECTURE = "vit_base_patch16_224"
 OUT = RESULTS / "vit_b16.jsonl"

@@ -12,7 +12,7 @@ import pytest
 
 import mixrank
 import mixrank_kernels
-from bench.report import DOCUMENTS, ROOT, render
+from mixrank_bench.report import DOCUMENTS, ROOT, render
 
 
 def modules() -> list[str]:
@@ -37,7 +37,7 @@ def test_some_docstrings_have_examples():
 def test_tables_are_made_from_the_committed_results(name):
     path = ROOT / name
     assert "<!-- generated:" in path.read_text()
-    assert render(path, DOCUMENTS[name]) == path.read_text(), "run python -m bench.report"
+    assert render(path, DOCUMENTS[name]) == path.read_text(), "run python -m mixrank_bench.report"
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))])
