@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from mixrank_kernels import _register, backend
 from mixrank_kernels._version import __version__
-from mixrank_kernels.ops import gram_accumulate_, lowrank_linear
+from mixrank_kernels.ops import cross_gram_accumulate_, gram_accumulate_, lowrank_linear, lowrank_residual_linear
 
 HAS_EXTENSION: bool = _register.extension is not None
 
-__all__ = ["HAS_EXTENSION", "__version__", "backend", "gram_accumulate_", "lowrank_linear"]
+__all__ = [
+    "HAS_EXTENSION",
+    "__version__",
+    "backend",
+    "cross_gram_accumulate_",
+    "gram_accumulate_",
+    "lowrank_linear",
+    "lowrank_residual_linear",
+]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASTER = (torch.float64, torch.float32)
+INDEX = (torch.int32, torch.int64)
+BLOCKS = (16, 32)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -33,7 +35,7 @@ def _same_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype, like_nam
     )
 
 
-def _floating(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+def _one_of(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     torch._check(
         tensor.dtype in allowed,
         lambda: f"{op}: {name} must have one of the dtypes {_names(allowed)}, but it was {_names((tensor.dtype,))}",
@@ -44,10 +46,14 @@ def _shape(op: str, name: str, condition: bool, wanted: str, tensor: Tensor) -> 
     torch._check(condition, lambda: f"{op}: {name} must have shape {wanted}, but it was {list(tensor.shape)}")
 
 
-def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
-    """Raise RuntimeError unless x [..., K], down [R, K], up [N, R] and bias [N] fit together."""
-    op = "lowrank_linear"
-    _floating(op, "x", x, FLOATING)
+def _contiguous(op: str, name: str, tensor: Tensor) -> None:
+    torch._check(
+        tensor.is_contiguous(), lambda: f"{op}: {name} must be contiguous, but its strides were {list(tensor.stride())}"
+    )
+
+
+def _factors(op: str, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+    _one_of(op, "x", x, FLOATING)
     _shape(op, "x", x.dim() >= 1, "[..., K]", x)
     k = x.shape[-1]
     _shape(op, "down", down.dim() == 2 and down.shape[1] == k, f"[R, K] with K = {k} (the last dimension of x)", down)
@@ -57,22 +63,104 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
     _shape(op, "up", up.dim() == 2 and up.shape[1] == r, f"[N, R] with R = {r} (the rows of down)", up)
     torch._check(up.shape[0] >= 1, lambda: f"{op}: up must have at least one row (out features N), but it had none")
     n = up.shape[0]
-    for name, tensor in (("down", down), ("up", up)):
-        _same_device(op, name, tensor, x, "x")
-        _same_dtype(op, name, tensor, x.dtype, "x")
     if bias is not None:
         _shape(op, "bias", bias.dim() == 1 and bias.shape[0] == n, f"[N] with N = {n} (the rows of up)", bias)
-        _same_device(op, "bias", bias, x, "x")
-        _same_dtype(op, "bias", bias, x.dtype, "x")
+    for name, tensor in (("down", down), ("up", up), ("bias", bias)):
+        if tensor is not None:
+            _same_device(op, name, tensor, x, "x")
+            _same_dtype(op, name, tensor, x.dtype, "x")
+
+
+def _packed(op: str, packed: Tensor | None, x: Tensor) -> None:
+    if packed is not None:
+        torch._check(
+            packed.dtype == torch.uint8,
+            lambda: f"{op}: packed must have dtype uint8, but it was {_names((packed.dtype,))}",
+        )
+        _shape(op, "packed", packed.dim() == 1, "[bytes]", packed)
+        _contiguous(op, "packed", packed)
+        _same_device(op, "packed", packed, x, "x")
+
+
+def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, packed: Tensor | None) -> None:
+    """Raise RuntimeError unless x [..., K], down [R, K], up [N, R], bias [N] and packed [bytes] fit together."""
+    _factors("lowrank_linear", x, down, up, bias)
+    _packed("lowrank_linear", packed, x)
+
+
+def lowrank_residual_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual_down: Tensor | None,
+    residual_up: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    packed: Tensor | None,
+) -> None:
+    """Raise RuntimeError unless the factors, the residual's parts and packed fit together (shapes: see ``ops``)."""
+    op = "lowrank_residual_linear"
+    _factors(op, x, down, up, bias)
+    _together(op, {"residual_down": residual_down, "residual_up": residual_up})
+    _together(op, {"crow": crow, "col": col, "values": values})
+    if residual_down is not None:
+        _branch(op, x, up, residual_down, residual_up)
+    if values is not None:
+        _blocks(op, x, up, crow, col, values)
+    _packed(op, packed, x)
+
+
+def _together(op: str, parts: dict[str, Tensor | None]) -> None:
+    absent = [name for name, tensor in parts.items() if tensor is None]
+    torch._check(
+        len(absent) in (0, len(parts)),
+        lambda: f"{op}: {', '.join(parts)} must be given together or not at all, but {', '.join(absent)} was missing",
+    )
+
+
+def _branch(op: str, x: Tensor, up: Tensor, down: Tensor, residual_up: Tensor) -> None:
+    k, n = x.shape[-1], up.shape[0]
+    fits = down.dim() == 2 and down.shape[1] == k
+    _shape(op, "residual_down", fits, f"[Q, K] with K = {k} (the last dimension of x)", down)
+    torch._check(
+        down.shape[0] >= 1, lambda: f"{op}: residual_down must have at least one row (the rank Q), but it had none"
+    )
+    q = down.shape[0]
+    fits = residual_up.dim() == 2 and residual_up.shape[0] == n and residual_up.shape[1] == q
+    wanted = f"[N, Q] with N = {n} (the rows of up) and Q = {q} (the rows of residual_down)"
+    _shape(op, "residual_up", fits, wanted, residual_up)
+    for name, tensor in (("residual_down", down), ("residual_up", residual_up)):
+        _same_device(op, name, tensor, x, "x")
+        _same_dtype(op, name, tensor, x.dtype, "x")
+
+
+def _blocks(op: str, x: Tensor, up: Tensor, crow: Tensor, col: Tensor, values: Tensor) -> None:
+    k, n = x.shape[-1], up.shape[0]
+    fits = values.dim() == 3 and values.shape[1] == values.shape[2] and values.shape[2] in BLOCKS
+    _shape(op, "values", fits, f"[nnz, b, b] with b one of {', '.join(map(str, BLOCKS))}", values)
+    nnz, b = values.shape[:2]
+    _shape(op, "x", k % b == 0, f"[..., K] with K a multiple of {b} (the size of a block of values)", x)
+    _shape(op, "up", n % b == 0, f"[N, R] with N a multiple of {b} (the size of a block of values)", up)
+    fits = crow.dim() == 1 and crow.shape[0] == n // b + 1
+    _shape(op, "crow", fits, f"[N / b + 1] with N = {n} and b = {b}", crow)
+    _shape(op, "col", col.dim() == 1 and col.shape[0] == nnz, f"[nnz] with nnz = {nnz} (the blocks of values)", col)
+    _one_of(op, "crow", crow, INDEX)
+    _same_dtype(op, "col", col, crow.dtype, "crow")
+    _same_dtype(op, "values", values, x.dtype, "x")
+    for name, tensor in (("crow", crow), ("col", col), ("values", values)):
+        _contiguous(op, name, tensor)
+        _same_device(op, name, tensor, x, "x")
 
 
 def gram_accumulate_(gram: Tensor, x: Tensor, row_weight: Tensor | None, column_sum: Tensor | None) -> None:
     """Raise RuntimeError unless gram, x, row_weight and column_sum fit together (shapes: see ``ops``)."""
     op = "gram_accumulate_"
-    _floating(op, "gram", gram, MASTER)
-    _floating(op, "x", x, FLOATING)
+    _one_of(op, "gram", gram, MASTER)
+    _one_of(op, "x", x, FLOATING)
     _shape(op, "gram", gram.dim() in (2, 3) and gram.shape[-1] == gram.shape[-2], "[K, K] or [B, K, K]", gram)
-    torch._check(gram.is_contiguous(), lambda: f"{op}: gram must be contiguous, but its strides were {gram.stride()}")
+    _contiguous(op, "gram", gram)
     k = gram.shape[-1]
     torch._check(k >= 1, lambda: f"{op}: gram must have at least one row, but it had none")
     if gram.dim() == 2:
@@ -84,16 +172,76 @@ def gram_accumulate_(gram: Tensor, x: Tensor, row_weight: Tensor | None, column_
     _shape(op, "x", fits, wanted, x)
     _same_device(op, "x", x, gram, "gram")
     if row_weight is not None:
-        _floating(op, "row_weight", row_weight, FLOATING)
+        _one_of(op, "row_weight", row_weight, FLOATING)
         rows = x.shape[:-1]
         _shape(op, "row_weight", row_weight.shape == rows, f"{list(rows)} (one weight for each row of x)", row_weight)
         _same_device(op, "row_weight", row_weight, gram, "gram")
     if column_sum is not None:
         wanted_shape = gram.shape[:-1]
         _shape(op, "column_sum", column_sum.shape == wanted_shape, f"{list(wanted_shape)}", column_sum)
-        torch._check(
-            column_sum.is_contiguous(),
-            lambda: f"{op}: column_sum must be contiguous, but its strides were {column_sum.stride()}",
-        )
+        _contiguous(op, "column_sum", column_sum)
         _same_device(op, "column_sum", column_sum, gram, "gram")
         _same_dtype(op, "column_sum", column_sum, gram.dtype, "gram")
+
+
+def cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
+    """Raise RuntimeError unless cross [K, N], x [..., K] and z [..., N] fit together."""
+    op = "cross_gram_accumulate_"
+    _one_of(op, "cross", cross, MASTER)
+    _one_of(op, "x", x, FLOATING)
+    _shape(
+        op, "cross", cross.dim() == 2 and cross.shape[0] >= 1 and cross.shape[1] >= 1, "[K, N], both positive", cross
+    )
+    _contiguous(op, "cross", cross)
+    k, n = cross.shape
+    _shape(op, "x", x.dim() >= 1 and x.shape[-1] == k, f"[..., K] with K = {k} (the rows of cross)", x)
+    wanted = [*x.shape[:-1], n]
+    _shape(op, "z", list(z.shape) == wanted, f"{wanted} (the rows of x, and the columns of cross)", z)
+    _same_dtype(op, "z", z, x.dtype, "x")
+    _same_device(op, "x", x, cross, "cross")
+    _same_device(op, "z", z, cross, "cross")
+
+
+def memory_and_contents(op: str, arguments: dict[str, Tensor | None]) -> None:
+    """The checks that need real memory and not only shapes: what fakes cannot be asked.
+
+    Raises:
+        RuntimeError: an accumulator shares memory with another argument, or crow and col are no valid indices.
+    """
+    if op == "lowrank_residual_linear" and arguments["values"] is not None:
+        _indices(op, arguments["crow"], arguments["col"], arguments["x"].shape[-1] // arguments["values"].shape[-1])
+    for changed in ("gram", "cross", "column_sum"):
+        for name, tensor in arguments.items():
+            if arguments.get(changed) is not None and name != changed and tensor is not None:
+                _apart(op, changed, arguments[changed], name, tensor)
+
+
+def _apart(op: str, name: str, tensor: Tensor, other: str, other_tensor: Tensor) -> None:
+    (begin, end), (other_begin, other_end) = _touched(tensor), _touched(other_tensor)
+    torch._check(
+        end <= other_begin or other_end <= begin,
+        lambda: f"{op}: {name} must not share memory with {other}, but they overlap",
+    )
+
+
+def _touched(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte that the tensor may touch and of the one past the last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _indices(op: str, crow: Tensor, col: Tensor, columns: int) -> None:
+    first, last, nnz = int(crow[0]), int(crow[-1]), col.shape[0]
+    torch._check(first == 0, lambda: f"{op}: crow must begin with 0, but it began with {first}")
+    torch._check(
+        last == nnz, lambda: f"{op}: crow must end with {nnz} (the blocks of values), but it ended with {last}"
+    )
+    falls = (crow.diff() < 0).nonzero()
+    torch._check(len(falls) == 0, lambda: f"{op}: crow must never fall, but it fell after entry {int(falls[0])}")
+    outside = col[(col < 0) | (col >= columns)]
+    torch._check(
+        len(outside) == 0,
+        lambda: f"{op}: col must be at least 0 and less than {columns} (K / b), but it was {int(outside[0])}",
+    )

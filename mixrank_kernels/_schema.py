@@ -11,8 +11,13 @@ import torch
 NAMESPACE = "mixrank_kernels"
 
 SCHEMAS = {
-    "lowrank_linear": "(Tensor x, Tensor down, Tensor up, Tensor? bias=None) -> Tensor",
+    "lowrank_linear": "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, Tensor? packed=None) -> Tensor",
+    "lowrank_residual_linear": (
+        "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, Tensor? residual_down=None, Tensor? residual_up=None, "
+        "Tensor? crow=None, Tensor? col=None, Tensor? values=None, Tensor? packed=None) -> Tensor"
+    ),
     "gram_accumulate_": "(Tensor(a!) gram, Tensor x, Tensor? row_weight=None, Tensor(b!)? column_sum=None) -> ()",
+    "cross_gram_accumulate_": "(Tensor(a!) cross, Tensor x, Tensor z) -> ()",
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")

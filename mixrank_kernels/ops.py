@@ -1,6 +1,7 @@
 """The public operators. Each is one call into PyTorch's dispatcher, which picks the implementation.
 
-Shapes use one alphabet: ``M`` rows (tokens), ``K`` in features, ``N`` out features, ``R`` rank, ``B`` batch.
+Shapes use one alphabet: ``M`` rows (tokens), ``K`` in features, ``N`` out features, ``R`` rank,
+``Q`` rank of the residual, ``b`` size of a square block of a block-sparse matrix, ``B`` batch.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from mixrank_kernels import _register  # noqa: F401  (registers the operators)
 from mixrank_kernels._schema import overload
 
 _lowrank_linear = overload("lowrank_linear")
+_lowrank_residual_linear = overload("lowrank_residual_linear")
 _gram_accumulate_ = overload("gram_accumulate_")
+_cross_gram_accumulate_ = overload("cross_gram_accumulate_")
 
 
-def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+def lowrank_linear(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
+) -> Tensor:
     """Apply a linear layer whose weight is the product ``up @ down`` of two thin factors.
 
     Equivalent to ``F.linear(F.linear(x, down), up, bias)`` with the intermediate held in fp32 (fp64 for fp64
@@ -25,10 +30,13 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = No
         down: ``[R, K]``, the down projection; dtype and device of ``x``, any strides.
         up: ``[N, R]``, the up projection; dtype and device of ``x``, any strides.
         bias: ``[N]`` or None; dtype and device of ``x``.
+        packed: ``down`` and ``up`` once more in the layout of the CPU kernels, made by
+            :mod:`mixrank_kernels.packing`: ``[bytes]``, uint8, contiguous, device of ``x``; or None. It saves the kernels
+            work and changes nothing else; implementations that have no use for it ignore it.
 
     Returns:
-        ``[..., N]``, contiguous, dtype of ``x``. Differentiable in every argument. Under autocast the operands
-        are cast to the dtype of the region, as for ``nn.Linear``.
+        ``[..., N]``, contiguous, dtype of ``x``. Differentiable in every argument but ``packed``. Under autocast the
+        operands are cast to the dtype of the region, as for ``nn.Linear``; ``packed`` is left out if that changes one.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
@@ -39,7 +47,58 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = No
         >>> lowrank_linear(x, down, up)[0, 0].item()
         24.0
     """
-    return _lowrank_linear(x, down, up, bias)
+    return _lowrank_linear(x, down, up, bias, packed)
+
+
+def lowrank_residual_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    residual_down: Tensor | None = None,
+    residual_up: Tensor | None = None,
+    crow: Tensor | None = None,
+    col: Tensor | None = None,
+    values: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer whose weight is ``up @ down`` plus a compact residual: thin factors, sparse blocks or both.
+
+    Equivalent to ``F.linear(x, up @ down + residual_up @ residual_down + S, bias)``, where ``S`` ``[N, K]`` is
+    ``torch.sparse_bsr_tensor(crow, col, values)``; the intermediates are held in fp32 (fp64 for fp64 operands), all parts
+    are added in one accumulator, and there is one rounding at the end. Blocks that are not stored are not multiplied.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
+        down: ``[R, K]``, the down projection; dtype and device of ``x``, any strides.
+        up: ``[N, R]``, the up projection; dtype and device of ``x``, any strides.
+        bias: ``[N]`` or None; dtype and device of ``x``.
+        residual_down: ``[Q, K]`` or None, the down projection of the residual; dtype and device of ``x``, any strides.
+        residual_up: ``[N, Q]``, its up projection; given exactly when ``residual_down`` is.
+        crow: ``[N / b + 1]`` or None; int32 or int64, contiguous. The blocks ``crow[i]`` to ``crow[i + 1] - 1`` are in the
+            i-th row of blocks.
+        col: ``[nnz]``, dtype of ``crow``, contiguous: the column of blocks that each block is in. Any order within a
+            row; blocks at the same place add up.
+        values: ``[nnz, b, b]``, dtype and device of ``x``, contiguous: the blocks. ``b`` is 16 or 32 and divides ``K`` and
+            ``N``. ``crow``, ``col`` and ``values`` are given together or not at all.
+        packed: the weights once more in the layout of the CPU kernels, as for :func:`lowrank_linear`.
+
+    Returns:
+        ``[..., N]``, contiguous, dtype of ``x``. Differentiable in every floating argument. Autocast as for
+        :func:`lowrank_linear`.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, a part of a residual is missing, or ``crow`` and ``col``
+            are no valid indices; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> x, down, up = torch.ones(2, 32), torch.ones(3, 32), torch.ones(16, 3)
+        >>> crow, col, values = torch.tensor([0, 1]), torch.tensor([1]), torch.ones(1, 16, 16)
+        >>> lowrank_residual_linear(x, down, up, crow=crow, col=col, values=values)[0, 0].item()
+        112.0
+    """
+    return _lowrank_residual_linear(x, down, up, bias, residual_down, residual_up, crow, col, values, packed)
 
 
 def gram_accumulate_(
@@ -59,7 +118,8 @@ def gram_accumulate_(
         column_sum: ``[K]`` or ``[B, K]``, dtype of ``gram``, contiguous; changed in place. None: not wanted.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; the message names the argument.
+        RuntimeError: a shape, dtype or device does not fit, or what is changed shares memory with another argument;
+            the message names the argument.
 
     Example:
         >>> import torch
@@ -69,3 +129,28 @@ def gram_accumulate_(
         10.0
     """
     _gram_accumulate_(gram, x, row_weight, column_sum)
+
+
+def cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
+    """Add the products of the rows of ``x`` with those of ``z`` to ``cross``, in place.
+
+    Equivalent to ``cross += x.T @ z``. Products are accumulated in fp32 (fp64 for fp64 ``x``) inside a call and in the
+    dtype of ``cross`` across calls: give a float64 ``cross`` for long runs. Not differentiable.
+
+    Args:
+        cross: ``[K, N]``, float64 or float32, contiguous; changed in place.
+        x: ``[..., K]`` (leading dimensions are rows), float32, bfloat16, float16 or float64, any strides.
+        z: ``[..., N]``, leading dimensions and dtype of ``x``, any strides.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, or ``cross`` shares memory with another argument; the
+            message names the argument.
+
+    Example:
+        >>> import torch
+        >>> cross = torch.zeros(4, 3, dtype=torch.float64)
+        >>> cross_gram_accumulate_(cross, torch.ones(10, 4), torch.ones(10, 3))
+        >>> cross[0, 2].item()
+        10.0
+    """
+    _cross_gram_accumulate_(cross, x, z)

@@ -1,7 +1,8 @@
 """The specification of every operator in plain PyTorch: same names, same signatures, no kernels.
 
 These functions are the fallback where no kernel is built, the yardstick of the tests and a peer in the
-benchmarks. Alphabet: ``M`` rows of x (tokens), ``K`` in features, ``N`` out features, ``R`` rank, ``B`` batch.
+benchmarks. Alphabet: ``M`` rows of x (tokens), ``K`` in features, ``N`` out features, ``R`` rank,
+``Q`` rank of the residual, ``b`` size of a square block, ``B`` batch.
 """
 
 from __future__ import annotations
@@ -21,10 +22,51 @@ def lowrank_linear(
     down: Tensor,  # [R, K]
     up: Tensor,  # [N, R]
     bias: Tensor | None = None,  # [N]
+    packed: Tensor | None = None,  # [bytes], the factors once more: of no use here
 ) -> Tensor:  # [..., N]
     wide = accumulation_dtype(x.dtype)
     hidden = F.linear(x.to(wide), down.to(wide))
     return F.linear(hidden, up.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def block_rows(crow: Tensor, nnz: int) -> Tensor:
+    """The row of blocks that each of ``nnz`` stored blocks is in: what ``crow`` says in compressed form."""
+    stored = torch.arange(nnz, dtype=crow.dtype, device=crow.device)
+    return torch.searchsorted(crow, stored, right=True, out_int32=crow.dtype == torch.int32) - 1
+
+
+def block_sparse_linear(
+    x: Tensor,  # [..., K]
+    crow: Tensor,  # [N / b + 1]
+    col: Tensor,  # [nnz]
+    values: Tensor,  # [nnz, b, b]
+) -> Tensor:  # [..., N]
+    nnz, b = values.shape[:2]
+    taken = x.reshape(-1, x.shape[-1] // b, b).transpose(0, 1).index_select(0, col)  # [nnz, M, b]
+    y = taken.new_zeros(crow.shape[0] - 1, taken.shape[1], b).index_add(0, block_rows(crow, nnz), taken @ values.mT)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], y.shape[0] * b)
+
+
+def lowrank_residual_linear(
+    x: Tensor,  # [..., K]
+    down: Tensor,  # [R, K]
+    up: Tensor,  # [N, R]
+    bias: Tensor | None = None,  # [N]
+    residual_down: Tensor | None = None,  # [Q, K]
+    residual_up: Tensor | None = None,  # [N, Q]
+    crow: Tensor | None = None,  # [N / b + 1]
+    col: Tensor | None = None,  # [nnz]
+    values: Tensor | None = None,  # [nnz, b, b]
+    packed: Tensor | None = None,  # [bytes], the weights once more: of no use here
+) -> Tensor:  # [..., N]
+    wide = accumulation_dtype(x.dtype)
+    rows = x.to(wide)
+    y = lowrank_linear(rows, down.to(wide), up.to(wide), None if bias is None else bias.to(wide))
+    if residual_down is not None:
+        y = y + lowrank_linear(rows, residual_down.to(wide), residual_up.to(wide))
+    if values is not None:
+        y = y + block_sparse_linear(rows, crow, col, values.to(wide))
+    return y.to(x.dtype)
 
 
 def gram_accumulate_(
@@ -39,3 +81,13 @@ def gram_accumulate_(
     gram.add_(lower + lower.tril(-1).mT)
     if column_sum is not None:
         column_sum.add_(weighted.sum(-2))
+
+
+def cross_gram_accumulate_(
+    cross: Tensor,  # [K, N]
+    x: Tensor,  # [..., K]
+    z: Tensor,  # [..., N]
+) -> None:
+    wide = torch.promote_types(cross.dtype, accumulation_dtype(x.dtype))
+    rows, targets = x.to(wide).reshape(-1, x.shape[-1]), z.to(wide).reshape(-1, z.shape[-1])
+    cross.add_(rows.mT @ targets)

@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include "common/checks.h"
 #include "cpu/isa.h"
@@ -12,7 +13,8 @@ constexpr char kOp[] = "lowrank_linear";
 Tensor lowrank_linear(const Tensor& x,                     // [..., K]
                       const Tensor& down,                  // [R, K]
                       const Tensor& up,                    // [N, R]
-                      const std::optional<Tensor>& bias) {  // [N]; returns [..., N]
+                      const std::optional<Tensor>& bias,     // [N]
+                      const std::optional<Tensor>& packed) {  // [bytes], of no use to these kernels; returns [..., N]
   LowrankLinearParams params{};
   params.dtype = checked_dtype(kOp, "x", x);
   check(x.is_cpu(), kOp, ": x must be on cpu as the other arguments are");
@@ -41,6 +43,13 @@ Tensor lowrank_linear(const Tensor& x,                     // [..., K]
     check_like_x("bias", *bias);
     params.bias = bias->const_data_ptr();
     params.bias_stride = bias->stride(0);
+  }
+  if (packed) {
+    check(packed->scalar_type() == torch::headeronly::ScalarType::Byte, kOp,
+          ": packed must have dtype uint8, but it was ", torch::headeronly::toString(packed->scalar_type()));
+    check_shape(kOp, "packed", packed->dim() == 1, "[bytes]", *packed);
+    check_contiguous(kOp, "packed", *packed);
+    check_device(kOp, "packed", *packed, x, "x");
   }
 
   const RowsView rows(x);
