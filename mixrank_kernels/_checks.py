@@ -13,6 +13,17 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASTER = (torch.float64, torch.float32)
 INDEX = (torch.int32, torch.int64)
 BLOCKS = (16, 32)
+# What an operator changes, beside each argument that must lie apart from it.
+APART = {
+    "gram_accumulate_": (
+        ("gram", "x"),
+        ("gram", "row_weight"),
+        ("column_sum", "x"),
+        ("column_sum", "gram"),
+        ("column_sum", "row_weight"),
+    ),
+    "cross_gram_accumulate_": (("cross", "x"), ("cross", "z")),
+}
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -210,18 +221,11 @@ def memory_and_contents(op: str, arguments: dict[str, Tensor | None]) -> None:
     """
     if op == "lowrank_residual_linear" and arguments["values"] is not None:
         _indices(op, arguments["crow"], arguments["col"], arguments["x"].shape[-1] // arguments["values"].shape[-1])
-    for changed in ("gram", "cross", "column_sum"):
-        for name, tensor in arguments.items():
-            if arguments.get(changed) is not None and name != changed and tensor is not None:
-                _apart(op, changed, arguments[changed], name, tensor)
-
-
-def _apart(op: str, name: str, tensor: Tensor, other: str, other_tensor: Tensor) -> None:
-    (begin, end), (other_begin, other_end) = _touched(tensor), _touched(other_tensor)
-    torch._check(
-        end <= other_begin or other_end <= begin,
-        lambda: f"{op}: {name} must not share memory with {other}, but they overlap",
-    )
+    for name, other in APART.get(op, ()):
+        if arguments[name] is not None and arguments[other] is not None:
+            (begin, end), (other_begin, other_end) = _touched(arguments[name]), _touched(arguments[other])
+            message = f"{op}: {name} must not share memory with {other}, but they overlap"
+            torch._check(end <= other_begin or other_end <= begin, lambda message=message: message)
 
 
 def _touched(tensor: Tensor) -> tuple[int, int]:

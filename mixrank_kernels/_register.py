@@ -41,7 +41,6 @@ def bind(name: str, *args: Tensor | None, **kwargs: Tensor | None) -> tuple[Tens
 
 def triton_implementation(name: str) -> Callable:
     """The Triton launcher of the operator ``name``; Triton is imported at the first call, not before."""
-
     # The packing has the layout of the CPU kernels.
     takes_packed = overload(name)._schema.arguments[-1].name == "packed"
 

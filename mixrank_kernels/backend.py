@@ -60,23 +60,41 @@ def implementations() -> tuple[str, ...]:
     return ("cpu", *(_CPU_PREFIX + isa for isa in compiled), "triton", "reference")
 
 
-def available(device: str | torch.device = "cpu") -> tuple[str, ...]:
-    """Names of the implementations that can serve tensors on ``device`` here, the default one first."""
-    kind = torch.device(device).type
-    names = [name for name in implementations() if _refusal(name, kind) is None]
-    return tuple(sorted(names, key=lambda name: name != _default(kind)))
+def available(device: str | torch.device = "cpu", op: str | None = None) -> tuple[str, ...]:
+    """Names of the implementations that can serve tensors on ``device`` here, the default one first.
+
+    Args:
+        device: where the tensors are.
+        op: name of an operator: only implementations that have it, the one that serves it by default first. None:
+            implementations that have any.
+
+    Raises:
+        ValueError: no operator has this name.
+    """
+    kind, wanted = torch.device(device).type, tuple(SCHEMAS) if op is None else (_known_operator(op),)
+    names = [name for name in implementations() if any(_refusal(name, kind, one) is None for one in wanted)]
+    defaults = {_default(kind, one) for one in wanted} - {"reference"}
+    return tuple(sorted(names, key=lambda name: name not in defaults))
 
 
-def _default(kind: str) -> str:
-    if kind == "cpu" and _register.extension is not None:
-        return "cpu"
-    if kind == "cuda" and _register.HAS_TRITON:
-        return "triton"
-    return "reference"
+def _default(kind: str, op: str) -> str:
+    candidates = {"cpu": "cpu", "cuda": "triton"}
+    name = candidates.get(kind, "reference")
+    return name if _refusal(name, kind, op) is None else "reference"
 
 
-def _refusal(name: str, kind: str) -> str | None:
-    """Why the implementation ``name`` cannot serve tensors on devices of ``kind``, or None when it can."""
+def _refusal(name: str, kind: str, op: str) -> str | None:
+    """Why the implementation ``name`` cannot serve ``op`` on tensors on devices of ``kind``, or None when it can."""
+    compiled = name.startswith("cpu") and _register.extension is not None
+    if (compiled and op not in _register.COMPILED_OPERATORS) or (
+        name == "triton" and op not in _register.TRITON_OPERATORS
+    ):
+        return f"it has no kernel for {op}"
+    return _obstacle(name, kind)
+
+
+def _obstacle(name: str, kind: str) -> str | None:
+    """Why the implementation ``name`` cannot serve tensors on devices of ``kind`` at all, or None when it can."""
     if name == "reference":
         return None
     if name == "triton":
@@ -103,11 +121,17 @@ def _known(name: str) -> str:
     return name
 
 
+def _known_operator(op: str) -> str:
+    if op not in SCHEMAS:
+        raise ValueError(f"op must be one of {', '.join(SCHEMAS)}, but it was {op!r}")
+    return op
+
+
 def explain(op: str, *args: Tensor | None) -> Explanation:
     """Tell which implementation serves the operator ``op`` on these arguments, without running it.
 
     Args:
-        op: ``"lowrank_linear"`` or ``"gram_accumulate_"``.
+        op: name of an operator, such as ``"lowrank_linear"``.
         *args: the operator's arguments in their order.
 
     Raises:
@@ -119,29 +143,26 @@ def explain(op: str, *args: Tensor | None) -> Explanation:
         >>> explain("lowrank_linear", torch.ones(2, 8), torch.ones(3, 8), torch.ones(5, 3)).op
         'lowrank_linear'
     """
-    if op not in SCHEMAS:
-        raise ValueError(f"op must be one of {', '.join(SCHEMAS)}, but it was {op!r}")
-    getattr(_checks, op)(*_register.bind(op, *args))
+    getattr(_checks, _known_operator(op))(*_register.bind(op, *args))
     kind = args[0].device.type
-    wanted = _forced[-1] if _forced else _default(kind)
-    chosen = wanted if _refusal(wanted, kind) is None else "reference"
+    forced = _forced[-1] if _forced and _refusal(_forced[-1], kind, op) is None else None
+    chosen = forced or _default(kind, op)
     served = _CPU_PREFIX + _register.extension.get_isa() if chosen == "cpu" else chosen
     refused = {}
     for name in implementations():
         if name in (chosen, served):
             continue
-        reason = _refusal(name, kind)
-        if reason is None:
-            reason = f"{wanted} was forced by backend.use" if _forced else f"{served} comes first on {kind} tensors"
-        refused[name] = reason
+        comes_first = f"{forced} was forced by backend.use" if forced else f"{served} comes first on {kind} tensors"
+        refused[name] = _refusal(name, kind, op) or comes_first
     return Explanation(op, served, refused)
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Within the block, serve every operator by the implementation ``name``, in the whole process.
+    """Within the block, serve every operator that the implementation ``name`` has by it, in the whole process.
 
-    Blocks nest. The choice holds for compiled and captured models too, as it is made in the dispatcher.
+    An operator that it lacks keeps its default; :func:`explain` says which. Blocks nest. The choice holds for compiled
+    and captured models too, as it is made in the dispatcher.
 
     Args:
         name: one of :func:`implementations`.
@@ -157,9 +178,9 @@ def use(name: str) -> Iterator[None]:
         >>> y[0, 0].item()
         8.0
     """
-    refusals = [_refusal(_known(name), kind) for kind in _DEVICES]
-    if None not in refusals:
-        raise RuntimeError(f"implementation {name} cannot run here: {refusals[0]}")
+    obstacles = [_obstacle(_known(name), kind) for kind in _DEVICES]
+    if None not in obstacles:
+        raise RuntimeError(f"implementation {name} cannot run here: {obstacles[0]}")
     _forced.append(name)
     try:
         _install(name)
@@ -170,7 +191,7 @@ def use(name: str) -> Iterator[None]:
 
 
 def _install(name: str | None) -> None:
-    """Make ``name`` serve the operators wherever it can run; None restores the defaults."""
+    """Make ``name`` serve its operators wherever it can run; None restores the defaults."""
     global _overrides
     if _overrides is not None:
         _overrides._destroy()
@@ -182,7 +203,7 @@ def _install(name: str | None) -> None:
         return
     _overrides = torch.library.Library(NAMESPACE, "IMPL")
     for op in SCHEMAS:
-        implementation = _register.triton_implementation(op) if name == "triton" else getattr(reference, op)
         for kind in _DEVICES:
-            if _refusal(name, kind) is None:
+            if _refusal(name, kind, op) is None:
+                implementation = _register.triton_implementation(op) if name == "triton" else getattr(reference, op)
                 _overrides.impl(op, _register.checked(op, implementation), kind.upper(), allow_override=True)

@@ -31,8 +31,8 @@ def lowrank_linear(
         up: ``[N, R]``, the up projection; dtype and device of ``x``, any strides.
         bias: ``[N]`` or None; dtype and device of ``x``.
         packed: ``down`` and ``up`` once more in the layout of the CPU kernels, made by
-            :mod:`mixrank_kernels.packing`: ``[bytes]``, uint8, contiguous, device of ``x``; or None. It saves the kernels
-            work and changes nothing else; implementations that have no use for it ignore it.
+            :mod:`mixrank_kernels.packing`: ``[bytes]``, uint8, contiguous, device of ``x``; or None. It saves the
+            kernels work and changes nothing else; implementations that have no use for it ignore it.
 
     Returns:
         ``[..., N]``, contiguous, dtype of ``x``. Differentiable in every argument but ``packed``. Under autocast the
@@ -65,8 +65,9 @@ def lowrank_residual_linear(
     """Apply a linear layer whose weight is ``up @ down`` plus a compact residual: thin factors, sparse blocks or both.
 
     Equivalent to ``F.linear(x, up @ down + residual_up @ residual_down + S, bias)``, where ``S`` ``[N, K]`` is
-    ``torch.sparse_bsr_tensor(crow, col, values)``; the intermediates are held in fp32 (fp64 for fp64 operands), all parts
-    are added in one accumulator, and there is one rounding at the end. Blocks that are not stored are not multiplied.
+    ``torch.sparse_bsr_tensor(crow, col, values)``; the intermediates are held in fp32 (fp64 for fp64 operands), all
+    parts are added in one accumulator, and there is one rounding at the end. Blocks that are not stored are not
+    multiplied.
 
     Args:
         x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
@@ -75,12 +76,12 @@ def lowrank_residual_linear(
         bias: ``[N]`` or None; dtype and device of ``x``.
         residual_down: ``[Q, K]`` or None, the down projection of the residual; dtype and device of ``x``, any strides.
         residual_up: ``[N, Q]``, its up projection; given exactly when ``residual_down`` is.
-        crow: ``[N / b + 1]`` or None; int32 or int64, contiguous. The blocks ``crow[i]`` to ``crow[i + 1] - 1`` are in the
-            i-th row of blocks.
+        crow: ``[N / b + 1]`` or None; int32 or int64, contiguous. The blocks ``crow[i]`` to ``crow[i + 1] - 1`` are in
+            the i-th row of blocks.
         col: ``[nnz]``, dtype of ``crow``, contiguous: the column of blocks that each block is in. Any order within a
             row; blocks at the same place add up.
-        values: ``[nnz, b, b]``, dtype and device of ``x``, contiguous: the blocks. ``b`` is 16 or 32 and divides ``K`` and
-            ``N``. ``crow``, ``col`` and ``values`` are given together or not at all.
+        values: ``[nnz, b, b]``, dtype and device of ``x``, contiguous: the blocks. ``b`` is 16 or 32 and divides ``K``
+            and ``N``. ``crow``, ``col`` and ``values`` are given together or not at all.
         packed: the weights once more in the layout of the CPU kernels, as for :func:`lowrank_linear`.
 
     Returns:

@@ -81,7 +81,7 @@ def test_unknown_names_are_refused():
         backend.use("cublas"),
     ):
         pass
-    with pytest.raises(ValueError, match="op must be one of lowrank_linear, gram_accumulate_, but it was 'matmul'"):
+    with pytest.raises(ValueError, match=r"op must be one of lowrank_linear, .*, but it was 'matmul'"):
         backend.explain("matmul", X)
 
 
