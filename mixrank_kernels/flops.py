@@ -14,13 +14,43 @@ __all__ = ["FlopCounterMode"]
 
 
 @register_flop_formula(torch.ops.mixrank_kernels.lowrank_linear)
-def lowrank_linear(x_shape, down_shape, up_shape, *_bias, out_shape=None, **_kwargs) -> int:
+def lowrank_linear(x_shape, down_shape, up_shape, *_rest, out_shape=None, **_kwargs) -> int:
     """Two operations for every multiply-accumulate: ``2 * M * R * (K + N)``."""
     rank, k = down_shape
     return 2 * math.prod(x_shape[:-1]) * rank * (k + up_shape[0])
+
+
+@register_flop_formula(torch.ops.mixrank_kernels.lowrank_residual_linear)
+def lowrank_residual_linear(
+    x_shape,
+    down_shape,
+    up_shape,
+    bias_shape=None,
+    residual_down_shape=None,
+    residual_up_shape=None,
+    crow_shape=None,
+    col_shape=None,
+    values_shape=None,
+    *_packed,
+    out_shape=None,
+    **_kwargs,
+) -> int:
+    """That of the factors, of the residual's factors, and of the blocks that are stored: ``2 * M * nnz * b * b``."""
+    total = lowrank_linear(x_shape, down_shape, up_shape)
+    if residual_down_shape is not None:
+        total += lowrank_linear(x_shape, residual_down_shape, residual_up_shape)
+    if values_shape is not None:
+        total += 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
+    return total
 
 
 @register_flop_formula(torch.ops.mixrank_kernels.gram_accumulate_)
 def gram_accumulate_(gram_shape, x_shape, *_rest, out_shape=None, **_kwargs) -> int:
     """One triangle with its diagonal: ``M * K * (K + 1)``."""
     return math.prod(x_shape) * (gram_shape[-1] + 1)
+
+
+@register_flop_formula(torch.ops.mixrank_kernels.cross_gram_accumulate_)
+def cross_gram_accumulate_(cross_shape, x_shape, z_shape, *_rest, out_shape=None, **_kwargs) -> int:
+    """Two operations for every multiply-accumulate: ``2 * M * K * N``."""
+    return 2 * math.prod(x_shape) * z_shape[-1]

@@ -3,178 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixrank_kernels import reference
+from mixrank_kernels._samples import Sample, every_other_row, sample_inputs, slice_of_wider, transposed
+
+__all__ = [
+    "Sample",
+    "assert_within_budget",
+    "densified",
+    "every_other_row",
+    "exact",
+    "plain",
+    "plain_cross_gram_accumulate_",
+    "plain_gram_accumulate_",
+    "plain_lowrank_linear",
+    "plain_lowrank_residual_linear",
+    "run",
+    "sample_inputs",
+    "slice_of_wider",
+    "transposed",
+]
 
 # Rounding of a half-precision result is common to every implementation, so a floor of whole ulps would hide real
 # errors there; in the wide dtypes a few ulps cover another order of summation.
 _FLOOR_ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 1 / 16, torch.float16: 1 / 16}
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Named arguments of one operator call. ``arguments()`` makes them anew, with the same values each time."""
-
-    op: str
-    name: str
-    make: Callable[[torch.Generator], dict[str, Tensor | None]]
-
-    def arguments(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
-        made = self.make(torch.Generator().manual_seed(0))
-        master = torch.float64 if dtype == torch.float64 else None
-        return {
-            name: tensor
-            if tensor is None or (name in ("gram", "column_sum", "row_weight") and master is None)
-            else _recast(tensor, dtype)
-            for name, tensor in made.items()
-        }
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def _recast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in another dtype with the very same strides and storage offset."""
-    storage = tensor._base if tensor._base is not None else tensor
-    return storage.to(dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator)
-
-
-def _linear(
-    name: str, rows: tuple[int, ...], k: int, n: int, r: int, bias: bool = True, layout: Callable = lambda t: t
-) -> Sample:
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
-        x = layout(_normal(generator, *rows, k))
-        down, up = _normal(generator, r, k) / k**0.5, _normal(generator, n, r) / r**0.5
-        return {"x": x, "down": down, "up": up, "bias": _normal(generator, n) if bias else None}
-
-    return Sample("lowrank_linear", name, make)
-
-
-def _gram(
-    name: str,
-    rows: tuple[int, ...],
-    k: int,
-    weighted: bool = False,
-    summed: bool = False,
-    batched: bool = False,
-    master: torch.dtype = torch.float64,
-    layout: Callable = lambda t: t,
-) -> Sample:
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
-        x = layout(_normal(generator, *rows, k) + 0.25)
-        lead = x.shape[:1] if batched else ()
-        start = _normal(generator, *lead, k, k).to(master)
-        return {
-            "gram": start + start.mT,
-            "x": x,
-            "row_weight": torch.rand(x.shape[:-1], generator=generator) + 0.5 if weighted else None,
-            "column_sum": _normal(generator, *lead, k).to(master) if summed else None,
-        }
-
-    return Sample("gram_accumulate_", name, make)
-
-
-def every_other_row(x: Tensor) -> Tensor:
-    """The same values as ``x`` as every second row of a taller buffer."""
-    buffer = x.new_full((2 * x.shape[0], *x.shape[1:]), float("nan"))
-    buffer[::2] = x
-    return buffer[::2]
-
-
-def transposed(x: Tensor) -> Tensor:
-    """The same values as ``x``, stored column by column."""
-    return x.mT.contiguous().mT
-
-
-def slice_of_wider(x: Tensor) -> Tensor:
-    """The same values as ``x`` inside a wider buffer, one element off its start, NaN around."""
-    buffer = x.new_full((*x.shape[:-1], x.shape[-1] + 6), float("nan"))
-    buffer[..., 1 : 1 + x.shape[-1]] = x
-    return buffer[..., 1 : 1 + x.shape[-1]]
-
-
-def _transposed_weights(sample: Sample) -> Sample:
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
-        made = sample.make(generator)
-        return {n: transposed(t) if n in ("down", "up") else t for n, t in made.items()}
-
-    return Sample(sample.op, "transposed-weights", make)
-
-
-_LINEAR_SMALL = (
-    _linear("tiny", (3,), 5, 4, 2),
-    _linear("ones", (1,), 1, 1, 1),
-    _linear("prime", (63,), 127, 61, 5),
-    _linear("vector", (), 33, 17, 9),
-    _linear("no-bias", (7,), 24, 40, 8, bias=False),
-    _linear("empty", (0,), 16, 8, 4),
-    _linear("full-rank", (9,), 12, 12, 12),
-    _linear("leading-dims", (2, 3, 5), 20, 24, 6),
-    _linear("below-tile", (31,), 63, 31, 15),
-    _linear("on-tile", (32,), 64, 32, 16),
-    _linear("above-tile", (33,), 65, 33, 17),
-    _linear("every-other-row", (10,), 32, 16, 8, layout=every_other_row),
-    _linear("transposed", (10,), 32, 16, 8, layout=transposed),
-    _linear("slice-of-wider", (10,), 32, 16, 8, layout=slice_of_wider),
-    _transposed_weights(_linear("", (10,), 32, 16, 8)),
-)
-_LINEAR_REAL = (
-    _linear("vit-ti-qkv", (197,), 192, 576, 56),
-    _linear("vit-b-proj", (197,), 768, 768, 152),
-    _linear("vit-b-fc1", (2, 197), 768, 3072, 304),
-    _linear("vit-b-fc2", (197,), 3072, 768, 304),
-    _linear("vit-b-fc2-one-token", (1,), 3072, 768, 304),
-    _linear("swin-t-reduction", (49,), 384, 192, 64, bias=False),
-)
-_GRAM_SMALL = (
-    _gram("tiny", (3,), 5),
-    _gram("one", (1,), 1),
-    _gram("vector", (), 9),
-    _gram("prime", (127,), 61, weighted=True, summed=True),
-    _gram("empty", (0,), 16, summed=True),
-    _gram("weighted", (40,), 24, weighted=True),
-    _gram("summed", (40,), 24, summed=True),
-    _gram("fp32-master", (40,), 24, summed=True, master=torch.float32),
-    _gram("leading-dims", (2, 3, 5), 20, weighted=True, summed=True),
-    _gram("batched", (3, 17), 20, weighted=True, summed=True, batched=True),
-    _gram("batched-plain", (2, 33), 33, batched=True),
-    _gram("below-tile", (31,), 63),
-    _gram("on-tile", (32,), 64, summed=True),
-    _gram("above-tile", (33,), 65),
-    _gram("every-other-row", (20,), 24, summed=True, layout=every_other_row),
-    _gram("transposed", (20,), 24, weighted=True, layout=transposed),
-    _gram("slice-of-wider", (20,), 24, layout=slice_of_wider),
-)
-_GRAM_REAL = (
-    _gram("vit-ti", (4, 197), 192, summed=True),
-    _gram("vit-b", (8, 197), 768, weighted=True, summed=True),
-    _gram("vit-b-long", (5000,), 768),
-)
-_SAMPLES = {
-    ("lowrank_linear", False): _LINEAR_SMALL,
-    ("lowrank_linear", True): _LINEAR_REAL,
-    ("gram_accumulate_", False): _GRAM_SMALL,
-    ("gram_accumulate_", True): _GRAM_REAL,
-}
-
-
-def sample_inputs(op: str, *, real_sizes: bool = False) -> tuple[Sample, ...]:
-    """The samples of the operator ``op``: small shapes around tile boundaries, or layers of real ViTs."""
-    return _SAMPLES[op, real_sizes]
-
-
 def plain_lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
     """What a user writes without this package: two linear layers in the dtype of the operands."""
     return F.linear(F.linear(x, down), up, bias)
+
+
+def densified(crow: Tensor, col: Tensor, values: Tensor, k: int) -> Tensor:
+    """The block-sparse matrix crow [N / b + 1], col [nnz], values [nnz, b, b] with all its zeros: [N, K]."""
+    rows, b = crow.shape[0] - 1, values.shape[-1]
+    places = (reference.block_rows(crow, col.shape[0]).long(), col.long())
+    blocks = values.new_zeros(rows, k // b, b, b).index_put(places, values, accumulate=True)
+    return blocks.transpose(1, 2).reshape(rows * b, k)
+
+
+def plain_lowrank_residual_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    residual_down: Tensor | None = None,
+    residual_up: Tensor | None = None,
+    crow: Tensor | None = None,
+    col: Tensor | None = None,
+    values: Tensor | None = None,
+) -> Tensor:
+    """What a user writes without this package: the layers of every part one by one, their outputs added."""
+    y = plain_lowrank_linear(x, down, up, bias)
+    if residual_down is not None:
+        y = y + plain_lowrank_linear(x, residual_down, residual_up)
+    if values is not None:
+        y = y + F.linear(x, densified(crow, col, values, x.shape[-1]))
+    return y
 
 
 def plain_gram_accumulate_(
@@ -189,28 +78,35 @@ def plain_gram_accumulate_(
         column_sum += weighted.sum(-2)
 
 
+def plain_cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
+    """What a user writes without this package: one product in fp32 (fp64 for fp64 x), added to the master."""
+    wide = reference.accumulation_dtype(x.dtype)
+    cross += x.to(wide).reshape(-1, x.shape[-1]).mT @ z.to(wide).reshape(-1, z.shape[-1])
+
+
 def plain(op: str) -> Callable:
     """The yardstick of the error budget for the operator ``op``: plain PyTorch in the dtype of its operands."""
-    return {"lowrank_linear": plain_lowrank_linear, "gram_accumulate_": plain_gram_accumulate_}[op]
+    return {
+        "lowrank_linear": plain_lowrank_linear,
+        "lowrank_residual_linear": plain_lowrank_residual_linear,
+        "gram_accumulate_": plain_gram_accumulate_,
+        "cross_gram_accumulate_": plain_cross_gram_accumulate_,
+    }[op]
 
 
 def run(function: Callable, arguments: dict[str, Tensor | None]) -> Iterator[Tensor]:
     """Call an operator on copies of what it changes, and yield its results: the output, or what it changed."""
-    if "gram" not in arguments:
-        yield function(**arguments)
-        return
-    copied = dict(arguments)
-    for name in ("gram", "column_sum"):
-        copied[name] = None if arguments[name] is None else arguments[name].clone()
-    function(**copied)
-    yield copied["gram"]
-    if copied["column_sum"] is not None:
-        yield copied["column_sum"]
+    changed = {n: arguments[n].clone() for n in ("gram", "cross", "column_sum") if arguments.get(n) is not None}
+    output = function(**arguments | changed)
+    yield from changed.values() if changed else (output,)
 
 
 def exact(arguments: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The same (already rounded) values in fp64."""
-    return {name: None if tensor is None else tensor.double() for name, tensor in arguments.items()}
+    return {
+        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in arguments.items()
+    }
 
 
 def assert_within_budget(
