@@ -1,11 +1,13 @@
 """Builds the extension module ``mixrank_kernels._C``; everything else about the package is in pyproject.toml.
 
 MIXRANK_CUDA=auto (default) | 0 | 1 decides whether the CUDA kernels are built. It never asks for a visible GPU.
+MIXRANK_SANITIZE=0 (default) | 1 builds with AddressSanitizer and UndefinedBehaviorSanitizer, see ``make sanitize``.
 """
 
 import os
 import shutil
 import tomllib
+from glob import glob
 from pathlib import Path
 
 import pybind11
@@ -15,10 +17,9 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11: the oldest torch the built extension loads in
-
-
-def sources(pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+SETTINGS = {"MIXRANK_CUDA": ("auto", "0", "1"), "MIXRANK_SANITIZE": ("0", "1")}
+# -fno-wrapv because Python's own flags define signed overflow away.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-fno-wrapv"]
 
 
 def cuda_obstacle() -> str | None:
@@ -32,27 +33,28 @@ def cuda_obstacle() -> str | None:
     return None
 
 
-choice = os.environ.get("MIXRANK_CUDA", "auto")
-if choice not in ("auto", "0", "1"):
-    raise SystemExit(f"MIXRANK_CUDA must be auto, 0 or 1, but it was {choice!r}")
-obstacle = "there are no CUDA sources" if not sources("csrc/cuda/*.cu") else cuda_obstacle()
-if choice == "1" and obstacle:
+for name, allowed in SETTINGS.items():
+    if os.environ.setdefault(name, allowed[0]) not in allowed:
+        raise SystemExit(f"{name} must be one of {', '.join(allowed)}, but it was {os.environ[name]!r}")
+cpp, cu = (sorted(glob(pattern, root_dir=ROOT)) for pattern in ("csrc/c*/*.cpp", "csrc/cuda/*.cu"))
+obstacle = cuda_obstacle() if cu else "there are no CUDA sources"
+if os.environ["MIXRANK_CUDA"] == "1" and obstacle:
     raise SystemExit(f"MIXRANK_CUDA=1 asks for the CUDA kernels, but {obstacle}")
-with_cuda = choice != "0" and obstacle is None
-if with_cuda:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
-
-version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+with_cuda = os.environ["MIXRANK_CUDA"] != "0" and obstacle is None
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
 cuda_version = torch.version.cuda if with_cuda else ""
+version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 baked = {"VERSION": version, "TORCH_VERSION": torch.__version__, "CUDA_VERSION": cuda_version}
 macros = [STABLE_ABI, *(f'-DMIXRANK_{name}="{value}"' for name, value in baked.items())]
 # Torch's headers and gcc 12's own AVX-512 headers are not free of warnings.
 quiet = ["-isystem", str(Path(torch.__file__).parent / "include"), "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-host = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *quiet]
+level = ["-O1", "-g", *SANITIZE] if os.environ["MIXRANK_SANITIZE"] == "1" else ["-O3", "-g0"]
+host = [*level, "-fvisibility=hidden", "-Wall", "-Wextra", *quiet, *macros]
 extension = (CUDAExtension if with_cuda else CppExtension)(
     "mixrank_kernels._C",
-    ["csrc/module.cpp", *sources("csrc/c*/*.cpp"), *(sources("csrc/cuda/*.cu") if with_cuda else [])],
+    ["csrc/module.cpp", *cpp, *(cu if with_cuda else [])],
     include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
-    extra_compile_args={"cxx": host + macros, "nvcc": ["-O3", "-lineinfo", "-DUSE_CUDA", *macros]},
+    extra_compile_args={"cxx": host, "nvcc": ["-O3", "-lineinfo", "-DUSE_CUDA", *macros]},
+    extra_link_args=level,
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
