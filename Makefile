@@ -16,7 +16,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 bench: .venv/installed
-	$(BIN)/python -m mixrank_bench.run
+	$(BIN)/mixrank bench
 
 # The C++ kernels under gcc's AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own which nothing else
 # sees: no access outside a tensor or the scratch memory, no signed overflow, no misaligned pointer, no impossible shift.

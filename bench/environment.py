@@ -6,6 +6,8 @@ import datetime
 import json
 import os
 import subprocess
+import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,44 @@ from mixrank.cli_output import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+BUSY_SHARE = 0.1
+"""The largest share of the processors that others may use while something is timed."""
+
+
+def in_checkout() -> bool:
+    """Whether this is the package of a checkout, which has a place for results and documents, or an installed copy."""
+    return (ROOT / "pyproject.toml").is_file() and (ROOT / "bench" / "environment.py").is_file()
 
 
 def environment() -> dict[str, Any]:
-    """Return the header of a row of results. ``commit`` ends in ``+`` where tracked files differ from it."""
+    """Return the header of a row of results.
+
+    ``commit`` ends in ``+`` where tracked files other than results and documents differ from it, and is ``unknown``
+    outside a checkout.
+    """
     return versions() | {
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _commit(),
         "load": round(os.getloadavg()[0], 2),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def peer_versions() -> dict[str, str]:
+    """The versions of what is compared with, where it is installed."""
+    found = {}
+    for name in ("scipy", "onnxruntime", "zentorch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    if not in_checkout():
+        return "unknown"
+    changed = _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs", ":!README.md")
+    return (_git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def _git(*arguments: str) -> str:
@@ -29,11 +60,49 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def busy(
+    seconds: float = 1.0, *, stat: Path = Path("/proc/stat"), load: float | None = None, cores: int | None = None
+) -> str | None:
+    """Say in words why the machine is too busy to time anything, or return None.
+
+    Args:
+        seconds: how long to watch the processors while this process sleeps.
+        stat: where the kernel counts what the processors did; without it only the load counts.
+        load: the load average of the last minute; by default the machine's.
+        cores: the number of processors; by default the machine's.
+    """
+    load = os.getloadavg()[0] if load is None else load
+    cores = cores or os.cpu_count() or 1
+    if load > cores / 2:
+        return f"the load average of the last minute is {load:.2f} on {cores} processors"
+    if not stat.is_file():
+        return None
+    before = _ticks(stat)
+    time.sleep(seconds)
+    after = _ticks(stat)
+    passed = after[1] - before[1]
+    share = (after[0] - before[0]) / passed if passed else 0.0
+    return f"{share:.0%} of the processors are in use by others" if share > BUSY_SHARE else None
+
+
+def _ticks(stat: Path) -> tuple[int, int]:
+    """Clock ticks in which any processor worked (or was taken away by the host), and all ticks."""
+    user, nice, system, idle, iowait, *rest = (int(part) for part in stat.read_text().splitlines()[0].split()[1:9])
+    worked = user + nice + system + sum(rest)
+    return worked, worked + idle + iowait
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add one JSON line with the environment to a file of results; rows that are there already stay."""
+    append_all(path, [row], environment())
+
+
+def append_all(path: Path, rows: list[dict[str, Any]], header: dict[str, Any]) -> None:
+    """Add JSON lines that share one environment to a file of results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row | {"environment": environment()}, allow_nan=False) + "\n")
+        for row in rows:
+            file.write(json.dumps(row | {"environment": header}, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

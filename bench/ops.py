@@ -1,66 +1,192 @@
-"""The registry of what is timed: shapes of real vision transformers, and the peers of each operator."""
+"""The registry of what is timed: the operators on the shapes of real vision transformers.
+
+A case is a description; its tensors are made when they are asked for. Alphabet: ``M`` rows (tokens), ``K`` in
+features, ``N`` out features, ``R`` rank, ``Q`` residual rank, ``B`` batch, ``b`` the side of a block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mixrank_kernels import ops, testing
-
-WIDTHS = {"vit-ti": 192, "vit-s": 384, "vit-b": 768}
-ROWS = (1, 32, 197, 1576)
-KEEP = 0.4
+WIDTHS = {"vit-ti": 192, "vit-s": 384, "swin-b stage 3": 512, "vit-b": 768, "vit-l, swin-b stage 4": 1024}
+LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
+"""In and out features of a transformer's linear layers, in widths."""
+TOKENS = 197
+ROWS = (1, 32, TOKENS, 8 * TOKENS)
+KEEPS = (0.4, 0.6)
+RESIDUALS = ("branch", "blocks 32", "blocks 16")
+RESIDUAL_RANK = 16
+BLOCK_SHARE = 0.05
+GRAM_WIDTHS = (192, 384, 768, 1024, 3072)
+HEADS, HEAD_WIDTH = 12, 64
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator on one shape: its arguments, its work, and who is timed on it. ``ours`` is always among them."""
+    """One operator on one shape and dtype.
+
+    Attributes:
+        op: name of the operator.
+        layer: the layer of which model has this shape.
+        dtype: dtype of the operands.
+        m, k, n: rows, in features, out features; ``n`` is 0 for the Gram matrix of one input.
+        rank: rank of the factors, 0 where there are none.
+        keep: the share of the dense parameters that the factors have, 0 where there are none.
+        residual: one of ``RESIDUALS``, or empty.
+        batch: number of Gram matrices, 0 for one that is not batched.
+    """
 
     op: str
-    name: str
+    layer: str
     dtype: torch.dtype
-    arguments: dict[str, Tensor | None]
-    flops: int
-    variants: dict[str, Callable[[], object]]
+    m: int
+    k: int
+    n: int = 0
+    rank: int = 0
+    keep: float = 0.0
+    residual: str = ""
+    batch: int = 0
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def name(self) -> str:
+        """What tells this case from the others of its operator and dtype."""
+        sizes = {"B": self.batch, "M": self.m, "K": self.k, "N": self.n, "R": self.rank}
+        parts = [self.layer, *(f"{letter}={size}" for letter, size in sizes.items() if size)]
+        return " ".join(parts + ([self.residual] if self.residual else []))
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Side and number of the stored blocks of a block-sparse residual; zeros for any other case."""
+        if not self.residual.startswith("blocks"):
+            return 0, 0
+        side = int(self.residual.split()[1])
+        return side, max(1, round(BLOCK_SHARE * (self.n // side) * (self.k // side)))
+
+    @property
+    def flops(self) -> int:
+        """Operations that have to be done: of a Gram matrix one triangle with its diagonal."""
+        if self.op == "gram_accumulate_":
+            return max(1, self.batch) * self.m * self.k * (self.k + 1)
+        if self.op == "cross_gram_accumulate_":
+            return 2 * self.m * self.k * self.n
+        side, count = self.blocks
+        rank = self.rank + (RESIDUAL_RANK if self.residual == "branch" else 0)
+        return 2 * self.m * (rank * (self.k + self.n) + count * side * side)
+
+    @property
+    def equivalent_flops(self) -> int:
+        """Operations that a full product does: 2 M K K for a Gram matrix, else :attr:`flops`."""
+        if self.op == "gram_accumulate_":
+            return 2 * max(1, self.batch) * self.m * self.k * self.k
+        return self.flops
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that have to be read and written once: operands in their dtype, Gram matrices in fp64, both ways."""
+        size = self.dtype.itemsize
+        if self.op == "gram_accumulate_":
+            return max(1, self.batch) * (size * self.m * self.k + 16 * self.k * self.k)
+        if self.op == "cross_gram_accumulate_":
+            return size * self.m * (self.k + self.n) + 16 * self.k * self.n
+        side, count = self.blocks
+        rank = self.rank + (RESIDUAL_RANK if self.residual == "branch" else 0)
+        weights = rank * (self.k + self.n) + count * side * side + self.n
+        return size * (weights + self.m * (self.k + self.n))
+
+    def arguments(self) -> dict[str, Tensor | None]:
+        """Make the operator's arguments by name, with the same values each time."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(self.dtype)
+
+        if self.op == "gram_accumulate_":
+            lead = (self.batch,) if self.batch else ()
+            gram = torch.zeros(*lead, self.k, self.k, dtype=torch.float64)
+            return {"gram": gram, "x": normal(*lead, self.m, self.k), "row_weight": None, "column_sum": None}
+        if self.op == "cross_gram_accumulate_":
+            cross = torch.zeros(self.k, self.n, dtype=torch.float64)
+            return {"cross": cross, "x": normal(self.m, self.k), "z": normal(self.m, self.n)}
+        made = {
+            "x": normal(self.m, self.k),
+            "down": normal(self.rank, self.k, scale=self.k**-0.5),
+            "up": normal(self.n, self.rank, scale=self.rank**-0.5),
+            "bias": normal(self.n),
+        }
+        if self.residual == "branch":
+            made["residual_down"] = normal(RESIDUAL_RANK, self.k, scale=self.k**-0.5)
+            made["residual_up"] = normal(self.n, RESIDUAL_RANK, scale=RESIDUAL_RANK**-0.5)
+        elif self.residual:
+            side, count = self.blocks
+            places = torch.randperm((self.n // side) * (self.k // side), generator=generator)[:count].sort().values
+            counts = torch.bincount(places // (self.k // side), minlength=self.n // side)
+            made["crow"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            made["col"] = places % (self.k // side)
+            made["values"] = normal(count, side, side, scale=self.k**-0.5)
+        return made
+
+    def to_json(self) -> dict[str, object]:
+        """The description as a part of a row of results."""
+        return dataclasses.asdict(self) | {
+            "dtype": self.dtype_name,
+            "case": self.name,
+            "flops": self.flops,
+            "equivalent_flops": self.equivalent_flops,
+            "bytes": self.bytes,
+        }
+
+
+def rank_of(keep: float, k: int, n: int) -> int:
+    """The rank, a multiple of 8, at which the factors have the share ``keep`` of the dense parameters."""
+    return max(8, round(keep * k * n / (k + n) / 8) * 8)
 
 
 def cases() -> Iterator[Case]:
-    """Every case of the suite, made one at a time."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for model, width in WIDTHS.items():
-            for layer, k, n in (("proj", width, width), ("fc1", width, 4 * width), ("fc2", 4 * width, width)):
-                for m in ROWS:
-                    yield _lowrank(f"{model} {layer}", m, k, n, dtype)
-            yield _gram(model, 1576, width, dtype)
+    """Every case of the suite."""
+    for dtype in DTYPES:
+        for model, layer, m, keep in itertools.product(WIDTHS, LAYERS, ROWS, KEEPS):
+            yield _linear(model, layer, m, keep, dtype)
+        for model, layer, m in itertools.product(("vit-ti", "vit-s", "vit-b"), ("proj", "fc1"), (1, *ROWS[2:])):
+            for residual in RESIDUALS if model == "vit-b" else RESIDUALS[:2]:
+                yield _linear(model, layer, m, KEEPS[0], dtype, residual)
+        for k, m in itertools.product(GRAM_WIDTHS, (ROWS[-1], 8 * ROWS[-1])):
+            yield Case("gram_accumulate_", f"width {k}", dtype, m, k)
+        yield Case("gram_accumulate_", "heads of vit-b", dtype, ROWS[-1], HEAD_WIDTH, batch=HEADS)
+        for model, layer in (("vit-s", "proj"), ("vit-b", "proj"), ("vit-b", "fc1")):
+            k, n = _features(model, layer)
+            yield Case("cross_gram_accumulate_", f"{model} {layer}", dtype, ROWS[-1], k, n)
 
 
-def _lowrank(name: str, m: int, k: int, n: int, dtype: torch.dtype) -> Case:
-    r = max(8, round(KEEP * k * n / (k + n) / 8) * 8)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(m, k, generator=generator).to(dtype)
-    down = (torch.randn(r, k, generator=generator) / k**0.5).to(dtype)
-    up = (torch.randn(n, r, generator=generator) / r**0.5).to(dtype)
-    bias = torch.randn(n, generator=generator).to(dtype)
-    weight = (up.float() @ down.float()).to(dtype)
-    arguments = {"x": x, "down": down, "up": up, "bias": bias}
-    variants = {
-        "ours": lambda: ops.lowrank_linear(x, down, up, bias),
-        "torch, two linears": lambda: testing.plain_lowrank_linear(x, down, up, bias),
-        "torch, dense": lambda: F.linear(x, weight, bias),
-    }
-    return Case("lowrank_linear", f"{name} M={m} K={k} N={n} R={r}", dtype, arguments, 2 * m * r * (k + n), variants)
+def quick_cases() -> Iterator[Case]:
+    """A few cases of every operator, for a look in a few minutes."""
+    for dtype in DTYPES:
+        for m in ROWS:
+            yield _linear("vit-b", "fc1", m, KEEPS[0], dtype)
+        for m in (1, TOKENS):
+            yield _linear("vit-ti", "proj", m, KEEPS[0], dtype)
+        for residual in RESIDUALS[:2]:
+            yield _linear("vit-b", "proj", TOKENS, KEEPS[0], dtype, residual)
+        for k in (192, 768):
+            yield Case("gram_accumulate_", f"width {k}", dtype, ROWS[-1], k)
+        yield Case("cross_gram_accumulate_", "vit-s proj", dtype, ROWS[-1], *_features("vit-s", "proj"))
 
 
-def _gram(name: str, m: int, k: int, dtype: torch.dtype) -> Case:
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(dtype)
-    gram, wide = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k)
-    arguments = {"gram": gram, "x": x, "row_weight": None, "column_sum": None}
-    variants = {
-        "ours": lambda: ops.gram_accumulate_(gram, x),
-        "torch, addmm_ in fp32": lambda: wide.addmm_(x.float().mT, x.float()),
-    }
-    return Case("gram_accumulate_", f"{name} M={m} K={k}", dtype, arguments, 2 * m * k * k, variants)
+def _features(model: str, layer: str) -> tuple[int, int]:
+    return tuple(WIDTHS[model] * widths for widths in LAYERS[layer])
+
+
+def _linear(model: str, layer: str, m: int, keep: float, dtype: torch.dtype, residual: str = "") -> Case:
+    k, n = _features(model, layer)
+    op = "lowrank_residual_linear" if residual else "lowrank_linear"
+    return Case(op, f"{model} {layer}", dtype, m, k, n, rank_of(keep, k, n), keep, residual)

@@ -1,4 +1,4 @@
-"""The command line: ``mixrank compress | evaluate | inspect | report | demo``.
+"""The command line: ``mixrank compress | evaluate | inspect | report | bench | demo``.
 
 Only arguments are declared here. What a command does lives in its own module and is imported when the command
 runs, so that ``mixrank --help`` does not wait for timm and matplotlib.
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mixrank import cli_bench
 from mixrank.errors import InputError
 
 BAD_INPUT = 2
@@ -229,6 +230,9 @@ def report(
     check_outputs({"--out": out}, result)
     write_report(out, read_result(result))
     print(f"report      {out}")
+
+
+app.command(epilog=cli_bench.EPILOG)(cli_bench.bench)
 
 
 @app.command(epilog="Example: mixrank demo --out demo-output")

@@ -1,0 +1,209 @@
+"""Ways to run sums of chains of linear layers: what a user would serve the factors, or the dense weight, with.
+
+A program is a list of chains; a chain is a list of layers ``(weight [N, K], bias [N] or None)`` that follow each
+other. Each engine turns a program and an input ``x [M, K]`` into a call that returns the sum ``[M, N]``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Chain = list[tuple[Tensor, Tensor | None]]
+Program = list[Chain]
+
+
+class Unavailable(Exception):
+    """A peer cannot serve a case here; the message says why."""
+
+
+def eager(x: Tensor, program: Program) -> Callable[[], Tensor]:
+    """``F.linear`` after ``F.linear``, summed by ``+``, without the cost of calling modules."""
+
+    def chained(chain: Chain) -> Tensor:
+        hidden = x
+        for weight, bias in chain:
+            hidden = F.linear(hidden, weight, bias)
+        return hidden
+
+    def call() -> Tensor:
+        total = chained(program[0])
+        for chain in program[1:]:
+            total = total + chained(chain)
+        return total
+
+    return call
+
+
+def compiled(x: Tensor, program: Program) -> Callable[[], Tensor]:
+    """``torch.compile`` for this very shape, with the weights frozen into the graph."""
+    call = torch.compile(_Sum(program), dynamic=False, options={"freezing": True})
+    return lambda: call(x)
+
+
+def zentorch(x: Tensor, program: Program) -> Callable[[], Tensor]:
+    """AMD's plug-in as the back end of ``torch.compile``."""
+    _require("zentorch")
+    call = torch.compile(_Sum(program), dynamic=False, backend="zentorch")
+    return lambda: call(x)
+
+
+def onednn(x: Tensor, program: Program) -> Callable[[], Tensor]:
+    """OneDNN as Inductor calls it: weights reordered beforehand for this number of rows, sums as a post-operation."""
+    linear, add = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
+    packed = [
+        [(torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0]), bias) for weight, bias in chain]
+        for chain in program
+    ]
+
+    def call() -> Tensor:
+        total = None
+        for *inner, (weight, bias) in packed:
+            hidden = x
+            for before, offset in inner:
+                hidden = linear(hidden, before, offset, "none", [], "")
+            if total is None:
+                total = linear(hidden, weight, bias, "none", [], "")
+            else:
+                total = add(hidden, total, weight, bias, "add")
+        return total
+
+    return call
+
+
+def onnx_runtime(x: Tensor, program: Program) -> Callable[[], Tensor]:
+    """ONNX Runtime on its CPU provider, input and output bound to PyTorch's memory."""
+    onnxruntime = _require("onnxruntime")
+    _require("onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(_onnx_model(x, program), options, providers=["CPUExecutionProvider"])
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise Unavailable(f"its CPU provider has no {dtype} matrix product") from None
+    y = x.new_empty(x.shape[0], program[0][-1][0].shape[0])
+    binding = session.io_binding()
+    binding.bind_input("x", "cpu", 0, x.numpy().dtype, list(x.shape), x.data_ptr())
+    binding.bind_output("y", "cpu", 0, y.numpy().dtype, list(y.shape), y.data_ptr())
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return y
+
+    return call
+
+
+def _onnx_model(x: Tensor, program: Program) -> bytes:
+    from onnx import TensorProto, helper
+
+    kind = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16}[x.dtype]
+    nodes, constants, total = [], [], ""
+
+    def constant(tensor: Tensor) -> str:
+        name = f"c{len(constants)}"
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        constants.append(helper.make_tensor(name, kind, list(tensor.shape), raw, raw=True))
+        return name
+
+    for index, chain in enumerate(program):
+        hidden = "x"
+        for step, (weight, bias) in enumerate(chain):
+            last = step + 1 == len(chain)
+            offset = [total] if last and total else [] if bias is None else [constant(bias)]
+            result = "y" if last and index + 1 == len(program) else f"h{index}_{step}"
+            nodes.append(helper.make_node("Gemm", [hidden, constant(weight), *offset], [result], transB=1))
+            hidden = result
+        total = hidden
+    shapes = {"x": list(x.shape), "y": [x.shape[0], program[0][-1][0].shape[0]]}
+    infos = {name: helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()}
+    graph = helper.make_graph(nodes, "linear", [infos["x"]], [infos["y"]], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return model.SerializeToString()
+
+
+class _Sum(nn.Module):
+    """A program as a module: the sum of chains of linear layers."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.chains = nn.ModuleList(nn.Sequential(*(_Linear(*layer) for layer in chain)) for chain in program)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.chains[0](x)
+        for chain in self.chains[1:]:
+            total = total + chain(x)
+        return total
+
+
+class _Linear(nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def _require(module: str) -> ModuleType:
+    """Import a peer that may be missing."""
+    if importlib.util.find_spec(module) is None:
+        raise Unavailable(f"{module} is not installed")
+    return importlib.import_module(module)
+
+
+@functools.cache
+def _openblas() -> tuple[Callable, object, str]:
+    """Scipy's ``ssyrk``, the handle of its OpenBLAS, and the kernels that this OpenBLAS chose.
+
+    Where the processor has AVX-512, OpenBLAS is told to use its SkylakeX kernels, which on AMD it would not always
+    choose by itself. It reads the choice when it is loaded.
+    """
+    _require("scipy")
+    threadpoolctl = _require("threadpoolctl")
+    before = os.environ.get("OPENBLAS_CORETYPE")
+    if before is None and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"
+    try:
+        from scipy.linalg.blas import ssyrk
+    finally:
+        if before is None:
+            os.environ.pop("OPENBLAS_CORETYPE", None)
+    found = threadpoolctl.ThreadpoolController().select(internal_api="openblas")
+    core = next((lib["architecture"] for lib in found.info() if "scipy" in lib["filepath"]), "unknown")
+    return ssyrk, found, core
+
+
+def openblas_core() -> str | None:
+    """The name of the kernels that scipy's OpenBLAS uses in this process, or None without scipy."""
+    try:
+        return _openblas()[2]
+    except Unavailable:
+        return None
+
+
+def ssyrk(x: Tensor, total: Tensor) -> Callable[[], Tensor]:
+    """Scipy's symmetric product: adds the upper triangle of ``x.T @ x`` to ``total [K, K]``; fp32, other dtypes cast.
+
+    ``total`` is fp32 and read by columns, so that what appears in it in PyTorch is the lower triangle.
+    """
+    function, controller, _ = _openblas()
+    controller.limit(limits=torch.get_num_threads())
+    columns = total.numpy().T
+
+    def call() -> Tensor:
+        function(1.0, x.float().numpy().T, beta=1.0, c=columns, overwrite_c=1)
+        return total
+
+    return call
