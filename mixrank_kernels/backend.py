@@ -73,8 +73,8 @@ def available(device: str | torch.device = "cpu", op: str | None = None) -> tupl
     """
     kind, wanted = torch.device(device).type, tuple(SCHEMAS) if op is None else (_known_operator(op),)
     names = [name for name in implementations() if any(_refusal(name, kind, one) is None for one in wanted)]
-    defaults = {_default(kind, one) for one in wanted} - {"reference"}
-    return tuple(sorted(names, key=lambda name: name not in defaults))
+    first = next((name for one in wanted if (name := _default(kind, one)) != "reference"), "reference")
+    return tuple(sorted(names, key=lambda name: name != first))
 
 
 def _default(kind: str, op: str) -> str:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mixrank_kernels
-from mixrank_kernels import _load, _register, backend, ops, reference
+from mixrank_kernels import _load, _register, backend, ops, reference, testing
+from mixrank_kernels._schema import SCHEMAS
 
 X, DOWN, UP = torch.randn(6, 8), torch.randn(3, 8), torch.randn(5, 3)
 
@@ -57,6 +58,49 @@ def test_forced_choices_nest_and_end(monkeypatch):
     assert backend.explain("lowrank_linear", X, DOWN, UP).chosen == f"cpu-{backend.isas()[0]}"
 
 
+def test_an_operator_that_an_implementation_lacks_keeps_its_default(monkeypatch):
+    monkeypatch.setattr(_register, "TRITON_OPERATORS", ("gram_accumulate_",))
+    served = []
+    monkeypatch.setattr(_register, "triton_implementation", lambda op: lambda *arguments: served.append(op))
+    assert "triton" not in backend.available("cpu", "lowrank_linear")
+    assert "triton" in backend.available("cpu", "gram_accumulate_")
+    assert "triton" in backend.available("cpu")
+    with backend.use("triton"):
+        torch.testing.assert_close(ops.lowrank_linear(X, DOWN, UP), X @ DOWN.mT @ UP.mT)
+        ops.gram_accumulate_(torch.zeros(8, 8), X)
+        explanation = backend.explain("lowrank_linear", X, DOWN, UP)
+    assert served == ["gram_accumulate_"]
+    assert explanation.chosen == f"cpu-{backend.isas()[0]}"
+    assert explanation.refused["triton"] == "it has no kernel for lowrank_linear"
+    assert "comes first" in explanation.refused["reference"]
+
+
+def test_an_operator_that_the_extension_lacks_is_served_by_the_reference(monkeypatch):
+    monkeypatch.setattr(_register, "COMPILED_OPERATORS", ("gram_accumulate_",))
+    assert backend.available("cpu", "lowrank_linear") == ("reference", "triton")
+    with backend.use("cpu-portable"):
+        explanation = backend.explain("lowrank_linear", X, DOWN, UP)
+    assert explanation.chosen == "reference"
+    assert explanation.refused["cpu-portable"] == "it has no kernel for lowrank_linear"
+
+
+def test_the_operators_of_triton_are_those_stated():
+    from mixrank_kernels import triton
+
+    assert set(_register.TRITON_OPERATORS) == set(triton.__all__) & set(SCHEMAS)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_available_agrees_with_explain(op):
+    arguments = testing.sample_inputs(op)[0].arguments().values()
+    names = backend.available("cpu", op)
+    chosen = backend.explain(op, *arguments).chosen
+    assert chosen == names[0] or (names[0] == "cpu" and chosen.startswith("cpu-"))
+    for name in set(names) - {"cpu"}:
+        with backend.use(name):
+            assert backend.explain(op, *arguments).chosen == name
+
+
 def test_a_forced_choice_ends_with_an_exception():
     with pytest.raises(KeyError), backend.use("reference"):
         raise KeyError
@@ -83,6 +127,8 @@ def test_unknown_names_are_refused():
         pass
     with pytest.raises(ValueError, match=r"op must be one of lowrank_linear, .*, but it was 'matmul'"):
         backend.explain("matmul", X)
+    with pytest.raises(ValueError, match=r"op must be one of lowrank_linear, .*, but it was 'matmul'"):
+        backend.available("cpu", "matmul")
 
 
 def test_explain_checks_the_arguments():
@@ -113,6 +159,8 @@ torch.testing.assert_close(y, torch.nn.functional.linear(x, up @ down))
 y.sum().backward()
 gram = torch.zeros(8, 8, dtype=torch.float64)
 mixrank_kernels.gram_accumulate_(gram, x.detach())
+mixrank_kernels.cross_gram_accumulate_(gram, x.detach(), x.detach().clone())
+mixrank_kernels.lowrank_residual_linear(x, down, up, residual_down=down, residual_up=up).sum().backward()
 explanation = mixrank_kernels.backend.explain("lowrank_linear", x, down, up)
 assert explanation.chosen == "reference", explanation
 assert "is not built; build it with" in explanation.refused["cpu"], explanation

@@ -1,0 +1,63 @@
+"""Parametrises the tests of the operators over what this machine can run.
+
+``@pytest.mark.operators(*names, real_sizes=False, without=())`` gives a test that takes ``implementation``, ``op`` or
+``sample`` every value that goes together: the named operators (all of them without names), each on the implementations
+that really have it (but for those in ``without``), each with its sample inputs.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from mixrank_kernels import backend, testing
+from mixrank_kernels._schema import SCHEMAS
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "operators(*names, real_sizes, without): see tests/kernels/conftest.py")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("operators")
+    if marker is None:
+        return
+    names = [name for name in ("implementation", "op", "sample") if name in metafunc.fixturenames]
+    metafunc.parametrize(
+        names,
+        [
+            pytest.param(*(values[name] for name in names), id="-".join(str(values[name]) for name in names))
+            for values in combinations(*marker.args, wanted=names, **marker.kwargs)
+        ],
+        indirect=["implementation"] if "implementation" in names else [],
+    )
+
+
+def combinations(*ops: str, wanted: list[str], real_sizes: bool = False, without: tuple[str, ...] = ()) -> list[dict]:
+    return [
+        {"implementation": implementation, "op": op, "sample": sample}
+        for op in ops or SCHEMAS
+        for implementation in (served_by(op, without) if "implementation" in wanted else [None])
+        for sample in (testing.sample_inputs(op, real_sizes=real_sizes) if "sample" in wanted else [None])
+    ]
+
+
+def served_by(op: str, without: tuple[str, ...]) -> list[str]:
+    # "cpu" is the best of the instruction sets, each of which is there under its own name.
+    return [name for name in backend.available("cpu", op) if name != "cpu" and name not in without]
+
+
+@pytest.fixture
+def implementation(request):
+    with backend.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def computes():
+    """Skip the dtypes of an implementation that only this machine's stand-in for its device cannot compute in."""
+
+    def check(implementation: str, dtype) -> None:
+        if implementation == "triton" and str(dtype) == "torch.bfloat16":
+            pytest.skip("Triton's interpreter does not multiply bfloat16 blocks correctly; the GPU tests cover it")
+
+    return check
