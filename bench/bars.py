@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mixrank_bench.measures import Measure, geometric_mean
+from mixrank_bench.measures import ADDMM, SSYRK, Measure, geometric_mean
 from mixrank_bench.ops import KEEPS, TOKENS
-from mixrank_bench.peers import ADDMM, SSYRK
 
 CALIBRATION_SHARE = 25.0
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixrank_bench.ceilings import Ceilings
-from mixrank_bench.peers import SERVED, UNPACKED
+
+# Names of variants in the rows.
+SERVED, UNPACKED = "as served", "without packing"
+SSYRK, ADDMM = "scipy ssyrk", "torch addmm_ in fp32"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mixrank_bench import engines
 from mixrank_bench.engines import Program, Unavailable
+from mixrank_bench.measures import ADDMM, SERVED, SSYRK, UNPACKED
 from mixrank_bench.ops import TOKENS, Case
 from mixrank_kernels import ops, packing, reference, testing
 
@@ -34,8 +35,6 @@ ENGINES = {
     "zentorch": engines.zentorch,
 }
 COMPILING = ("torch.compile", "zentorch")
-SERVED, UNPACKED = "as served", "without packing"
-SSYRK, ADDMM = "scipy ssyrk", "torch addmm_ in fp32"
 _PEER_FACTOR = 4.0
 
 
@@ -74,7 +73,7 @@ def field(case: Case, *, compiling: bool = True, unpacked: bool = True) -> Field
         except Unavailable as reason:
             found.absent.setdefault(group, {})[name] = str(reason)
 
-    for name, variant in _ours(case, arguments, unpacked).items():
+    for name, variant in ours(case, arguments, unpacked=unpacked).items():
         offer("ours", name, lambda variant=variant: variant)
     if "gram" in case.op:
         for name, build in _gram_peers(case, arguments).items():
@@ -109,7 +108,8 @@ def gate(case: Case, variants: Field) -> None:
                 raise AssertionError(f"{group}, {name}: {error}") from None
 
 
-def _ours(case: Case, arguments: dict[str, Tensor | None], unpacked: bool) -> dict[str, Variant]:
+def ours(case: Case, arguments: dict[str, Tensor | None], *, unpacked: bool = False) -> dict[str, Variant]:
+    """Our operator on these arguments, as the layer serves it, and with ``unpacked`` also without packed weights."""
     operator = getattr(ops, case.op)
     if "gram" in case.op:
         return {SERVED: Variant(lambda: operator(**arguments), lambda _: next(iter(arguments.values())).clone())}

@@ -12,6 +12,7 @@ import pytest
 
 import mixrank
 import mixrank_kernels
+from mixrank_bench import figures
 from mixrank_bench.report import DOCUMENTS, ROOT, render
 
 
@@ -38,6 +39,10 @@ def test_tables_are_made_from_the_committed_results(name):
     path = ROOT / name
     assert "<!-- generated:" in path.read_text()
     assert render(path, DOCUMENTS[name]) == path.read_text(), "run python -m mixrank_bench.report"
+
+
+def test_figures_are_drawn_from_the_newest_run():
+    assert figures.stale(ROOT) == [], "run python -m mixrank_bench.report"
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))])

@@ -13,9 +13,11 @@ EPILOG = "Example: mixrank bench --only gram_accumulate_ --threads 1"
 def bench(
     full: Annotated[bool, typer.Option("--full", help="Every case and every peer; takes about two hours.")] = False,
     threads: Annotated[
-        list[int] | None, typer.Option(help="Threads of one operation (repeatable).  [default: 1 and all]")
+        list[int] | None, typer.Option(help="Threads of one operation (repeatable).", show_default="1 and all")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Turns of each variant.  [default: 5, or 9 with --full]")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Turns of each variant.", show_default="5, or 9 with --full")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this operator (repeatable).")] = None,
     save: Annotated[Path | None, typer.Option(help="Add the rows to this file, as JSON lines.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file, as JSON.")] = None,

@@ -1,0 +1,21 @@
+"""Tables in markdown, and what is said of every table of measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in markdown."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def conditions(row: dict) -> str:
+    """Where and when a result was measured."""
+    e = row["environment"]
+    return (
+        f"Measured on {e['cpu']}, {e['threads']} threads, torch {e['torch']}, timm {e['timm']}, commit {e['commit']}, "
+        f"{e['date']}.\n"
+    )

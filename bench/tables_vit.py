@@ -1,0 +1,86 @@
+"""What compression does to a real ViT-B/16: the tables of docs/accuracy.md and README.md."""
+
+from __future__ import annotations
+
+from mixrank_bench import vit_b16
+from mixrank_bench.environment import read
+from mixrank_bench.markdown import conditions, table
+
+
+def front() -> str:
+    """The best strategy at each budget beside the dense model."""
+    rows = read(vit_b16.OUT)
+    dense = next(row for row in rows if row["kind"] == "dense")
+    speeds = {row["model"]: row for row in rows if row["kind"] == "speed" and row["batch"] == vit_b16.SPEED_BATCH}
+    lines = [_model("dense", dense, speeds["dense"], speeds["dense"])]
+    for keep in vit_b16.KEEPS:
+        found = [row for row in rows if row["kind"] == "strategy" and row["strategy"]["keep"] == keep]
+        best = max(found, key=lambda row: row["top1"])
+        lines.append(_model(f"keep {keep}: {_strategy(best)}", best, speeds[f"keep {keep}"], speeds["dense"]))
+    header = ("", "parameters", "MB", "GMACs", "top-1, %", f"images/s, batch {vit_b16.SPEED_BATCH}", "speed-up")
+    return table(header, lines) + "\n" + conditions(dense)
+
+
+def _model(label: str, row: dict, speed: dict, dense_speed: dict) -> tuple:
+    return (
+        label,
+        f"{row['parameters']:,}",
+        f"{row['bytes'] / 1e6:.0f}",
+        f"{row['macs'] / 1e9:.1f}",
+        f"{row['top1']:.1f}",
+        f"{speed['images_per_second']:.1f}",
+        f"{speed['images_per_second'] / dense_speed['images_per_second']:.2f}x",
+    )
+
+
+def _strategy(row: dict) -> str:
+    s = row["strategy"]
+    ranks = "uniform ranks" if s["ranks"] == "uniform" else f"mixed ranks by {s['energy']} energy"
+    factors = "activation-aware" if s["factors"] == "aware" else "plain SVD"
+    shrink = f", shrink {s['shrink']}" if s.get("shrink") else ""
+    return f"{factors}, {ranks}{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}{shrink}"
+
+
+def strategies() -> str:
+    """Every strategy at every budget."""
+    rows = [row for row in read(vit_b16.OUT) if row["kind"] == "strategy"]
+    by_strategy: dict[str, dict[float, dict]] = {}
+    for row in rows:
+        by_strategy.setdefault(_strategy(row), {})[row["strategy"]["keep"]] = row
+    keeps = vit_b16.KEEPS
+    lines = []
+    for name, found in by_strategy.items():
+        scores = [f"{found[keep]['top1']:.1f}" if keep in found else "not measured" for keep in keeps]
+        errors = [f"{found[keep]['mean_relative_error']:.4f}" if keep in found else "not measured" for keep in keeps]
+        lines.append((name, *scores, *errors))
+    lines.sort(key=lambda line: _sort_key(line[2]), reverse=True)
+    header = ("strategy", *(f"top-1 at {k}" for k in keeps), *(f"error at {k}" for k in keeps))
+    return table(header, lines) + "\n" + conditions(rows[-1])
+
+
+def _sort_key(cell: str) -> float:
+    return -1.0 if cell == "not measured" else float(cell)
+
+
+def costs() -> str:
+    """Time and peak memory of each step."""
+    rows = [row for row in read(vit_b16.OUT) if row["kind"] == "cost"]
+    lines = [(r["step"], r["images"] or "-", f"{r['seconds']:.1f}", f"{r['peak_megabytes']:.0f}") for r in rows]
+    return table(("step", "images", "seconds", "peak memory, MB"), lines) + "\n" + conditions(rows[-1])
+
+
+def speeds() -> str:
+    """Dense against compressed at each batch size."""
+    rows = [row for row in read(vit_b16.OUT) if row["kind"] == "speed"]
+    dense = {row["batch"]: row["images_per_second"] for row in rows if row["model"] == "dense"}
+    lines = [
+        (
+            r["batch"],
+            r["model"],
+            f"{r['images_per_second']:.2f}",
+            f"{r['low']:.2f} - {r['high']:.2f}",
+            f"{r['images_per_second'] / dense[r['batch']]:.2f}x",
+        )
+        for r in rows
+    ]
+    return table(("batch", "model", "images/s, median", "range", "speed-up"), lines) + "\n" + conditions(rows[-1])
