@@ -1,0 +1,42 @@
+"""Small cases of every kind, and rows of results made by hand: for tests of the suite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mixrank_bench.ops import TOKENS, Case
+
+
+def tiny_cases(dtype: torch.dtype) -> list[Case]:
+    """Every kind of case, small."""
+    linear = [Case("lowrank_linear", "tiny", dtype, 5, 48, 40, 8, 0.4)]
+    residual = [
+        Case("lowrank_residual_linear", "tiny", dtype, 5, 64, 96, 8, 0.4, residual)
+        for residual in ("branch", "blocks 32", "blocks 16")
+    ]
+    grams = [
+        Case("gram_accumulate_", "tiny", dtype, 2 * TOKENS, 24),
+        Case("gram_accumulate_", "tiny heads", dtype, 50, 16, batch=3),
+        Case("cross_gram_accumulate_", "tiny", dtype, 2 * TOKENS, 24, 16),
+    ]
+    return linear + residual + grams
+
+
+def _timing(median: float) -> dict[str, float]:
+    return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "rounds": 5}
+
+
+def op_row(case: Case, milliseconds: dict[str, dict[str, float]], **fields: Any) -> dict[str, Any]:
+    """A row of results of a case with these medians by group and name."""
+    nested = {group: {name: _timing(median) for name, median in named.items()} for group, named in milliseconds.items()}
+    row = {"kind": "op", "run": "r1", "full": True, "threads": 1} | case.to_json()
+    return row | {"milliseconds": nested, "absent": {}, "gate": None} | fields
+
+
+def ceiling_row(float32: float = 1e11, bfloat16: float = 2e11, **fields: Any) -> dict[str, Any]:
+    """A row of ceilings: operations per second, and 10 GB/s of memory, 100 GB/s of cache."""
+    flops = {"float32": float32, "bfloat16": bfloat16}
+    bandwidth = {"524288": 1e11, "268435456": 1e10}
+    return {"kind": "ceiling", "run": "r1", "full": True, "threads": 1, "flops": flops, "bandwidth": bandwidth} | fields
