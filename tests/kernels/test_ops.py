@@ -90,6 +90,41 @@ def test_operands_at_any_offset_of_a_poisoned_buffer(implementation, op, dtype, 
     check_value(op, {name: shifted(tensor) for name, tensor in full_sample(op).arguments(dtype).items()})
 
 
+def parts_that_leave_one(dtype: torch.dtype, large: float) -> dict[str, dict[str, torch.Tensor]]:
+    """Residual layers of 16 x 16 that give 1 for an x of ``large``, 1, 0, ...: each adds large + 1 and takes large."""
+    more, less, none = torch.zeros(3, 1, 16, dtype=dtype)
+    more[0, :2], less[0, 0] = 1, 1
+    up = torch.ones(16, 1, dtype=dtype)
+    block = torch.zeros(1, 16, 16, dtype=dtype)
+    block[0, :, 0] = -1
+    places = {"crow": torch.tensor([0, 1]), "col": torch.tensor([0])}
+    both = {"down": torch.cat([more, less]), "up": torch.cat([up, -up], 1)}
+    return {
+        "ranks": both,
+        "bias": {"down": more, "up": up, "bias": torch.full((16,), -large, dtype=dtype)},
+        "ranks-of-the-residual": {"down": none, "up": up} | {f"residual_{name}": both[name] for name in both},
+        "factors-and-residual": {"down": more, "up": up, "residual_down": less, "residual_up": -up},
+        "factors-and-blocks": {"down": more, "up": up, "values": block} | places,
+        "residual-and-blocks": {"down": none, "up": up, "residual_down": more, "residual_up": up, "values": block}
+        | places,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=identify)
+@pytest.mark.operators(LINEAR, RESIDUAL)
+def test_nothing_is_rounded_before_the_end(implementation, op, dtype, computes):
+    """``large + 1`` is no number of this dtype: a part that is rounded on the way gives 0 or 2 in place of 1."""
+    computes(implementation, dtype)
+    large = 2 / torch.finfo(dtype).eps
+    for name, arguments in parts_that_leave_one(dtype, large).items():
+        if op == RESIDUAL or set(arguments) <= {"down", "up", "bias"}:
+            for rows in (1, 40):
+                x = torch.zeros(rows, 16, dtype=dtype)
+                x[:, 0], x[:, 1] = large, 1
+                y = getattr(ops, op)(x, **arguments)
+                assert torch.equal(y, torch.ones(rows, 16, dtype=dtype)), name
+
+
 NON_FINITE = [float("nan"), float("inf"), -float("inf")]
 
 
