@@ -146,9 +146,9 @@ struct Gram {
           const Unit* a = left + (i * capacity_units + u) * kRows;
           Acc* sum = strip + (i - first) * kRows * kCols;
           if (K - j * kCols <= S::kLanes) {
-            tile<S, kRows, 1, 1, kRows>(steps, a, b, sum, kCols, u > 0);
+            tile<S, kRows, 1, 1, kRows, kCols, Unit>(steps, a, b, sum, kCols, u > 0);
           } else {
-            tile<S, kRows, 2, 1, kRows>(steps, a, b, sum, kCols, u > 0);
+            tile<S, kRows, 2, 1, kRows, kCols, Unit>(steps, a, b, sum, kCols, u > 0);
           }
         }
       }

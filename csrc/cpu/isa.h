@@ -17,6 +17,8 @@ struct KernelTable {
   const char* double_tile;
   bool bfloat_pairs;  // bf16 products by vdpbf16ps
   void (*lowrank_linear)(const LowrankLinearParams&);
+  // Writes the packed factors where `packed` is not null, and returns how many bytes they take.
+  int64_t (*lowrank_pack)(const LowrankLinearParams&, void* packed);
   void (*gram_accumulate)(const GramParams&);
 };
 

@@ -8,11 +8,17 @@
 
 // After the standard headers, so that their functions are not compiled for a processor that may be missing.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma,f16c,prfchw")
 #endif
+
+namespace mixrank {
+namespace {
+constexpr int32_t kIsa = 1;
+}
+}  // namespace mixrank
 
 #include "cpu/simd_avx2.h"
 // These build on the vector layer above.
@@ -24,7 +30,7 @@
 namespace mixrank {
 
 const KernelTable kAvx2Kernels = {
-    "avx2", "6x16", "6x8", false, lowrank_linear_kernel<F32>, gram_kernel<F32>,
+    "avx2", "6x16", "6x8", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
 };
 
 }  // namespace mixrank

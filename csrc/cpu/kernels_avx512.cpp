@@ -8,11 +8,17 @@
 
 // After the standard headers, so that their functions are not compiled for a processor that may be missing.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512vl,avx512dq")
 #endif
+
+namespace mixrank {
+namespace {
+constexpr int32_t kIsa = 2;
+}
+}  // namespace mixrank
 
 #include "cpu/simd_avx512.h"
 // These build on the vector layer above.
@@ -24,7 +30,7 @@
 namespace mixrank {
 
 const KernelTable kAvx512Kernels = {
-    "avx512", "12x32", "12x16", false, lowrank_linear_kernel<F32>, gram_kernel<F32>,
+    "avx512", "12x32", "12x16", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
 };
 
 }  // namespace mixrank

@@ -8,13 +8,19 @@
 
 // After the standard headers, so that their functions are not compiled for a processor that may be missing.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #endif
 
 #define MIXRANK_BF16_PAIRS
+
+namespace mixrank {
+namespace {
+constexpr int32_t kIsa = 3;
+}
+}  // namespace mixrank
 
 #include "cpu/simd_avx512.h"
 // These build on the vector layer above.
@@ -26,7 +32,7 @@
 namespace mixrank {
 
 const KernelTable kAvx512Bf16Kernels = {
-    "avx512bf16", "12x32", "12x16", true, lowrank_linear_kernel<Bf16Pairs>, gram_kernel<Bf16Pairs>,
+    "avx512bf16", "12x32", "12x16", true, lowrank_linear_kernel<Bf16Pairs>, lowrank_pack_kernel<Bf16Pairs>, gram_kernel<Bf16Pairs>,
 };
 
 }  // namespace mixrank

@@ -3,6 +3,12 @@
 #include "cpu/isa.h"
 #include "cpu/runtime.h"
 
+namespace mixrank {
+namespace {
+constexpr int32_t kIsa = 0;
+}
+}  // namespace mixrank
+
 #include "cpu/simd_portable.h"
 // These build on the vector layer above.
 #include "cpu/microkernel.h"
@@ -13,7 +19,7 @@
 namespace mixrank {
 
 const KernelTable kPortableKernels = {
-    "portable", "6x8", "6x4", false, lowrank_linear_kernel<F32>, gram_kernel<F32>,
+    "portable", "6x8", "6x4", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
 };
 
 }  // namespace mixrank

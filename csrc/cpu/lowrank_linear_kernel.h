@@ -1,5 +1,9 @@
 // The implementation of lowrank_linear.h for one instruction set.
-// Down is the arithmetic of the first product, Up that of the second, T the element type of the tensors.
+//
+// A row panel (a few row blocks of kRows rows) goes through everything at once: its rows of x are packed, multiplied
+// by all panels of down into the intermediate, which stays in L2, and this by all panels of up; the blocks of S read
+// the same packed rows and add to the same tile before it is rounded into y. A second low-rank term is part of the
+// packed factors, as further rows of down and columns of up.
 #pragma once
 
 #include "cpu/lowrank_linear.h"
@@ -9,152 +13,277 @@ namespace {
 
 // Up to here dot products along the weights' own rows beat packing the weights first.
 constexpr int64_t kFewRows = 24;
-// Row blocks that share one pass over the packed weights: their intermediate stays in L2.
+// What a row panel may hold of x and of the intermediate: most of an L2 cache, beside one panel of weights.
+constexpr int64_t kPanelBytes = 448 << 10;
 constexpr int64_t kPanelBlocks = 8;
-// Multiply-adds that are worth a thread of their own.
+// Multiply-adds that are worth a thread of their own; a row of x alone is bound by memory and counts as eight.
 constexpr int64_t kWorkPerThread = 1 << 17;
+constexpr int64_t kMemoryBoundRows = 8;
 
-template <class Down, class Up, class T>
+constexpr int64_t kLine = 64;
+// An output beyond this comes from memory when it is written; a smaller one is still in the caches.
+constexpr int64_t kLargeOutput = 4 << 20;
+
+// Where the parts of packed factors lie, and how they are made. S is the arithmetic of both products.
+template <class S, class T>
+struct PackedFactors {
+  using W = Stored<S, T>;
+  static constexpr int64_t kCols = kTileCols<S>;
+
+  const LowrankLinearParams& p;
+  const int64_t K = p.x.cols, N = p.up[0].rows, R = p.down[0].rows + p.down[1].rows;  // R with Q
+  const int64_t k_units = ceil_div(K, S::kPack), r_units = ceil_div(R, S::kPack);
+  const int64_t down_panels = ceil_div(R, kCols), up_panels = ceil_div(N, kCols);
+  const int64_t block_width = min_of(p.blocks.size, kCols);  // columns of a panel of one block
+  const int64_t block_units = p.blocks.size / S::kPack;
+  const int64_t block_rows = p.blocks.size ? N / p.blocks.size : 0;
+
+  Arena arena{sizeof(PackedHeader)};
+  const int64_t down_at = arena.reserve<W>(down_panels * k_units * kCols);  // [down_panels][k_units][kCols]
+  const int64_t up_at = arena.reserve<W>(up_panels * r_units * kCols);      // [up_panels][r_units][kCols]
+  // [blocks.count][b / block_width][block_units][block_width]
+  const int64_t values_at = arena.reserve<W>(p.blocks.count * p.blocks.size * block_units);
+  const int64_t crow_at = arena.reserve<int64_t>(p.blocks.size ? block_rows + 1 : 0);
+  const int64_t col_at = arena.reserve<int64_t>(p.blocks.count);
+  const int64_t bytes = arena.bytes;
+
+  PackedHeader header() const {
+    return {{'m', 'i', 'x', 'r', 'a', 'n', 'k', '1'}, kIsa, p.dtype, K, N, p.down[0].rows, p.down[1].rows, p.blocks.size,
+            p.blocks.count};
+  }
+
+  void pack(void* base) const {
+    *static_cast<PackedHeader*>(base) = header();
+    if (p.blocks.size) {
+      memcpy(at_offset<int64_t>(base, crow_at), p.blocks.crow, (block_rows + 1) * sizeof(int64_t));
+      memcpy(at_offset<int64_t>(base, col_at), p.blocks.col, p.blocks.count * sizeof(int64_t));
+    }
+    const int64_t panels = down_panels + up_panels, all = panels + p.blocks.count;
+    const int64_t grain = max_of(1, min_of(all, all * kWorkPerThread / (16 * R * (K + N))));
+    parallel(all, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        if (j < down_panels) {
+          pack_panel<S, T>({p.down, true}, j * kCols, at_offset<W>(base, down_at) + j * k_units * kCols);
+        } else if (j < panels) {
+          const int64_t panel = j - down_panels;
+          pack_panel<S, T>({p.up, false}, panel * kCols, at_offset<W>(base, up_at) + panel * r_units * kCols);
+        } else {
+          pack_block(j - panels, base);
+        }
+      }
+    });
+  }
+
+  void pack_block(int64_t index, void* base) const {
+    const int64_t b = p.blocks.size;
+    const T* block = static_cast<const T*>(p.blocks.values) + index * b * b;
+    W* dst = at_offset<W>(base, values_at) + index * b * block_units;
+    for (int64_t n = 0; n < b; n += block_width) {
+      transpose_units<S>(block + n * b, b, b, block_width, dst + n * block_units);
+    }
+  }
+};
+
+// S is the arithmetic of both products, T the element type of the tensors.
+template <class S, class T>
 struct LowrankLinear {
-  using Acc = typename Up::Acc;
-  using DownUnit = typename Down::Unit;
-  static constexpr int64_t kRows = Up::kRows, kCols = kTileCols<Up>;
-  static constexpr int64_t kBlockSize = kRows * kRowStride<Up>;
-  static_assert(kTileCols<Down> == kCols && Down::kRows == kRows && kBlock % kCols == 0,
+  using Acc = typename S::Acc;
+  using Unit = typename S::Unit;
+  using W = Stored<S, T>;
+  using Wide = typename S::Wide;  // of the accumulators
+  static constexpr int64_t kRows = S::kRows, kCols = kTileCols<S>;
+  static constexpr bool kConverts = S::kPack > 1;  // the intermediate is not in the accumulator's type
+  static_assert(Wide::kRows == kRows && kTileCols<Wide> == kCols && kInner % kCols == 0,
                 "a tile of the first product is a piece of a row block of the second");
 
   const LowrankLinearParams& p;
-  const int64_t M = p.x.rows, K = p.x.cols, R = p.down.rows, N = p.up.rows;
-  const int64_t down_units = ceil_div(K, Down::kPack);
-  const int64_t down_panels = ceil_div(R, kCols), up_panels = ceil_div(N, kCols);
-  const int64_t hidden_blocks = ceil_div(R, kBlock);  // row blocks that hold the intermediate of kRows rows
+  const PackedFactors<S, T> packed{p};
+  const int64_t M = p.x.rows, K = packed.K, N = packed.N, R = packed.R;
+  const int64_t x_size = ceil_div(packed.k_units, kInner) * kRowBlockSize<S>;  // of kRows rows, packed
+  const int64_t sum_size = ceil_div(R, kInner) * kRowBlockSize<Wide>;          // of their intermediate
+  const int64_t hidden_size = kConverts ? ceil_div(packed.r_units, kInner) * kRowBlockSize<S> : sum_size;
+  const void* weights = p.packed;
 
-  DownUnit* down = nullptr;  // [down_panels][down_units][kCols]
-  Acc* up = nullptr;         // [up_panels][R][kCols]
-  Acc* bias = nullptr;       // [up_panels * kCols]
+  // Buffers of `blocks` row blocks.
+  struct Panel {
+    Unit* x;       // [blocks][x_size]
+    Acc* sum;      // [blocks][sum_size]: x @ down^T
+    Unit* hidden;  // [blocks][hidden_size]: the same as an operand; sum itself where nothing is converted
+  };
+
+  static void entry(const LowrankLinearParams& params) {
+    if (params.x.rows > 0) LowrankLinear{params}.run();
+  }
 
   void run() {
-    if (M == 0) return;
-    if (M <= kFewRows && p.down.col_stride == 1 && p.up.col_stride == 1) {
+    const bool along_rows = p.down[0].col_stride == 1 && p.up[0].col_stride == 1 && p.down[1].rows == 0;
+    if (weights == nullptr && M <= kFewRows && along_rows && p.blocks.size == 0) {
       run_few_rows();
     } else {
       run_blocked();
     }
   }
 
-  static void entry(const LowrankLinearParams& params) { LowrankLinear{params}.run(); }
-
   int64_t grain(int64_t count, int64_t work) const {
-    return max_of(1, min_of(count, count * kWorkPerThread / max_of(work, 1)));
+    const int64_t counted = M < kMemoryBoundRows ? work / M * kMemoryBoundRows : work;
+    return max_of(1, min_of(count, count * kWorkPerThread / max_of(counted, 1)));
   }
 
-  void widen_bias(int64_t padded) {
-    memset(bias, 0, padded * sizeof(Acc));
-    if (p.bias) widen_row<Up>(static_cast<const T*>(p.bias), p.bias_stride, N, bias);
+  int64_t rows_of_block(int64_t block) const { return min_of(kRows, M - block * kRows); }
+
+  void pack_x(int64_t begin, int64_t end, const Panel& panel) const {
+    for (int64_t i = begin; i < end; ++i) {
+      pack_rows<S, T>(p.x, i * kRows, rows_of_block(i), panel.x + (i - begin) * x_size);
+    }
   }
 
-  // Row blocks [begin, end) of x by rank panels [panel, panel_end): fills `hidden`, whose first block is `begin`.
-  void multiply_down(int64_t begin, int64_t end, int64_t panel, int64_t panel_end, DownUnit* packed, Acc* hidden) const {
-    constexpr int64_t kElements = kBlock * Down::kPack, kPackedSize = kRows * kRowStride<Down>;
-    for (int64_t k = 0; k < K; k += kElements) {
-      const int64_t count = min_of(kElements, K - k), steps = ceil_div(count, Down::kPack);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t rows = min_of(kRows, M - i * kRows);
-        pack_row_block<Down, T>(p.x, i * kRows, rows, k, count, packed + (i - begin) * kPackedSize);
-      }
-      for (int64_t j = panel; j < panel_end; ++j) {
-        const DownUnit* weights = down + (j * down_units + k / Down::kPack) * kCols;
-        const int64_t column = j * kCols, offset = (column / kBlock) * kBlockSize + column % kBlock;
+  // Row blocks [begin, end) by panels [first, last) of down.
+  void multiply_down(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel) const {
+    const W* down = at_offset<W>(weights, packed.down_at);
+    for (int64_t k = 0; k < packed.k_units; k += kInner) {
+      const int64_t steps = min_of(kInner, packed.k_units - k);
+      for (int64_t j = first; j < last; ++j) {
+        const W* b = down + (j * packed.k_units + k) * kCols;
+        const int64_t column = j * kCols;
+        const int64_t offset = column / kInner * kRowBlockSize<Wide> + column % kInner;
         for (int64_t i = begin; i < end; ++i) {
-          block_tile<Down>(min_of(kRows, M - i * kRows), R - column, steps, packed + (i - begin) * kPackedSize, weights,
-                           hidden + (i - begin) * hidden_blocks * kBlockSize + offset, kRowStride<Up>, k > 0);
+          panel_tile<S, W>(rows_of_block(i), R - column)(
+              steps, panel.x + (i - begin) * x_size + k / kInner * kRowBlockSize<S>, b,
+              panel.sum + (i - begin) * sum_size + offset, kRowStride<Wide>, k > 0);
         }
       }
     }
   }
 
-  // The same row blocks by columns of y [panel, panel_end).
-  void multiply_up(int64_t begin, int64_t end, int64_t panel, int64_t panel_end, const Acc* hidden) const {
+  // The intermediate of row blocks [begin, end) as the left operand of the second product.
+  void convert(int64_t begin, int64_t end, const Panel& panel) const {
+    if constexpr (kConverts) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Acc* from = panel.sum + (i - begin) * sum_size;
+        Unit* to = panel.hidden + (i - begin) * hidden_size;
+        const int64_t rows = tile_rows<S>(rows_of_block(i));
+        for (int64_t r = 0; r < R; r += kInner) {
+          const int64_t count = min_of(kInner, R - r), unit = r / S::kPack;
+          Unit* at = to + unit / kInner * kRowBlockSize<S> + unit % kInner;
+          const Acc* sums = from + r / kInner * kRowBlockSize<Wide>;
+          for (int64_t row = 0; row < rows; ++row) {
+            S::convert(sums + row * kRowStride<Wide>, count, at + row * kRowStride<S>);
+          }
+        }
+      }
+    }
+  }
+
+  // Row blocks [begin, end) by columns of y, panels [first, last) of up.
+  void multiply_up(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel) const {
+    const W* up = at_offset<W>(weights, packed.up_at);
+    const bool large = M * N * static_cast<int64_t>(sizeof(T)) > kLargeOutput;
     alignas(64) Acc sum[kRows * kCols];
-    for (int64_t j = panel; j < panel_end; ++j) {
+    for (int64_t j = first; j < last; ++j) {
       const int64_t cols = min_of(kCols, N - j * kCols);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t rows = min_of(kRows, M - i * kRows);
-        for (int64_t r = 0; r < R; r += kBlock) {
-          const Acc* block = hidden + ((i - begin) * hidden_blocks + r / kBlock) * kBlockSize;
-          block_tile<Up>(rows, cols, min_of(kBlock, R - r), block, up + (j * R + r) * kCols, sum, kCols, r > 0);
-        }
+        const int64_t rows = rows_of_block(i);
+        const auto multiply = panel_tile<S, W>(rows, cols);
         T* out = static_cast<T*>(p.y) + i * kRows * N + j * kCols;
-        for (int64_t row = 0; row < rows; ++row) store_row(sum + row * kCols, bias + j * kCols, cols, out + row * N);
+        for (int64_t row = 0; large && row < rows; ++row) prefetch_for_write(out + row * N, cols);
+        for (int64_t r = 0; r < packed.r_units; r += kInner) {
+          const Unit* hidden = panel.hidden + (i - begin) * hidden_size + r / kInner * kRowBlockSize<S>;
+          multiply(min_of(kInner, packed.r_units - r), hidden, up + (j * packed.r_units + r) * kCols, sum, kCols, r > 0);
+        }
+        if (p.blocks.count > 0) add_blocks(j * kCols, cols, rows, panel.x + (i - begin) * x_size, sum);
+        for (int64_t row = 0; row < rows; ++row) store_row(sum + row * kCols, j * kCols, cols, out + row * N);
       }
     }
   }
 
-  static void store_row(const Acc* sum, const Acc* offset, int64_t cols, T* out) {
+  // sum += x @ S^T for columns [column, column + cols) of y and one row block of x.
+  void add_blocks(int64_t column, int64_t cols, int64_t rows, const Unit* x, Acc* sum) const {
+    const int64_t b = p.blocks.size, width = packed.block_width;
+    const W* values = at_offset<W>(weights, packed.values_at);
+    const int64_t* crow = at_offset<int64_t>(weights, packed.crow_at);
+    const int64_t* col = at_offset<int64_t>(weights, packed.col_at);
+    const auto multiply = width == kCols ? block_tile<S, 2, kCols, W>(rows) : block_tile<S, kCols / 2 / S::kLanes, kCols / 2, W>(rows);
+    for (int64_t n = column; n < column + cols; n += width) {
+      for (int64_t e = crow[n / b]; e < crow[n / b + 1]; ++e) {
+        const int64_t unit = col[e] * packed.block_units;
+        multiply(packed.block_units, x + unit / kInner * kRowBlockSize<S> + unit % kInner,
+                 values + e * b * packed.block_units + n % b * packed.block_units, sum + (n - column), kCols, true);
+      }
+    }
+  }
+
+  // The lines of y are on their way while the tile is computed; else the stores wait for memory.
+  static void prefetch_for_write(T* out, int64_t cols) {
+    for (int64_t j = 0; j < cols; j += kLine / sizeof(T)) __builtin_prefetch(out + j, 1);
+  }
+
+  // out = sum + bias for `cols` columns from `column` on.
+  void store_row(const Acc* sum, int64_t column, int64_t cols, T* out) const {
     int64_t j = 0;
-    for (; j + Up::kLanes <= cols; j += Up::kLanes) Up::store(out + j, Up::add(Up::load(sum + j), Up::load(offset + j)));
-    for (; j < cols; ++j) narrow(sum[j] + offset[j], out + j);
+    if (p.bias == nullptr) {
+      for (; j + Wide::kLanes <= cols; j += Wide::kLanes) Wide::store(out + j, Wide::load(sum + j));
+      for (; j < cols; ++j) narrow(sum[j], out + j);
+      return;
+    }
+    const T* bias = static_cast<const T*>(p.bias) + column * p.bias_stride;
+    if (p.bias_stride == 1) {
+      for (; j + Wide::kLanes <= cols; j += Wide::kLanes) {
+        Wide::store(out + j, Wide::add(Wide::load(sum + j), Wide::load(bias + j)));
+      }
+    }
+    for (; j < cols; ++j) narrow(sum[j] + widen(bias[j * p.bias_stride]), out + j);
+  }
+
+
+  Panel panel_in(Scratch slot, int64_t blocks) const {
+    Arena arena;
+    const int64_t x_at = arena.reserve<Unit>(blocks * x_size), sum_at = arena.reserve<Acc>(blocks * sum_size);
+    const int64_t hidden_at = kConverts ? arena.reserve<Unit>(blocks * hidden_size) : sum_at;
+    void* base = scratch(slot, arena.bytes);
+    return {at_offset<Unit>(base, x_at), at_offset<Acc>(base, sum_at), at_offset<Unit>(base, hidden_at)};
   }
 
   void run_blocked() {
+    if (weights == nullptr) {
+      void* own = scratch(Scratch::kFactors, packed.bytes);
+      packed.pack(own);
+      weights = own;
+    }
     const int64_t row_blocks = ceil_div(M, kRows), threads = num_threads();
-    const bool split_columns = row_blocks < threads;
-    Arena arena;
-    const int64_t down_at = arena.reserve<DownUnit>(down_panels * down_units * kCols);
-    const int64_t up_at = arena.reserve<Acc>(up_panels * R * kCols);
-    const int64_t bias_at = arena.reserve<Acc>(up_panels * kCols);
-    const int64_t hidden_size = hidden_blocks * kBlockSize;
-    const int64_t hidden_at = arena.reserve<Acc>(split_columns ? row_blocks * hidden_size : 0);
-    void* base = scratch(Scratch::kCall, arena.bytes);
-    down = at_offset<DownUnit>(base, down_at);
-    up = at_offset<Acc>(base, up_at);
-    bias = at_offset<Acc>(base, bias_at);
-    widen_bias(up_panels * kCols);
-    const int64_t panels = down_panels + up_panels;
-    parallel(panels, grain(panels, 16 * R * (K + N)), [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        if (j < down_panels) {
-          pack_panel<Down, T>(p.down, j * kCols, down + j * down_units * kCols);
-        } else {
-          pack_panel<Up, T>(p.up, (j - down_panels) * kCols, up + (j - down_panels) * R * kCols);
-        }
-      }
-    });
-    if (split_columns) {
-      run_split_columns(row_blocks, at_offset<Acc>(base, hidden_at));
+    if (row_blocks < threads) {
+      run_split_columns(row_blocks);
       return;
     }
-    const int64_t row_panels = min_of(row_blocks, round_up(ceil_div(row_blocks, kPanelBlocks), threads));
+    const int64_t block_bytes = (x_size + hidden_size) * sizeof(Unit) + (kConverts ? sum_size * sizeof(Acc) : 0);
+    const int64_t most = max_of(1, min_of(kPanelBlocks, kPanelBytes / block_bytes));
+    const int64_t row_panels = min_of(row_blocks, round_up(ceil_div(row_blocks, most), threads));
     parallel(row_panels, grain(row_panels, M * R * (K + N)), [&](int64_t first, int64_t last) {
-      const int64_t most = ceil_div(row_blocks, row_panels);
-      Arena local;
-      const int64_t packed_at = local.reserve<DownUnit>(most * kRows * kRowStride<Down>);
-      const int64_t local_hidden_at = local.reserve<Acc>(most * hidden_size);
-      void* own = scratch(Scratch::kWorker, local.bytes);
-      for (int64_t panel = first; panel < last; ++panel) {
-        const int64_t begin = panel * row_blocks / row_panels, end = (panel + 1) * row_blocks / row_panels;
-        Acc* hidden = at_offset<Acc>(own, local_hidden_at);
-        multiply_down(begin, end, 0, down_panels, at_offset<DownUnit>(own, packed_at), hidden);
-        multiply_up(begin, end, 0, up_panels, hidden);
+      const Panel panel = panel_in(Scratch::kWorker, ceil_div(row_blocks, row_panels));
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t begin = i * row_blocks / row_panels, end = (i + 1) * row_blocks / row_panels;
+        pack_x(begin, end, panel);
+        multiply_down(begin, end, 0, packed.down_panels, panel);
+        convert(begin, end, panel);
+        multiply_up(begin, end, 0, packed.up_panels, panel);
       }
     });
   }
 
   // Fewer row blocks than threads: all threads share the rows and divide the columns of both products.
-  void run_split_columns(int64_t row_blocks, Acc* hidden) {
-    parallel(down_panels, grain(down_panels, M * R * K), [&](int64_t begin, int64_t end) {
-      auto* packed = static_cast<DownUnit*>(
-          scratch(Scratch::kWorker, row_blocks * kRows * kRowStride<Down> * sizeof(DownUnit)));
-      multiply_down(0, row_blocks, begin, end, packed, hidden);
-    });
-    parallel(up_panels, grain(up_panels, M * R * N),
-             [&](int64_t begin, int64_t end) { multiply_up(0, row_blocks, begin, end, hidden); });
+  void run_split_columns(int64_t row_blocks) {
+    const Panel panel = panel_in(Scratch::kCall, row_blocks);
+    pack_x(0, row_blocks, panel);
+    parallel(packed.down_panels, grain(packed.down_panels, M * R * K),
+             [&](int64_t begin, int64_t end) { multiply_down(0, row_blocks, begin, end, panel); });
+    convert(0, row_blocks, panel);
+    parallel(packed.up_panels, grain(packed.up_panels, M * R * N),
+             [&](int64_t begin, int64_t end) { multiply_up(0, row_blocks, begin, end, panel); });
   }
 
   // out[m, n] = dot(rows[m], weight[n]) (+ bias) for weight rows [begin, end), along the weights' own memory.
-  template <class S, class Store>
-  static void dot_rows(int64_t M, const typename S::Unit* rows, int64_t row_size, const MatrixView& weight,
-                       int64_t begin, int64_t end, const Store& store) {
+  template <class Store>
+  static void dot_rows(int64_t M, const Unit* rows, int64_t row_size, const MatrixView& weight, int64_t begin,
+                       int64_t end, const Store& store) {
     constexpr int kN = S::kDotCols, kM = S::kDotRows;
     Acc sums[kM * kN];
     for (int64_t n = begin; n < end; n += kN) {
@@ -162,7 +291,7 @@ struct LowrankLinear {
       for (int64_t i = 0; i < kN; ++i) w[i] = row_of<T>(weight, min_of(n + i, end - 1));
       const int64_t valid = min_of(kN, end - n);
       for (int64_t m = 0; m < M;) {
-        const auto* x = rows + m * row_size;
+        const Unit* x = rows + m * row_size;
         const int64_t taken = M - m >= kM ? kM : M - m >= 2 ? 2 : 1;
         if (taken == kM) {
           dot_tile<S, kM, kN>(weight.cols, x, row_size, w, sums);
@@ -180,43 +309,64 @@ struct LowrankLinear {
   }
 
   void run_few_rows() {
-    const int64_t x_size = round_up(down_units, Down::kLanes), hidden_size = round_up(R, Up::kLanes);
+    const int64_t x_row = round_up(packed.k_units, S::kLanes), hidden_row = round_up(packed.r_units, S::kLanes);
     Arena arena;
-    const int64_t x_at = arena.reserve<DownUnit>(M * x_size);
-    const int64_t hidden_at = arena.reserve<Acc>(M * hidden_size);
-    const int64_t bias_at = arena.reserve<Acc>(N);
+    const int64_t x_at = arena.reserve<Unit>(M * x_row), hidden_at = arena.reserve<Unit>(M * hidden_row);
+    const int64_t sum_at = arena.reserve<Acc>(M * R);
     void* base = scratch(Scratch::kCall, arena.bytes);
-    auto* x = at_offset<DownUnit>(base, x_at);
-    auto* hidden = at_offset<Acc>(base, hidden_at);
-    bias = at_offset<Acc>(base, bias_at);
-    widen_bias(N);
-    memset(x, 0, M * x_size * sizeof(DownUnit));
-    memset(hidden, 0, M * hidden_size * sizeof(Acc));
-    for (int64_t m = 0; m < M; ++m) unit_row<Down>(row_of<T>(p.x, m), p.x.col_stride, K, x + m * x_size);
+    auto* x = at_offset<Unit>(base, x_at);
+    auto* hidden = at_offset<Unit>(base, hidden_at);
+    auto* sum = at_offset<Acc>(base, sum_at);
+    memset(x, 0, M * x_row * sizeof(Unit));
+    memset(hidden, 0, M * hidden_row * sizeof(Unit));
+    for (int64_t m = 0; m < M; ++m) unit_row<S>(row_of<T>(p.x, m), p.x.col_stride, K, x + m * x_row);
     parallel(R, grain(R, M * R * K), [&](int64_t begin, int64_t end) {
-      dot_rows<Down>(M, x, x_size, p.down, begin, end,
-                     [&](int64_t m, int64_t r, Acc sum) { hidden[m * hidden_size + r] = sum; });
+      dot_rows(M, x, x_row, p.down[0], begin, end, [&](int64_t m, int64_t r, Acc value) { sum[m * R + r] = value; });
     });
+    for (int64_t m = 0; m < M; ++m) {
+      if constexpr (kConverts) {
+        S::convert(sum + m * R, R, hidden + m * hidden_row);
+      } else {
+        memcpy(hidden + m * hidden_row, sum + m * R, R * sizeof(Acc));
+      }
+    }
+    const T* bias = static_cast<const T*>(p.bias);
     parallel(N, grain(N, M * R * N), [&](int64_t begin, int64_t end) {
-      dot_rows<Up>(M, hidden, hidden_size, p.up, begin, end, [&](int64_t m, int64_t n, Acc sum) {
-        narrow(sum + bias[n], static_cast<T*>(p.y) + m * N + n);
+      dot_rows(M, hidden, hidden_row, p.up[0], begin, end, [&](int64_t m, int64_t n, Acc value) {
+        narrow(bias ? value + widen(bias[n * p.bias_stride]) : value, static_cast<T*>(p.y) + m * N + n);
       });
     });
   }
 };
 
-template <class BfloatDown>
-void lowrank_linear_kernel(const LowrankLinearParams& params) {
-  switch (params.dtype) {
-    case Dtype::kFloat32:
-      return LowrankLinear<F32, F32, float>::entry(params);
+// Calls work(LowrankLinear<S, T>*) for the dtype of the tensors.
+template <class BfloatPairs, class Work>
+auto with_arithmetic(Dtype dtype, const Work& work) {
+  switch (dtype) {
     case Dtype::kFloat64:
-      return LowrankLinear<F64, F64, double>::entry(params);
+      return work(static_cast<LowrankLinear<F64, double>*>(nullptr));
     case Dtype::kBFloat16:
-      return LowrankLinear<BfloatDown, F32, BFloat>::entry(params);
+      return work(static_cast<LowrankLinear<BfloatPairs, BFloat>*>(nullptr));
     case Dtype::kFloat16:
-      return LowrankLinear<F32, F32, Half>::entry(params);
+      return work(static_cast<LowrankLinear<F32, Half>*>(nullptr));
+    default:
+      return work(static_cast<LowrankLinear<F32, float>*>(nullptr));
   }
+}
+
+template <class BfloatPairs>
+void lowrank_linear_kernel(const LowrankLinearParams& params) {
+  with_arithmetic<BfloatPairs>(params.dtype, [&](auto* op) { op->entry(params); });
+}
+
+// The header of packed factors; writes the factors themselves where `packed` is not null.
+template <class BfloatPairs>
+int64_t lowrank_pack_kernel(const LowrankLinearParams& params, void* packed) {
+  return with_arithmetic<BfloatPairs>(params.dtype, [&](auto* op) {
+    const decltype(op->packed) factors{params};
+    if (packed) factors.pack(packed);
+    return factors.bytes;
+  });
 }
 
 }  // namespace

@@ -10,6 +10,11 @@ inline const T* row_of(const MatrixView& view, int64_t row) {
   return static_cast<const T*>(view.data) + (view.row_offsets ? view.row_offsets[row] : row * view.row_stride);
 }
 
+template <class T>
+inline const T* element_of(const MatrixView& view, int64_t row, int64_t col) {
+  return row_of<T>(view, row) + col * view.col_stride;
+}
+
 // dst[i] = src[i * stride] in the accumulator's type.
 template <class S, class T>
 inline void widen_row(const T* src, int64_t stride, int64_t count, typename S::Acc* dst) {
@@ -20,6 +25,15 @@ inline void widen_row(const T* src, int64_t stride, int64_t count, typename S::A
   for (; i < count; ++i) dst[i] = widen(src[i * stride]);
 }
 
+template <class T>
+inline void copy_row(const T* src, int64_t stride, int64_t count, T* dst) {
+  if (stride == 1) {
+    memcpy(dst, src, count * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < count; ++i) dst[i] = src[i * stride];
+  }
+}
+
 // The units of `count` elements that lie `stride` apart.
 template <class S, class T>
 inline void unit_row(const T* src, int64_t stride, int64_t count, typename S::Unit* dst) {
@@ -28,80 +42,122 @@ inline void unit_row(const T* src, int64_t stride, int64_t count, typename S::Un
   } else {
     static_assert(sizeof(T) * S::kPack == sizeof(typename S::Unit), "a unit holds kPack elements");
     T* elements = reinterpret_cast<T*>(dst);
-    if (stride == 1) {
-      memcpy(elements, src, count * sizeof(T));
-    } else {
-      for (int64_t i = 0; i < count; ++i) elements[i] = src[i * stride];
-    }
+    copy_row(src, stride, count, elements);
     for (int64_t i = count; i % S::kPack != 0; ++i) elements[i] = T{};
   }
 }
 
-// kRows rows of x, elements [first, first + count), as one row block (microkernel.h). Rows that the tile computes
-// beyond the valid ones are zero.
+// Rows [row, row + rows) of x, rows <= kRows, as ceil(units / kInner) row blocks (microkernel.h) one after another.
+// Rows that the tile computes beyond the valid ones are zero.
 template <class S, class T>
-inline void pack_row_block(const MatrixView& x, int64_t row, int64_t rows, int64_t first, int64_t count,
-                           typename S::Unit* dst) {
-  for (int64_t i = 0; i < rows; ++i) {
-    unit_row<S>(row_of<T>(x, row + i) + first * x.col_stride, x.col_stride, count, dst + i * kRowStride<S>);
-  }
-  for (int64_t i = rows; i < tile_rows<S>(rows); ++i) {
-    memset(dst + i * kRowStride<S>, 0, ceil_div(count, S::kPack) * sizeof(typename S::Unit));
+inline void pack_rows(const MatrixView& x, int64_t row, int64_t rows, typename S::Unit* dst) {
+  constexpr int64_t kElements = kInner * S::kPack;
+  for (int64_t first = 0; first < x.cols; first += kElements, dst += kRowBlockSize<S>) {
+    const int64_t count = min_of(kElements, x.cols - first);
+    for (int64_t i = 0; i < rows; ++i) {
+      unit_row<S>(element_of<T>(x, row + i, first), x.col_stride, count, dst + i * kRowStride<S>);
+    }
+    for (int64_t i = rows; i < tile_rows<S>(rows); ++i) {
+      memset(dst + i * kRowStride<S>, 0, ceil_div(count, S::kPack) * sizeof(typename S::Unit));
+    }
   }
 }
 
-// 32-bit units can go through registers; fp64 has no transposition of its own and takes the loop.
+// What the right operand of a product is stored in: 16-bit weights stay as they are where widening is one instruction.
+template <class S, class T, bool kSixteenBit = sizeof(T) == 2 && S::kPack == 1 && S::kWidensFast>
+struct StoredAs {
+  using Type = typename S::Unit;
+};
 template <class S, class T>
-inline int64_t pack_transposed(const T* src, int64_t src_row, int64_t count, typename S::Unit* dst) {
+struct StoredAs<S, T, true> {
+  using Type = T;
+};
+template <class S, class T>
+using Stored = typename StoredAs<S, T>::Type;
+
+// dst[u * width + n] = unit u of row n, for `width` rows (whole vectors) that lie src_row apart.
+template <class S, class T>
+inline void transpose_units(const T* src, int64_t src_row, int64_t elements, int64_t width, Stored<S, T>* dst) {
+  using W = Stored<S, T>;
+  int64_t k = 0;
   if constexpr (sizeof(typename S::Unit) == 4) {
     constexpr int64_t kStep = S::kLanes * S::kPack;
-    int64_t k = 0;
-    for (; k + kStep <= count; k += kStep) {
-      for (int64_t n = 0; n < kTileCols<S>; n += S::kLanes) {
+    for (; k + kStep <= elements; k += kStep) {
+      for (int64_t n = 0; n < width; n += S::kLanes) {
         decltype(F32::zero()) rows[S::kLanes];
         for (int i = 0; i < S::kLanes; ++i) {
           const auto units = S::load(src + (n + i) * src_row + k);
           memcpy(&rows[i], &units, sizeof(units));
         }
-        store_transposed(rows, reinterpret_cast<float*>(dst) + (k / S::kPack) * kTileCols<S> + n, kTileCols<S>);
-      }
-    }
-    return k;
-  }
-  return 0;
-}
-
-// Rows [row, row + kTileCols) of a weight [N, K] as one panel: dst[k][n], k in units.
-template <class S, class T>
-inline void pack_panel(const MatrixView& weight, int64_t row, typename S::Unit* dst) {
-  constexpr int64_t kCols = kTileCols<S>;
-  const int64_t valid = min_of(kCols, weight.rows - row);
-  const int64_t units = ceil_div(weight.cols, S::kPack);
-  const T* src = row_of<T>(weight, row);
-  int64_t k = 0;
-  if (valid < kCols) {
-    memset(dst, 0, units * kCols * sizeof(typename S::Unit));
-  } else if (weight.col_stride == 1) {
-    k = pack_transposed<S>(src, weight.row_stride, weight.cols, dst);
-  }
-  if (S::kPack == 1 && weight.row_stride == 1) {
-    for (; k < weight.cols; ++k) unit_row<S>(src + k * weight.col_stride, 1, valid, dst + k * kCols);
-    return;
-  }
-  for (int64_t n = 0; n < valid; ++n) {
-    const T* from = src + n * weight.row_stride;
-    if constexpr (S::kPack == 1) {
-      for (int64_t i = k; i < weight.cols; ++i) dst[i * kCols + n] = widen(from[i * weight.col_stride]);
-    } else {
-      for (int64_t u = k / S::kPack; u < units; ++u) {
-        T* unit = reinterpret_cast<T*>(dst + u * kCols + n);
-        for (int64_t e = 0; e < S::kPack; ++e) {
-          const int64_t i = u * S::kPack + e;  // the last unit may be half empty
-          unit[e] = i < weight.cols ? from[i * weight.col_stride] : T{};
+        W* out = dst + (k / S::kPack) * width + n;
+        if constexpr (sizeof(W) == 4) {
+          store_transposed(rows, reinterpret_cast<float*>(out), width);
+        } else {
+          alignas(64) float wide[S::kLanes * S::kLanes];
+          store_transposed(rows, wide, S::kLanes);
+          for (int i = 0; i < S::kLanes; ++i) S::store(out + i * width, S::load(wide + i * S::kLanes));
         }
       }
     }
   }
+  for (int64_t n = 0; n < width; ++n) {
+    const T* row = src + n * src_row;
+    if constexpr (S::kPack == 1) {
+      for (int64_t i = k; i < elements; ++i) narrow(widen(row[i]), dst + i * width + n);
+    } else {
+      for (int64_t i = k; i < elements; i += S::kPack) {
+        T unit[S::kPack] = {};
+        for (int64_t e = 0; e < min_of(S::kPack, elements - i); ++e) unit[e] = row[i + e];
+        memcpy(dst + (i / S::kPack) * width + n, unit, sizeof(unit));
+      }
+    }
+  }
+}
+
+// Two weights as one: below each other ([R, K] and [Q, K]) or side by side ([N, R] and [N, Q]).
+struct JoinedView {
+  const MatrixView* parts;
+  bool below;
+
+  int64_t rows() const { return parts[0].rows + (below ? parts[1].rows : 0); }
+  int64_t cols() const { return parts[0].cols + (below ? 0 : parts[1].cols); }
+
+  template <class T>
+  void copy_row_to(int64_t row, T* dst) const {
+    if (below) {
+      const MatrixView& part = row < parts[0].rows ? parts[0] : parts[1];
+      copy_row(row_of<T>(part, row < parts[0].rows ? row : row - parts[0].rows), part.col_stride, part.cols, dst);
+      return;
+    }
+    copy_row(row_of<T>(parts[0], row), parts[0].col_stride, parts[0].cols, dst);
+    if (parts[1].cols > 0) copy_row(row_of<T>(parts[1], row), parts[1].col_stride, parts[1].cols, dst + parts[0].cols);
+  }
+};
+
+// Rows [row, row + kTileCols) of a weight as one panel: dst[u][n], u in units of the columns; missing rows are zero.
+template <class S, class T>
+inline void pack_panel(const JoinedView& weight, int64_t row, Stored<S, T>* dst) {
+  constexpr int64_t kCols = kTileCols<S>;
+  const MatrixView& first = weight.parts[0];
+  const int64_t valid = min_of(kCols, weight.rows() - row), cols = weight.cols();
+  const bool alone = row + kCols <= first.rows && cols == first.cols;
+  if (alone && first.col_stride == 1) {
+    transpose_units<S>(row_of<T>(first, row), first.row_stride, cols, kCols, dst);
+    return;
+  }
+  if constexpr (S::kPack == 1) {
+    if (alone && first.row_stride == 1) {  // a transposed weight: its columns are rows of the panel
+      for (int64_t k = 0; k < cols; ++k) {
+        const T* column = element_of<T>(first, row, k);
+        for (int64_t n = 0; n < kCols; n += S::kLanes) S::store(dst + k * kCols + n, S::load(column + n));
+      }
+      return;
+    }
+  }
+  T* rows = static_cast<T*>(scratch(Scratch::kRows, kCols * cols * sizeof(T)));
+  for (int64_t n = 0; n < valid; ++n) weight.copy_row_to<T>(row + n, rows + n * cols);
+  memset(rows + valid * cols, 0, (kCols - valid) * cols * sizeof(T));
+  transpose_units<S>(rows, cols, cols, kCols, dst);
 }
 
 // Work on disjoint ranges, each with a plain function pointer across the border to the threads.
@@ -112,7 +168,7 @@ inline void parallel(int64_t count, int64_t grain, const F& work) {
       const_cast<F*>(&work));
 }
 
-// Cuts one piece of scratch into arrays that each start on a cache line.
+// Cuts one piece of memory into arrays that each start on a cache line.
 struct Arena {
   int64_t bytes = 0;
 
@@ -127,6 +183,11 @@ struct Arena {
 template <class T>
 inline T* at_offset(void* base, int64_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(base) + offset);
+}
+
+template <class T>
+inline const T* at_offset(const void* base, int64_t offset) {
+  return reinterpret_cast<const T*>(static_cast<const char*>(base) + offset);
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ void parallel_for(int64_t count, int64_t grain, RangeFn fn, void* context) {
 int64_t num_threads() { return torch::stable::get_num_threads(); }
 
 void* scratch(Scratch slot, size_t bytes) {
-  static thread_local Buffer buffers[3];
+  static thread_local Buffer buffers[static_cast<int>(Scratch::kCount)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.bytes < bytes) {
     buffer.release();

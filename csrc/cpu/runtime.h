@@ -14,7 +14,7 @@ void parallel_for(int64_t count, int64_t grain, RangeFn fn, void* context);
 int64_t num_threads();
 
 // Who uses a piece of scratch: a thread that runs a whole call and also works in its parallel regions needs both.
-enum class Scratch { kCall, kWorker, kTensor };
+enum class Scratch { kCall, kFactors, kWorker, kRows, kCount };
 
 // At least `bytes` of uninitialised memory, aligned to 64 bytes, of the calling thread: valid until that thread asks
 // for the same slot again. It grows to the largest request and is freed with the thread.

@@ -15,6 +15,7 @@ struct F32 {
   using V = __m256;
   using UnitV = __m256;
   static constexpr int kLanes = 8, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2;
+  static constexpr bool kWidensFast = true;
 
   static V zero() { return _mm256_setzero_ps(); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
@@ -54,6 +55,7 @@ struct F64 {
   using V = __m256d;
   using UnitV = __m256d;
   static constexpr int kLanes = 4, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2;
+  static constexpr bool kWidensFast = false;
 
   static V zero() { return _mm256_setzero_pd(); }
   static V load(const double* p) { return _mm256_loadu_pd(p); }

@@ -1,7 +1,7 @@
 // The vector layer for AVX-512 (and AVX512_BF16). simd_avx2.h and simd_portable.h have the same contents:
 // each arithmetic (F32, F64, Bf16Pairs) names its accumulator Acc, its stored operand Unit (kPack elements of the
-// product's inner dimension), its register tile kRows x kVecs, its dot-product tile kDotRows x kDotCols, and Wide,
-// the arithmetic of single widened elements.
+// product's inner dimension), its register tile kRows x kVecs, its dot-product tile kDotRows x kDotCols, whether a vector
+// of 16-bit elements widens in one or two instructions, and Wide, the arithmetic of single widened elements.
 #pragma once
 
 #include <immintrin.h>
@@ -18,6 +18,7 @@ struct F32 {
   using V = __m512;
   using UnitV = __m512;
   static constexpr int kLanes = 16, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4;
+  static constexpr bool kWidensFast = true;
 
   static V zero() { return _mm512_setzero_ps(); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
@@ -53,6 +54,7 @@ struct F64 {
   using V = __m512d;
   using UnitV = __m512d;
   static constexpr int kLanes = 8, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4;
+  static constexpr bool kWidensFast = false;
 
   static V zero() { return _mm512_setzero_pd(); }
   static V load(const double* p) { return _mm512_loadu_pd(p); }
@@ -72,6 +74,7 @@ struct Bf16Pairs {
   using V = __m512;
   using UnitV = __m512i;
   static constexpr int kLanes = 16, kPack = 2, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4;
+  static constexpr bool kWidensFast = false;
 
   static V zero() { return _mm512_setzero_ps(); }
   static UnitV load(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -84,6 +87,19 @@ struct Bf16Pairs {
   static float reduce(V v) { return _mm512_reduce_add_ps(v); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+
+  // Units of `count` sums, each rounded to nearest even; writes whole vectors of 16 units, zero beyond the last sum.
+  static void convert(const float* sums, int64_t count, uint32_t* dst) {
+    for (int64_t i = 0; i < count; i += 2 * kLanes) {
+      const int64_t left = count - i;
+      const __m512 low = _mm512_maskz_loadu_ps(mask_of(left), sums + i);
+      const __m512 high = _mm512_maskz_loadu_ps(mask_of(left - kLanes), sums + i + kLanes);
+      _mm512_storeu_si512(dst + i / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    }
+  }
+  static __mmask16 mask_of(int64_t count) {
+    return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+  }
 };
 #endif
 
