@@ -40,8 +40,8 @@ py::dict features() {
 std::string choose(const std::string& op, const std::string& dtype) {
   const KernelTable& table = kernels();
   const bool is_gram = op == "gram_accumulate_";
-  if (op != "lowrank_linear" && !is_gram) {
-    throw py::value_error("choose: op must be 'lowrank_linear' or 'gram_accumulate_', but it was '" + op + "'");
+  if (!is_gram && op != "lowrank_linear" && op != "lowrank_residual_linear" && op != "cross_gram_accumulate_") {
+    throw py::value_error("choose: op must be the name of an operator, but it was '" + op + "'");
   }
   if (dtype != "float32" && dtype != "float64" && dtype != "bfloat16" && dtype != "float16") {
     throw py::value_error("choose: dtype must be 'float32', 'float64', 'bfloat16' or 'float16', but it was '" + dtype +
@@ -52,7 +52,7 @@ std::string choose(const std::string& op, const std::string& dtype) {
   if (dtype == "float32") return isa + ": fp32 tiles of " + tile;
   if (dtype == "bfloat16" && table.bfloat_pairs) {
     return isa + ": bf16 pairs (vdpbf16ps) in tiles of " + tile +
-           (is_gram ? "; with row weights widened to fp32" : "; second product in fp32");
+           (is_gram ? "; with row weights widened to fp32" : "");
   }
   return isa + ": " + dtype + " widened to fp32 while packing, tiles of " + tile;
 }

@@ -1,5 +1,6 @@
 #include "common/checks.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -21,6 +22,21 @@ ByteRange touched(const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
   return {data, data + (last + 1) * tensor.element_size()};
 }
+
+std::string device_name(const Tensor& tensor) {
+  switch (tensor.device().type()) {
+    case DeviceType::CPU:
+      return "cpu";
+    case DeviceType::CUDA:
+      return "cuda";
+    case DeviceType::Meta:
+      return "meta";
+    default:
+      return "another device";
+  }
+}
+
+}  // namespace
 
 std::string dtype_name(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -49,21 +65,6 @@ std::string dtype_name(const Tensor& tensor) {
   }
 }
 
-std::string device_name(const Tensor& tensor) {
-  switch (tensor.device().type()) {
-    case DeviceType::CPU:
-      return "cpu";
-    case DeviceType::CUDA:
-      return "cuda";
-    case DeviceType::Meta:
-      return "meta";
-    default:
-      return "another device";
-  }
-}
-
-}  // namespace
-
 std::string shape_text(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << '[';
@@ -88,26 +89,35 @@ Dtype checked_dtype(const char* op, const char* argument, const Tensor& tensor, 
   __builtin_unreachable();
 }
 
+void check_index_dtype(const char* op, const char* argument, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  check(dtype == ScalarType::Int || dtype == ScalarType::Long, op, ": ", argument,
+        " must have one of the dtypes int32, int64, but it was ", dtype_name(tensor));
+}
+
 void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
                   const char* like_name) {
-  check(tensor.is_cpu() == like.is_cpu(), op, ": ", argument, " must be on ", device_name(like), " as ", like_name,
-        " is, but it was on ", device_name(tensor));
+  if (tensor.is_cpu() == like.is_cpu()) return;
+  check(false, op, ": ", argument, " must be on ", device_name(like), " as ", like_name, " is, but it was on ",
+        device_name(tensor));
 }
 
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
                  const char* like_name) {
-  check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have dtype ", dtype_name(like), " as ",
-        like_name, " has, but it was ", dtype_name(tensor));
+  if (tensor.scalar_type() == like.scalar_type()) return;
+  check(false, op, ": ", argument, " must have dtype ", dtype_name(like), " as ", like_name, " has, but it was ",
+        dtype_name(tensor));
 }
 
-void check_shape(const char* op, const char* argument, bool condition, const std::string& wanted,
-                 const Tensor& tensor) {
-  check(condition, op, ": ", argument, " must have shape ", wanted, ", but it was ", shape_of(tensor));
+void bad_shape(const char* op, const char* argument, const std::string& wanted, const Tensor& tensor) {
+  check(false, op, ": ", argument, " must have shape ", wanted, ", but it was ", shape_of(tensor));
+  __builtin_unreachable();
 }
 
 void check_contiguous(const char* op, const char* argument, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return;
   const auto strides = tensor.strides();
-  check(tensor.is_contiguous(), op, ": ", argument, " must be contiguous, but its strides were ",
+  check(false, op, ": ", argument, " must be contiguous, but its strides were ",
         shape_text(std::vector<int64_t>(strides.begin(), strides.end())));
 }
 
@@ -134,6 +144,19 @@ int64_t element_size(Dtype dtype) {
     default:
       return 2;
   }
+}
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
+  int32_t device_type, device_index, dtype, layout;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  AtenTensorHandle made;
+  // Not torch::stable::new_empty, which looks the operator up by name at every call.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()), &dtype,
+                                                   &layout, &device_type, device_index, nullptr, &made));
+  return Tensor(made);
 }
 
 MatrixView matrix_view(const Tensor& tensor) {

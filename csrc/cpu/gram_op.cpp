@@ -48,17 +48,14 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
   params.dtype = checked_dtype(kOp, "x", x);
   const int64_t dims = gram.dim(), K = dims > 0 ? gram.size(dims - 1) : 0;
   const bool batched = dims == 3;
-  check_shape(kOp, "gram", (dims == 2 || batched) && gram.size(dims - 2) == K, "[K, K] or [B, K, K]", gram);
+  if (!((dims == 2 || batched) && gram.size(dims - 2) == K)) bad_shape(kOp, "gram", "[K, K] or [B, K, K]", gram);
   check_contiguous(kOp, "gram", gram);
   check(K >= 1, kOp, ": gram must have at least one row, but it had none");
   const int64_t last = x.dim() >= 1 ? x.size(x.dim() - 1) : -1;
   if (batched) {
-    check_shape(kOp, "x", x.dim() == 3 && x.size(0) == gram.size(0) && last == K,
-                "[B, M, K] with B = " + std::to_string(gram.size(0)) + " and K = " + std::to_string(K) +
-                    " (as gram has)",
-                x);
+    if (!(x.dim() == 3 && x.size(0) == gram.size(0) && last == K)) bad_shape(kOp, "x", "[B, M, K] with B = " + std::to_string(gram.size(0)) + " and K = " + std::to_string(K) + " (as gram has)", x);
   } else {
-    check_shape(kOp, "x", last == K, "[..., K] with K = " + std::to_string(K) + " (the size of gram)", x);
+    if (!(last == K)) bad_shape(kOp, "x", "[..., K] with K = " + std::to_string(K) + " (the size of gram)", x);
   }
   check(gram.is_cpu(), kOp, ": gram must be on cpu as the other arguments are");
   check_device(kOp, "x", x, gram, "gram");
@@ -78,8 +75,7 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
     const Dtype weight_dtype = checked_dtype(kOp, "row_weight", *row_weight);
     const auto wanted = x.sizes().slice(0, x.dim() - 1), found = row_weight->sizes();
     const std::vector<int64_t> shape(wanted.begin(), wanted.end());
-    check_shape(kOp, "row_weight", shape == std::vector<int64_t>(found.begin(), found.end()),
-                shape_text(shape) + " (one weight for each row of x)", *row_weight);
+    if (!(shape == std::vector<int64_t>(found.begin(), found.end()))) bad_shape(kOp, "row_weight", shape_text(shape) + " (one weight for each row of x)", *row_weight);
     check_device(kOp, "row_weight", *row_weight, gram, "gram");
     check_no_overlap(kOp, "gram", gram, "row_weight", *row_weight);
     const int64_t count = params.x.rows * params.batches;
@@ -94,8 +90,7 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
   if (column_sum) {
     const std::vector<int64_t> shape = batched ? std::vector<int64_t>{gram.size(0), K} : std::vector<int64_t>{K};
     const auto found = column_sum->sizes();
-    check_shape(kOp, "column_sum", shape == std::vector<int64_t>(found.begin(), found.end()), shape_text(shape),
-                *column_sum);
+    if (!(shape == std::vector<int64_t>(found.begin(), found.end()))) bad_shape(kOp, "column_sum", shape_text(shape), *column_sum);
     check_contiguous(kOp, "column_sum", *column_sum);
     check_device(kOp, "column_sum", *column_sum, gram, "gram");
     check_dtype(kOp, "column_sum", *column_sum, gram, "gram");

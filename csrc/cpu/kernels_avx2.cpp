@@ -30,7 +30,7 @@ constexpr int32_t kIsa = 1;
 namespace mixrank {
 
 const KernelTable kAvx2Kernels = {
-    "avx2", "6x16", "6x8", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
+    "avx2", kIsa, "6x16", "6x8", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
 };
 
 }  // namespace mixrank

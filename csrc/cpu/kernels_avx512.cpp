@@ -30,7 +30,7 @@ constexpr int32_t kIsa = 2;
 namespace mixrank {
 
 const KernelTable kAvx512Kernels = {
-    "avx512", "12x32", "12x16", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
+    "avx512", kIsa, "12x32", "12x16", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
 };
 
 }  // namespace mixrank

@@ -32,7 +32,7 @@ constexpr int32_t kIsa = 3;
 namespace mixrank {
 
 const KernelTable kAvx512Bf16Kernels = {
-    "avx512bf16", "12x32", "12x16", true, lowrank_linear_kernel<Bf16Pairs>, lowrank_pack_kernel<Bf16Pairs>, gram_kernel<Bf16Pairs>,
+    "avx512bf16", kIsa, "12x32", "12x16", true, lowrank_linear_kernel<Bf16Pairs>, lowrank_pack_kernel<Bf16Pairs>, gram_kernel<Bf16Pairs>,
 };
 
 }  // namespace mixrank

@@ -19,7 +19,7 @@ constexpr int32_t kIsa = 0;
 namespace mixrank {
 
 const KernelTable kPortableKernels = {
-    "portable", "6x8", "6x4", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
+    "portable", kIsa, "6x8", "6x4", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
 };
 
 }  // namespace mixrank

@@ -39,10 +39,12 @@ struct LowrankLinearParams {
   void* y;             // [M, N]
 };
 
+constexpr char kPackedMagic[8] = {'m', 'i', 'x', 'r', 'a', 'n', 'k', '1'};
+
 // What packed factors begin with: whoever takes them checks that they are meant for this kernel and these factors.
 struct PackedHeader {
   char magic[8];
-  int32_t isa;
+  int32_t isa;  // KernelTable::isa_id
   Dtype dtype;
   int64_t K, N, R, Q, block_size, block_count;
 };

@@ -36,28 +36,22 @@ struct PackedFactors {
   const int64_t down_panels = ceil_div(R, kCols), up_panels = ceil_div(N, kCols);
   const int64_t block_width = min_of(p.blocks.size, kCols);  // columns of a panel of one block
   const int64_t block_units = p.blocks.size / S::kPack;
-  const int64_t block_rows = p.blocks.size ? N / p.blocks.size : 0;
 
   Arena arena{sizeof(PackedHeader)};
   const int64_t down_at = arena.reserve<W>(down_panels * k_units * kCols);  // [down_panels][k_units][kCols]
   const int64_t up_at = arena.reserve<W>(up_panels * r_units * kCols);      // [up_panels][r_units][kCols]
   // [blocks.count][b / block_width][block_units][block_width]
   const int64_t values_at = arena.reserve<W>(p.blocks.count * p.blocks.size * block_units);
-  const int64_t crow_at = arena.reserve<int64_t>(p.blocks.size ? block_rows + 1 : 0);
-  const int64_t col_at = arena.reserve<int64_t>(p.blocks.count);
   const int64_t bytes = arena.bytes;
 
   PackedHeader header() const {
-    return {{'m', 'i', 'x', 'r', 'a', 'n', 'k', '1'}, kIsa, p.dtype, K, N, p.down[0].rows, p.down[1].rows, p.blocks.size,
-            p.blocks.count};
+    PackedHeader header{{}, kIsa, p.dtype, K, N, p.down[0].rows, p.down[1].rows, p.blocks.size, p.blocks.count};
+    memcpy(header.magic, kPackedMagic, sizeof(header.magic));
+    return header;
   }
 
   void pack(void* base) const {
     *static_cast<PackedHeader*>(base) = header();
-    if (p.blocks.size) {
-      memcpy(at_offset<int64_t>(base, crow_at), p.blocks.crow, (block_rows + 1) * sizeof(int64_t));
-      memcpy(at_offset<int64_t>(base, col_at), p.blocks.col, p.blocks.count * sizeof(int64_t));
-    }
     const int64_t panels = down_panels + up_panels, all = panels + p.blocks.count;
     const int64_t grain = max_of(1, min_of(all, all * kWorkPerThread / (16 * R * (K + N))));
     parallel(all, grain, [&](int64_t begin, int64_t end) {
@@ -200,12 +194,10 @@ struct LowrankLinear {
   void add_blocks(int64_t column, int64_t cols, int64_t rows, const Unit* x, Acc* sum) const {
     const int64_t b = p.blocks.size, width = packed.block_width;
     const W* values = at_offset<W>(weights, packed.values_at);
-    const int64_t* crow = at_offset<int64_t>(weights, packed.crow_at);
-    const int64_t* col = at_offset<int64_t>(weights, packed.col_at);
     const auto multiply = width == kCols ? block_tile<S, 2, kCols, W>(rows) : block_tile<S, kCols / 2 / S::kLanes, kCols / 2, W>(rows);
     for (int64_t n = column; n < column + cols; n += width) {
-      for (int64_t e = crow[n / b]; e < crow[n / b + 1]; ++e) {
-        const int64_t unit = col[e] * packed.block_units;
+      for (int64_t e = p.blocks.crow[n / b]; e < p.blocks.crow[n / b + 1]; ++e) {
+        const int64_t unit = p.blocks.col[e] * packed.block_units;
         multiply(packed.block_units, x + unit / kInner * kRowBlockSize<S> + unit % kInner,
                  values + e * b * packed.block_units + n % b * packed.block_units, sum + (n - column), kCols, true);
       }

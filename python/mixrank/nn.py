@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
-from mixrank_kernels import ops
+from mixrank_kernels import ops, packing
 
 
 class MixedRankLinear(nn.Module):
@@ -129,7 +129,15 @@ class MixedRankLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
-        return ops.lowrank_linear(x, self.down, self.up, self.bias)
+        return ops.lowrank_linear(x, self.down, self.up, self.bias, self._packed())
+
+    def _packed(self) -> Tensor | None:
+        """The factors packed for the CPU kernels, where the call will really use them as they are now."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None  # a graph would keep what was packed while it was traced
+        if torch.is_autocast_enabled(self.down.device.type):
+            return None
+        return packing.packed(self.down, self.up)
 
     def extra_repr(self) -> str:
         return (
