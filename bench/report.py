@@ -29,6 +29,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "machine": tables_ops.machine,
         "figures": figures.links,
         "summary": tables_ops.summary,
+        "ceiling": tables_ops.ceiling,
         "bars": tables_ops.bar_lines,
         "losing": tables_ops.losing,
         "calibration": tables_models.calibration,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mixrank_bench.environment import RESULTS, read
@@ -13,8 +14,17 @@ NONE = "Nothing has been recorded yet.\n"
 
 
 def calibration_rows() -> list[dict[str, Any]]:
-    """The rows of the kind ``calibration``."""
-    return [row for row in read(CALIBRATION) if row["kind"] == "calibration"]
+    """The newest row of the kind ``calibration`` for each method, dtype and number of threads."""
+    return _newest(CALIBRATION, "calibration", "method", "dtype", "threads")
+
+
+def _newest(path: Path, kind: str, *keys: str) -> list[dict[str, Any]]:
+    """The rows of a kind without those that were measured again later, in the order of the first measurement."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in read(path):
+        if row["kind"] == kind:
+            found[tuple(row[key] for key in keys)] = row
+    return list(found.values())
 
 
 def calibration() -> str:
@@ -40,7 +50,7 @@ def calibration() -> str:
 
 def models() -> str:
     """Dense against compressed models, the ratio taken against the fastest mode of the dense model."""
-    rows = [row for row in read(MODELS) if row["kind"] == "model"]
+    rows = _newest(MODELS, "model", "model", "keep", "mode", "dtype", "threads", "batch")
     if not rows:
         return NONE
     dense: dict[tuple, list[float]] = {}

@@ -96,6 +96,34 @@ def summary() -> str:
     return table(header, lines)
 
 
+def ceiling() -> str:
+    """How close each operator comes to the roofline, by the number of rows."""
+    found = [one for one in measures(rows()) if not one.red]
+    if not found:
+        return NO_RUN
+    threads = sorted({one.row["threads"] for one in found})
+    gathered: dict[tuple[str, str, int], dict[int, list[tuple[float, str]]]] = {}
+    for one in found:
+        if one.roof:
+            key = (one.row["op"], one.row["dtype"], one.row["m"])
+            gathered.setdefault(key, {}).setdefault(one.row["threads"], []).append(one.roof)
+    lines = []
+    for key in sorted(gathered):
+        cells = []
+        for count in threads:
+            roofs = gathered[key].get(count, [])
+            shares = [share for share, _ in roofs]
+            sides = sorted({side for _, side in roofs})
+            cells += (
+                [f"{geometric_mean(shares):.0f} %", f"{min(shares):.0f} %", ", ".join(sides)] if roofs else ["-"] * 3
+            )
+        lines.append((*key, *cells))
+    header = ["operator", "dtype", "M"]
+    for count in threads:
+        header += [f"mean, {count}T", f"worst, {count}T", f"bound by, {count}T"]
+    return table(header, lines)
+
+
 def bar_lines() -> str:
     """Every bar, what was measured, and whether that is enough."""
     found = measures(rows())

@@ -88,6 +88,11 @@ def test_summary_has_every_peer_the_best_of_them_and_ours_without_packing(root):
     assert "| gram_accumulate_ | bfloat16 | Gram | torch addmm_ in fp32 | 4.00x | 4.00x | 1 |" in text
 
 
+def test_percent_of_the_roof_is_by_the_number_of_rows(root):
+    percent = f"{100 * 1e3 * 1576 * 768 * 769 / 2e11 / 5:.0f} %"
+    assert f"| gram_accumulate_ | bfloat16 | 1576 | {percent} | {percent} | arithmetic |" in tables_ops.ceiling()
+
+
 def test_missing_peers_come_with_their_reason(root):
     assert "| zentorch | float32 | not installed | 1 |" in tables_ops.absent()
 
