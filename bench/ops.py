@@ -104,8 +104,12 @@ class Case:
         weights = rank * (self.k + self.n) + count * side * side + self.n
         return size * (weights + self.m * (self.k + self.n))
 
+    @torch.inference_mode(False)
     def arguments(self) -> dict[str, Tensor | None]:
-        """Make the operator's arguments by name, with the same values each time."""
+        """Make the operator's arguments by name, with the same values each time.
+
+        They are never tensors of inference mode, whose changes cannot be seen and which a layer would not pack.
+        """
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from mixrank_bench import engines, ops, peers
 from mixrank_bench.ops import Case
 from mixrank_bench.samples import tiny_cases
+from mixrank_kernels._load import load_extension
 
 
 def every_tiny_case() -> list[Case]:
@@ -26,6 +27,15 @@ def test_all_variants_of_a_case_pass_its_gate(case):
     wanted = {"gram"} if "gram" in case.op else {"dense", "add" if case.residual else "factors"}
     assert wanted <= offered
     assert all(field.absent[group][name] for group in field.absent for name in field.absent[group])
+
+
+@pytest.mark.skipif(load_extension() is None, reason="only the C++ kernels read packed weights")
+@pytest.mark.parametrize("op", ["lowrank_linear", "lowrank_residual_linear"])
+def test_ours_is_served_with_packed_weights(op):
+    for case in tiny_cases(torch.bfloat16):
+        if case.op == op:
+            with torch.inference_mode():
+                assert list(peers.ours(case, case.arguments(), unpacked=True)) == [peers.SERVED, peers.UNPACKED]
 
 
 def test_compiled_peers_compute_the_same():
