@@ -228,7 +228,8 @@ def _line(bar: Bar, dtype: str, threads: int, found: list[Measure]) -> Line:
 
 
 def _calibration_lines(rows: Iterable[dict[str, Any]]) -> list[Line]:
-    newest = {row["threads"]: row for row in rows if row["kind"] == "calibration" and row["dtype"] == "bfloat16"}
+    ours = [row for row in rows if row["method"] == "ours" and row["dtype"] == "bfloat16"]
+    newest = {row["threads"]: row for row in ours}
     lines = []
     for threads, row in sorted(newest.items()):
         share = 100 * row["seconds_gram"] / row["seconds_forward"]

@@ -14,8 +14,8 @@ NONE = "Nothing has been recorded yet.\n"
 
 
 def calibration_rows() -> list[dict[str, Any]]:
-    """The newest row of the kind ``calibration`` for each method, dtype and number of threads."""
-    return _newest(CALIBRATION, "calibration", "method", "dtype", "threads")
+    """The newest row of the kind ``calibration`` for each model, method, dtype and number of threads."""
+    return _newest(CALIBRATION, "calibration", "model", "method", "dtype", "threads")
 
 
 def _newest(path: Path, kind: str, *keys: str) -> list[dict[str, Any]]:
@@ -34,6 +34,7 @@ def calibration() -> str:
         return NONE
     lines = [
         (
+            row["model"],
             row["method"],
             row["dtype"],
             row["threads"],
@@ -44,7 +45,7 @@ def calibration() -> str:
         )
         for row in rows
     ]
-    header = ("method", "dtype", "threads", "images", "forward pass, s", "Gram matrices, s", "share")
+    header = ("model", "method", "dtype", "threads", "images", "forward pass, s", "Gram matrices, s", "share")
     return table(header, lines) + "\n" + conditions(rows[-1])
 
 

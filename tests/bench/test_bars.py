@@ -115,11 +115,12 @@ def test_without_ceilings_ratios_stand_and_percents_do_not():
 
 @pytest.mark.parametrize(("gram_seconds", "met"), [(20.0, True), (30.0, False)])
 def test_calibration_has_a_largest_share(gram_seconds, met):
-    def row(dtype: str, seconds: float) -> dict:
+    def row(method: str, dtype: str, seconds: float) -> dict:
         spent = {"seconds_forward": 100.0, "seconds_gram": seconds}
-        return {"kind": "calibration", "dtype": dtype, "threads": 1, "images": 256, "method": "mixrank"} | spent
+        return {"kind": "calibration", "dtype": dtype, "threads": 1, "images": 256, "method": method} | spent
 
-    rows = (row("float32", 99.0), row("bfloat16", 99.0), row("bfloat16", gram_seconds))
+    measured = [("float32", 99.0), ("bfloat16", 99.0), ("bfloat16", gram_seconds)]
+    rows = (*(row("ours", *one) for one in measured), row("addmm", "bfloat16", 600.0))
     found = line([], "Gram work in a calibration run", rows)
     assert (found.measured, found.met, found.wanted) == (gram_seconds, met, "<= 25%")
 
