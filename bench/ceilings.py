@@ -73,9 +73,8 @@ def measure(threads: int, *, milliseconds: float = 100.0, repeats: int = 5) -> C
 def _peak(dtype: str, threads: int, milliseconds: float, repeats: int) -> float | None:
     """Operations per second of all threads together, the best of ``repeats``; None without such an instruction."""
     extension = load_extension()
-    if extension is None:
+    if extension is None or (dtype == "bfloat16" and "avx512bf16" not in extension.supported_isas()):
         return None
-
     start = threading.Barrier(threads)
 
     def one(_: int) -> float:
@@ -83,8 +82,7 @@ def _peak(dtype: str, threads: int, milliseconds: float, repeats: int) -> float 
         return extension.peak_flops(dtype, milliseconds)
 
     with ThreadPoolExecutor(threads) as pool:
-        best = max(sum(pool.map(one, range(threads))) for _ in range(repeats))
-    return best or None
+        return max(sum(pool.map(one, range(threads))) for _ in range(repeats))
 
 
 def _copy(nbytes: int, repeats: int) -> float:

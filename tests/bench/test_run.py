@@ -117,3 +117,36 @@ def test_ceilings_survive_json_and_choose_the_bandwidth_by_size():
     assert limits.memory_seconds(1 << 30) == pytest.approx((1 << 30) / 1e10)
     assert limits.arithmetic_seconds(1e11, "float32") == pytest.approx(1.0)
     assert limits.arithmetic_seconds(1e11, "bfloat16") is None
+
+
+class Extension:
+    """A C++ extension of a processor that does 100 operations per second in each thread."""
+
+    def __init__(self, *isas: str) -> None:
+        self.isas = isas
+
+    def supported_isas(self) -> tuple[str, ...]:
+        return self.isas
+
+    def peak_flops(self, kind: str, milliseconds: float) -> float:
+        return {"float32": 100.0, "bfloat16": 200.0}[kind]
+
+
+@pytest.mark.parametrize(
+    ("extension", "flops"),
+    [
+        (Extension("avx512bf16", "avx2"), {"float32": 200.0, "bfloat16": 400.0}),
+        (Extension("avx2"), {"float32": 200.0}),
+        (None, {}),
+    ],
+    ids=["bf16", "no-bf16", "no-extension"],
+)
+def test_ceilings_add_up_the_threads_and_leave_out_what_is_not_there(extension, flops, monkeypatch):
+    monkeypatch.setattr(ceilings, "load_extension", lambda: extension)
+    monkeypatch.setattr(ceilings, "FOOTPRINTS", (1 << 12, 1 << 14))
+    threads = torch.get_num_threads()
+    found = ceilings.measure(2, milliseconds=0.1, repeats=1)
+    assert found.flops == flops
+    assert list(found.bandwidth) == [1 << 12, 1 << 14]
+    assert all(rate > 0 for rate in found.bandwidth.values())
+    assert torch.get_num_threads() == threads
