@@ -11,7 +11,7 @@ EPILOG = "Example: mixrank bench --only gram_accumulate_ --threads 1"
 
 
 def bench(
-    full: Annotated[bool, typer.Option("--full", help="Every case and every peer; takes an hour or two.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every case and every peer; takes about an hour.")] = False,
     threads: Annotated[
         list[int] | None, typer.Option(help="Threads of one operation (repeatable).", show_default="1 and all")
     ] = None,
