@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,13 +145,13 @@ def run(options: Options) -> bool:
     if options.json:
         result = {"run": run_id, "environment": header, "rows": rows}
         write_json(options.json, result | {"bars": [dataclasses.asdict(line) for line in lines]})
-    red = [found_measure for found_measure in found if found_measure.red]
+    red = [one for one in found if one.red]
     for one in red:
         print(f"no number for {one.row['op']} {one.row['dtype']} {one.row['case']}: {one.red}", file=sys.stderr)
     return not red
 
 
-def _measure_all(options: Options, console: Console, keep: Any) -> list[Measure]:
+def _measure_all(options: Options, console: Console, keep: Callable[[dict[str, Any]], None]) -> list[Measure]:
     """Ceilings first, then every case, for each number of threads."""
     limits: dict[int, Ceilings] = {}
     for threads in options.threads:
@@ -180,15 +180,18 @@ def ceiling_line(limits: Ceilings) -> str:
 
 
 def _print_results(console: Console, found: list[Measure]) -> None:
-    table = Table("operator", "case", "dtype", "T", "ms", "GF/s", "% of roof", "against (above 1: ours is faster)")
+    table = Table(
+        "operator", "case", "dtype", "T", "ms", "spread", "GF/s", "% of roof", "against (above 1: ours is faster)"
+    )
     for one in found:
         row = one.row
         cells = (row["op"], row["case"], row["dtype"], str(row["threads"]))
         if one.red:
-            table.add_row(*cells, "-", "-", "-", "no number: the error budget is exceeded")
+            table.add_row(*cells, "-", "-", "-", "-", "no number: the error budget is exceeded")
             continue
         roof = f"{one.roof[0]:.0f}, {one.roof[1]}" if one.roof else "-"
-        table.add_row(*cells, f"{one.milliseconds:.3f}", f"{one.rate() / 1e9:.0f}", roof, "; ".join(against(one)))
+        times = (f"{one.milliseconds:.3f}", f"{one.spread:.0%}", f"{one.rate() / 1e9:.0f}")
+        table.add_row(*cells, *times, roof, "; ".join(against(one)))
     console.print(table, highlight=False)
 
 
