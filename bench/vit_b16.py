@@ -17,7 +17,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.models import create_model, preprocessing, split_qkv_
 from mixrank_bench.environment import RESULTS, append, read
+from mixrank_bench.memory import peak_megabytes
 
 ARCHITECTURE = "vit_base_patch16_224"
 OUT = RESULTS / "vit_b16.jsonl"
@@ -171,8 +171,8 @@ def measure_costs(data: Data, out: Path) -> None:
 
 def _measured(step: Callable[[Data], dict[str, Any]], data: Data) -> dict[str, Any]:
     row = step(data)
-    # Kilobytes on Linux. The highest point of the process, the interpreter and its libraries included.
-    return row | {"peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    # The highest point of the process, the interpreter and its libraries included.
+    return row | {"peak_megabytes": peak_megabytes()}
 
 
 def _calibrate(data: Data, dtype: torch.dtype | None) -> dict[str, Any]:
