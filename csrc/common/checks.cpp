@@ -20,7 +20,7 @@ ByteRange touched(const Tensor& tensor) {
   if (tensor.numel() == 0) return {data, data};
   int64_t last = 0;
   for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  return {data, data + (last + 1) * tensor.element_size()};
+  return {data, data + (last + 1) * static_cast<int64_t>(tensor.element_size())};
 }
 
 std::string device_name(const Tensor& tensor) {
@@ -123,6 +123,7 @@ void check_contiguous(const char* op, const char* argument, const Tensor& tensor
 
 void check_no_overlap(const char* op, const char* argument, const Tensor& tensor, const char* other,
                       const Tensor& other_tensor) {
+  if (tensor.numel() == 0 || other_tensor.numel() == 0) return;
   const ByteRange a = touched(tensor), b = touched(other_tensor);
   check(a.end <= b.begin || b.end <= a.begin, op, ": ", argument, " must not share memory with ", other,
         ", but they overlap");

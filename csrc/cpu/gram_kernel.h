@@ -1,4 +1,8 @@
 // The implementation of gram.h for one instruction set. S is an arithmetic, T the element type of x, G that of gram.
+//
+// x is packed into panels of kCols columns, all tokens of a column panel together: the right operand of the tiles. The
+// same panels are the left operand, read one column at a time, so x is packed once. A block is the product of two
+// panels, kCols x kCols; the blocks of the upper triangle are numbered column by column and divided among the threads.
 #pragma once
 
 #include "cpu/gram.h"
@@ -6,171 +10,210 @@
 namespace mixrank {
 namespace {
 
-// Rows between two additions to gram: enough to make these cheap, few enough for fp32 sums and for the scratch.
+// Tokens between two additions to gram: enough to make these cheap, few enough for fp32 sums.
 constexpr int64_t kMaxTokens = 2048;
-constexpr int64_t kMaxPackedBytes = 16 << 20;
-
-// Columns that are packed together: whole panels of the left operand (kRows wide) and of the right (kTileCols wide).
-template <class S>
-constexpr int64_t packed_group() {
-  int64_t group = kTileCols<S>;
-  while (group % S::kRows != 0) group += kTileCols<S>;
-  return group;
-}
+// What the packed panels may take of an L2 cache, and the fewest units that are packed at once.
+constexpr int64_t kPackedBytes = 640 << 10;
+// Units of two panels that stay in L1 while all tiles of a block use them.
+constexpr int64_t kGramUnits = 64;
+// Multiply-adds below which threads cost more than they give.
+constexpr int64_t kGramWork = 1 << 20;
 
 template <class S, class T, class G>
 struct Gram {
   using Acc = typename S::Acc;
   using Unit = typename S::Unit;
-  static constexpr int64_t kRows = S::kRows, kCols = kTileCols<S>, kGroup = packed_group<S>();
+  static constexpr int64_t kCols = kTileCols<S>;
+  static constexpr int kRows = S::kGramRows;
+  static_assert(kCols % kRows == 0, "the tiles of a block divide it evenly");
 
   const GramParams& p;
-  const int64_t M = p.x.rows, K = p.x.cols;
-  const int64_t groups = ceil_div(K, kGroup), col_panels = ceil_div(K, kCols);
-  const int64_t capacity = token_capacity();  // rows of x packed at once
-  const int64_t capacity_units = ceil_div(capacity, S::kPack);
+  const bool cross = p.cross;
+  const int64_t M = p.x.rows, K = p.x.cols, N = cross ? p.z.cols : K;
+  const int64_t row_panels = ceil_div(K, kCols), col_panels = ceil_div(N, kCols);
+  const int64_t left_panels = cross || p.row_weight ? row_panels : 0;  // else the right panels serve on both sides
+  const int64_t blocks = cross ? row_panels * col_panels : col_panels * (col_panels + 1) / 2;
+  const int64_t capacity = token_capacity();  // tokens packed at once
+  const int64_t panel_size = ceil_div(capacity, S::kPack) * kCols;
 
   int64_t token_capacity() const {
-    const int64_t fit = kMaxPackedBytes / (2 * groups * kGroup * static_cast<int64_t>(sizeof(Unit)) / S::kPack);
-    const int64_t block = kBlock * S::kPack;
-    return min_of(M, max_of(block, min_of(kMaxTokens, fit / block * block)));
+    const int64_t unit_bytes = (left_panels + col_panels) * kCols * static_cast<int64_t>(sizeof(Unit));
+    const int64_t units = max_of(1, kPackedBytes / unit_bytes / kGramUnits) * kGramUnits;
+    return min_of(M, min_of(kMaxTokens, units * S::kPack));
   }
 
   static void entry(const GramParams& params) {
     if (params.x.rows == 0) return;
     const Gram gram{params};
-    if (params.batches == 1) {
-      gram.run(0);
-    } else {
-      parallel(params.batches, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t batch = begin; batch < end; ++batch) gram.run(batch);
-      });
-    }
+    // Many batches are divided among the threads; of few, each is computed by all threads.
+    const int64_t work = gram.M * gram.K * gram.N, batches = params.batches;
+    const bool together = batches < num_threads() || batches == 1;
+    parallel(batches, together ? batches : max_of(1, min_of(batches, kGramWork / work)),
+             [&](int64_t begin, int64_t end) {
+               for (int64_t batch = begin; batch < end; ++batch) gram.run(batch);
+             });
   }
-
-  // Tiles of the upper triangle in column panel j: rows up to the last column of the panel.
-  int64_t tiles_in_panel(int64_t j) const { return ceil_div(min_of((j + 1) * kCols, K), kRows); }
 
   void run(int64_t batch) const {
-    const int64_t panel_size = capacity_units * groups * kGroup;
-    auto* left = static_cast<Unit*>(scratch(Scratch::kCall, 2 * panel_size * sizeof(Unit)));
-    Unit* right = left + panel_size;
-    int64_t tiles = 0;
-    for (int64_t j = 0; j < col_panels; ++j) tiles += tiles_in_panel(j);
-    for (int64_t token = 0; token < M; token += capacity) {
-      const int64_t count = min_of(capacity, M - token);
-      const bool large = count * K * K > (1 << 20);
-      parallel(groups, large ? 1 : groups, [&](int64_t begin, int64_t end) {
-        for (int64_t group = begin; group < end; ++group) {
-          pack(batch, group, token, count, left + group * kGroup * capacity_units,
-               right + group * kGroup * capacity_units);
+    const bool once = M <= capacity;  // the blocks need no place to wait for more tokens
+    Arena arena;
+    const int64_t right_at = arena.reserve<Unit>((left_panels + col_panels) * panel_size);
+    const int64_t sums_at = arena.reserve<Acc>(once ? 0 : blocks * kCols * kCols);
+    void* base = scratch(Scratch::kCall, arena.bytes);
+    auto* right = at_offset<Unit>(base, right_at);
+    Unit* left = left_panels ? right + col_panels * panel_size : right;
+    Acc* sums = once ? nullptr : at_offset<Acc>(base, sums_at);
+    G* gram = static_cast<G*>(p.gram) + batch * K * N;
+    for (int64_t start = 0; start < M; start += kMaxTokens) {
+      const int64_t stop = min_of(start + kMaxTokens, M);
+      for (int64_t token = start; token < stop; token += capacity) {
+        const int64_t count = min_of(capacity, stop - token);
+        const bool large = count * K * N > kGramWork;
+        parallel(col_panels, large ? 1 : col_panels, [&](int64_t begin, int64_t end) {
+          pack(cross ? p.z : p.x, batch, begin, end, token, count, nullptr, right);
+        });
+        parallel(left_panels, large ? 1 : left_panels, [&](int64_t begin, int64_t end) {
+          pack(p.x, batch, begin, end, token, count, weights(batch), left);
+        });
+        if (p.column_sum) {
+          for (int64_t i = 0; i < row_panels; ++i) add_column_sums(batch, i, count, left + i * panel_size);
         }
-      });
-      parallel(tiles, large ? 1 : tiles, [&](int64_t begin, int64_t end) {
-        multiply(begin, end, ceil_div(count, S::kPack), left, right, static_cast<G*>(p.gram) + batch * K * K);
-      });
+        parallel(blocks, large ? 1 : blocks, [&](int64_t begin, int64_t end) {
+          multiply(begin, end, ceil_div(count, S::kPack), left, right, sums, token > start, token + count == stop, gram);
+        });
+      }
     }
   }
 
-  // Columns [group * kGroup, + kGroup) of rows [token, token + count): right[panel][unit][kCols] of x and
-  // left[panel][unit][kRows] of w * x; the column sums ride along.
-  void pack(int64_t batch, int64_t group, int64_t token, int64_t count, Unit* left, Unit* right) const {
-    const int64_t first = group * kGroup, cols = min_of(kGroup, K - first);
-    const Acc* weight = static_cast<const Acc*>(p.row_weight);
-    if (weight) weight += batch * M + token;
-    double sums[kGroup] = {};
-    Acc values[kGroup];
-    Unit units[kGroup] = {};
-    const auto source = [&](int64_t m) {
-      return row_of<T>(p.x, token + m) + batch * p.x_batch_stride + first * p.x.col_stride;
-    };
-    for (int64_t u = 0; u * S::kPack < count; ++u) {
-      if constexpr (S::kPack == 1) {
-        widen_row<S>(source(u), p.x.col_stride, cols, units);
-      } else {
-        const bool full = u * 2 + 1 < count;
-        interleave(source(u * 2), full ? source(u * 2 + 1) : nullptr, p.x.col_stride, cols, units);
-      }
-      for (int64_t c = 0; c < kGroup; c += kCols) {
-        memcpy(right + c * capacity_units + u * kCols, units + c, kCols * sizeof(Unit));
-      }
-      if (p.column_sum) {
-        for (int64_t e = 0; e < S::kPack && u * S::kPack + e < count; ++e) {
-          const int64_t m = u * S::kPack + e;
-          const double factor = weight ? static_cast<double>(weight[m]) : 1.0;
-          widen_row<typename S::Wide>(source(m), p.x.col_stride, cols, values);
-          for (int64_t c = 0; c < cols; ++c) sums[c] += factor * static_cast<double>(values[c]);
+  const Acc* weights(int64_t batch) const {
+    return p.row_weight ? static_cast<const Acc*>(p.row_weight) + batch * M : nullptr;
+  }
+
+  // Panels [begin, end) of tokens [token, token + count) of x or z: packed[panel][unit][kCols], times the weights. Token
+  // by token, because that is how x lies in memory.
+  void pack(const MatrixView& x, int64_t batch, int64_t begin, int64_t end, int64_t token, int64_t count,
+            const Acc* weight, Unit* packed) const {
+    for (int64_t m = 0; m < count; m += S::kPack) {
+      const T* row = row_of<T>(x, token + m) + batch * p.x_batch_stride;
+      [[maybe_unused]] const T* next = m + 1 < count ? row_of<T>(x, token + m + 1) + batch * p.x_batch_stride : nullptr;
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t first = j * kCols, cols = min_of(kCols, x.cols - first), offset = first * x.col_stride;
+        Unit* dst = packed + j * panel_size + m / S::kPack * kCols;
+        if constexpr (S::kPack == 1) {
+          widen_row<S>(row + offset, x.col_stride, cols, dst);
+          if (weight) {
+            for (int64_t c = 0; c < cols; ++c) dst[c] *= weight[token + m];
+          }
+        } else {
+          interleave(row + offset, next ? next + offset : nullptr, x.col_stride, cols, dst);
         }
+        for (int64_t c = cols; c < kCols; ++c) dst[c] = Unit{};
       }
-      const Unit* scaled = units;
-      if constexpr (S::kPack == 1) {
-        if (weight) {
-          for (int64_t c = 0; c < kGroup; ++c) values[c] = weight[u] * units[c];
-          scaled = values;
-        }
-      }
-      for (int64_t c = 0; c < kGroup; c += kRows) {
-        memcpy(left + c * capacity_units + u * kRows, scaled + c, kRows * sizeof(Unit));
-      }
-    }
-    if (p.column_sum) {
-      G* out = static_cast<G*>(p.column_sum) + batch * K + first;
-      for (int64_t c = 0; c < cols; ++c) out[c] = static_cast<G>(out[c] + sums[c]);
     }
   }
 
   // One unit per column from two rows of x; a missing second row counts as zero.
   static void interleave(const T* low, const T* high, int64_t stride, int64_t cols, Unit* units) {
-    if (high) {
-      for (int64_t c = 0; c < cols; ++c) {
-        units[c] = low[c * stride].bits | static_cast<Unit>(high[c * stride].bits) << 16;
-      }
-    } else {
+    if (high == nullptr) {
       for (int64_t c = 0; c < cols; ++c) units[c] = low[c * stride].bits;
+    } else if (stride == 1) {
+      for (int64_t c = 0; c < cols; ++c) units[c] = low[c].bits | static_cast<Unit>(high[c].bits) << 16;
+    } else {
+      for (int64_t c = 0; c < cols; ++c) units[c] = low[c * stride].bits | static_cast<Unit>(high[c * stride].bits) << 16;
     }
   }
 
-  // Tiles [begin, end) of the triangle, counted panel by panel.
-  void multiply(int64_t begin, int64_t end, int64_t units, const Unit* left, const Unit* right, G* gram) const {
-    auto* strip = static_cast<Acc*>(scratch(Scratch::kWorker, ceil_div(K, kRows) * kRows * kCols * sizeof(Acc)));
-    int64_t panel_begin = 0;
-    for (int64_t j = 0; panel_begin < end; ++j) {
-      const int64_t in_panel = tiles_in_panel(j);
-      const int64_t first = max_of(begin - panel_begin, 0), last = min_of(end - panel_begin, in_panel);
-      panel_begin += in_panel;
-      if (first >= last) continue;
-      for (int64_t u = 0; u < units; u += kBlock) {
-        const int64_t steps = min_of(kBlock, units - u);
-        const Unit* b = right + (j * capacity_units + u) * kCols;
-        for (int64_t i = first; i < last; ++i) {
-          const Unit* a = left + (i * capacity_units + u) * kRows;
-          Acc* sum = strip + (i - first) * kRows * kCols;
-          if (K - j * kCols <= S::kLanes) {
-            tile<S, kRows, 1, 1, kRows, kCols, Unit>(steps, a, b, sum, kCols, u > 0);
-          } else {
-            tile<S, kRows, 2, 1, kRows, kCols, Unit>(steps, a, b, sum, kCols, u > 0);
-          }
+  // The sums of the columns of a panel: a row of ones times the panel.
+  void add_column_sums(int64_t batch, int64_t panel, int64_t count, const Unit* packed) const {
+    const int64_t first = panel * kCols, cols = min_of(kCols, K - first), units = ceil_div(count, S::kPack);
+    const Unit one = S::one();
+    double sums[kCols] = {};
+    alignas(64) Acc partial[kCols];
+    for (int64_t u = 0; u < units; u += kBlock) {
+      tile<S, 1, S::kVecs, 0, 0, kCols, Unit>(min_of(kBlock, units - u), &one, packed + u * kCols, partial, kCols, false);
+      for (int64_t c = 0; c < kCols; ++c) sums[c] += static_cast<double>(partial[c]);
+    }
+    G* out = static_cast<G*>(p.column_sum) + batch * K + first;
+    for (int64_t c = 0; c < cols; ++c) out[c] = static_cast<G>(out[c] + sums[c]);
+  }
+
+  // Blocks [begin, end), of the upper triangle column by column or of the whole matrix, for the packed tokens. `sums`
+  // holds the blocks of earlier tokens where `accumulate` says that there were any; `last` adds them to gram.
+  void multiply(int64_t begin, int64_t end, int64_t units, const Unit* left, const Unit* right, Acc* sums,
+                bool accumulate, bool last, G* gram) const {
+    alignas(64) Acc own[kCols * kCols];
+    int64_t j = 0, first = 0;  // column panel, number of its first block
+    while (first + blocks_in_column(j) <= begin) first += blocks_in_column(j++);
+    for (int64_t block = begin; block < end; ++block) {
+      if (block - first == blocks_in_column(j)) first += blocks_in_column(j++);
+      const int64_t i = block - first;
+      const bool diagonal = !cross && i == j;
+      const Unit *a = left + i * panel_size, *b = right + j * panel_size;
+      Acc* sum = sums ? sums + block * kCols * kCols : own;
+      for (int64_t u = 0; u < units; u += kGramUnits) {
+        const int64_t steps = min_of(kGramUnits, units - u);
+        if (last) prefetch_for_write(i, j, gram, u * kCols / units, min_of(u + steps, units) * kCols / units);
+        for (int64_t row = 0; row < kCols; row += kRows) {
+          // Below the middle of a diagonal block, the left half of the columns is in the other triangle.
+          const bool half = diagonal && row >= S::kLanes;
+          const auto multiply = half ? tile<S, kRows, 1, 1, kCols, kCols, Unit> : tile<S, kRows, 2, 1, kCols, kCols, Unit>;
+          const int64_t col = half ? S::kLanes : 0;
+          multiply(steps, a + u * kCols + row, b + u * kCols + col, sum + row * kCols + col, kCols, accumulate || u > 0);
         }
       }
-      flush(j, first, last, strip, gram);
+      if (last) flush(i, j, sum, gram);
     }
   }
 
-  // Adds the sums of rows [first * kRows, last * kRows) in column panel j to both halves of gram.
-  void flush(int64_t j, int64_t first, int64_t last, const Acc* strip, G* gram) const {
-    const int64_t begin = first * kRows, end = min_of(last * kRows, K), col = j * kCols;
-    const int64_t col_end = min_of(col + kCols, K);
-    for (int64_t i = begin; i < end; ++i) {
-      const Acc* sum = strip + (i - begin) * kCols;
-      for (int64_t c = max_of(col, i); c < col_end; ++c) add_to(gram + i * K + c, sum[c - col]);
+  int64_t blocks_in_column(int64_t j) const { return cross ? row_panels : j + 1; }
+
+  // Adds a block to gram, and its transpose to the other triangle.
+  void flush(int64_t i, int64_t j, Acc* sum, G* gram) const {
+    const int64_t row = i * kCols, col = j * kCols, rows = min_of(kCols, K - row), cols = min_of(kCols, N - col);
+    if (!cross && i == j) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < r; ++c) sum[r * kCols + c] = sum[c * kCols + r];
+      }
     }
-    for (int64_t c = col; c < col_end; ++c) {
-      const Acc* sum = strip + (c - col);
-      for (int64_t i = begin; i < min_of(end, c); ++i) add_to(gram + c * K + i, sum[(i - begin) * kCols]);
+    for (int64_t r = 0; r < rows; ++r) add_row(sum + r * kCols, cols, gram + (row + r) * N + col);
+    if (cross || i == j) return;
+    alignas(64) Acc transposed[kCols * kCols];
+    transpose_block(sum, transposed);
+    for (int64_t c = 0; c < cols; ++c) add_row(transposed + c * kCols, rows, gram + (col + c) * N + row);
+  }
+
+  static void transpose_block(const Acc* sum, Acc* transposed) {
+    if constexpr (sizeof(Acc) == 4) {
+      for (int64_t r = 0; r < kCols; r += S::kLanes) {
+        for (int64_t c = 0; c < kCols; c += S::kLanes) {
+          decltype(F32::zero()) rows[S::kLanes];
+          for (int k = 0; k < S::kLanes; ++k) rows[k] = F32::load(sum + (r + k) * kCols + c);
+          store_transposed(rows, transposed + c * kCols + r, kCols);
+        }
+      }
+    } else {
+      for (int64_t r = 0; r < kCols; ++r) {
+        for (int64_t c = 0; c < kCols; ++c) transposed[c * kCols + r] = sum[r * kCols + c];
+      }
     }
   }
 
-  static void add_to(G* total, Acc value) { *total = static_cast<G>(*total + value); }
+  static void add_row(const Acc* sum, int64_t count, G* total) {
+    for (int64_t c = 0; c < count; ++c) total[c] = static_cast<G>(total[c] + sum[c]);
+  }
+
+  // Rows [begin, end) of the places where a block and its transpose will be added: they come from memory while the
+  // block is computed.
+  void prefetch_for_write(int64_t i, int64_t j, const G* gram, int64_t begin, int64_t end) const {
+    const int64_t row = i * kCols, col = j * kCols, rows = min_of(kCols, K - row), cols = min_of(kCols, N - col);
+    for (int64_t r = begin; r < min_of(end, rows); ++r) prefetch_row(gram + (row + r) * N + col, cols);
+    if (cross || i == j) return;
+    for (int64_t c = begin; c < min_of(end, cols); ++c) prefetch_row(gram + (col + c) * N + row, rows);
+  }
+
+  static void prefetch_row(const G* row, int64_t count) {
+    for (int64_t c = 0; c < count; c += kLine / static_cast<int64_t>(sizeof(G))) __builtin_prefetch(row + c, 1);
+  }
 };
 
 template <class S, class T>

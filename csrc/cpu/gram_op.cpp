@@ -103,8 +103,47 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
   kernels().gram_accumulate(params);
 }
 
+void cross_gram_accumulate_(Tensor cross,      // [K, N]
+                            const Tensor& x,   // [..., K]
+                            const Tensor& z) {  // [..., N]
+  constexpr char kCross[] = "cross_gram_accumulate_";
+  GramParams params{};
+  params.gram_dtype = checked_dtype(kCross, "cross", cross, true);
+  params.dtype = checked_dtype(kCross, "x", x);
+  if (cross.dim() != 2 || cross.size(0) < 1 || cross.size(1) < 1) {
+    bad_shape(kCross, "cross", "[K, N], both positive", cross);
+  }
+  check_contiguous(kCross, "cross", cross);
+  const int64_t K = cross.size(0), N = cross.size(1);
+  if (x.dim() < 1 || x.size(x.dim() - 1) != K) {
+    bad_shape(kCross, "x", "[..., K] with K = " + std::to_string(K) + " (the rows of cross)", x);
+  }
+  const auto sizes = x.sizes(), found = z.sizes();
+  std::vector<int64_t> wanted(sizes.begin(), sizes.end());
+  wanted.back() = N;
+  if (wanted != std::vector<int64_t>(found.begin(), found.end())) {
+    bad_shape(kCross, "z", shape_text(wanted) + " (the rows of x, and the columns of cross)", z);
+  }
+  check_dtype(kCross, "z", z, x, "x");
+  check(cross.is_cpu(), kCross, ": cross must be on cpu as the other arguments are");
+  check_device(kCross, "x", x, cross, "cross");
+  check_device(kCross, "z", z, cross, "cross");
+  check_no_overlap(kCross, "cross", cross, "x", x);
+  check_no_overlap(kCross, "cross", cross, "z", z);
+  const RowsView rows(x), targets(z);
+  params.x = rows.view();
+  params.z = targets.view();
+  params.cross = true;
+  params.batches = 1;
+  params.gram = cross.mutable_data_ptr();
+  kernels().gram_accumulate(params);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixrank_kernels, CPU, m) { m.impl("gram_accumulate_", TORCH_BOX(&gram_accumulate_)); }
+STABLE_TORCH_LIBRARY_IMPL(mixrank_kernels, CPU, m) {
+  m.impl("gram_accumulate_", TORCH_BOX(&gram_accumulate_));
+  m.impl("cross_gram_accumulate_", TORCH_BOX(&cross_gram_accumulate_));
+}
 
 }  // namespace mixrank

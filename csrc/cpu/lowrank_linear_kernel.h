@@ -20,7 +20,6 @@ constexpr int64_t kPanelBlocks = 8;
 constexpr int64_t kWorkPerThread = 1 << 17;
 constexpr int64_t kMemoryBoundRows = 8;
 
-constexpr int64_t kLine = 64;
 // An output beyond this comes from memory when it is written; a smaller one is still in the caches.
 constexpr int64_t kLargeOutput = 4 << 20;
 

@@ -10,6 +10,8 @@ namespace {
 // equal or smaller and costs 1 % of the speed.
 constexpr int64_t kBlock = 64;
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 template <class S>
 constexpr int64_t kTileCols = S::kLanes* S::kVecs;
 

@@ -14,10 +14,11 @@ struct F32 {
   using Unit = float;
   using V = __m256;
   using UnitV = __m256;
-  static constexpr int kLanes = 8, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2;
+  static constexpr int kLanes = 8, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
   static constexpr bool kWidensFast = true;
 
   static V zero() { return _mm256_setzero_ps(); }
+  static Unit one() { return 1; }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static V load(const BFloat* p) {
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -54,10 +55,11 @@ struct F64 {
   using Unit = double;
   using V = __m256d;
   using UnitV = __m256d;
-  static constexpr int kLanes = 4, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2;
+  static constexpr int kLanes = 4, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
   static constexpr bool kWidensFast = false;
 
   static V zero() { return _mm256_setzero_pd(); }
+  static Unit one() { return 1; }
   static V load(const double* p) { return _mm256_loadu_pd(p); }
   static V broadcast(const double* p) { return _mm256_broadcast_sd(p); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }

@@ -17,10 +17,11 @@ struct F32 {
   using Unit = float;
   using V = __m512;
   using UnitV = __m512;
-  static constexpr int kLanes = 16, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4;
+  static constexpr int kLanes = 16, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4, kGramRows = 8;
   static constexpr bool kWidensFast = true;
 
   static V zero() { return _mm512_setzero_ps(); }
+  static Unit one() { return 1; }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load(const BFloat* p) {
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -53,10 +54,11 @@ struct F64 {
   using Unit = double;
   using V = __m512d;
   using UnitV = __m512d;
-  static constexpr int kLanes = 8, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4;
+  static constexpr int kLanes = 8, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4, kGramRows = 8;
   static constexpr bool kWidensFast = false;
 
   static V zero() { return _mm512_setzero_pd(); }
+  static Unit one() { return 1; }
   static V load(const double* p) { return _mm512_loadu_pd(p); }
   static V broadcast(const double* p) { return _mm512_set1_pd(*p); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
@@ -73,10 +75,11 @@ struct Bf16Pairs {
   using Unit = uint32_t;
   using V = __m512;
   using UnitV = __m512i;
-  static constexpr int kLanes = 16, kPack = 2, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4;
+  static constexpr int kLanes = 16, kPack = 2, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4, kGramRows = 8;
   static constexpr bool kWidensFast = false;
 
   static V zero() { return _mm512_setzero_ps(); }
+  static Unit one() { return 0x3f803f80; }
   static UnitV load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static UnitV load(const BFloat* p) { return _mm512_loadu_si512(p); }
   static UnitV broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }

@@ -14,10 +14,11 @@ struct Portable {
   using Unit = Scalar;
   typedef Scalar V __attribute__((vector_size(16)));
   using UnitV = V;
-  static constexpr int kLanes = 16 / sizeof(Scalar), kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2;
+  static constexpr int kLanes = 16 / sizeof(Scalar), kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
   static constexpr bool kWidensFast = false;
 
   static V zero() { return V{}; }
+  static Unit one() { return 1; }
   static V load(const Scalar* p) {
     V v;
     memcpy(&v, p, sizeof(v));
