@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -37,6 +39,27 @@ py::dict features() {
   return found;
 }
 
+double peak_flops(const std::string& kind, double milliseconds) {
+  const bool pairs = kind == "bfloat16";
+  if (kind != "float32" && !pairs) {
+    throw py::value_error("peak_flops: kind must be 'float32' or 'bfloat16', but it was '" + kind + "'");
+  }
+  if (!(milliseconds > 0)) throw py::value_error("peak_flops: milliseconds must be above zero");
+  const auto loop = pairs ? kernels().bfloat_loop : kernels().float_loop;
+  if (loop == nullptr) {
+    throw py::value_error("peak_flops: the instruction set " + std::string(kernels().isa) + " has no instruction for bfloat16");
+  }
+  const py::gil_scoped_release release;
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  double flops = 0, seconds = 0;
+  do {
+    flops += static_cast<double>(loop(1 << 14));
+    seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  } while (seconds * 1e3 < milliseconds);
+  return flops / seconds;
+}
+
 std::string choose(const std::string& op, const std::string& dtype) {
   const KernelTable& table = kernels();
   const bool is_gram = op == "gram_accumulate_";
@@ -68,5 +91,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &supported_isas, "Names that set_isa takes on this machine, best first.");
   m.def("get_isa", [] { return std::string(kernels().isa); }, "The instruction set in use by this process.");
   m.def("set_isa", &set_isa, py::arg("name"), "Choose the instruction set for this process; 'auto' is the best one.");
+  m.def("peak_flops", &peak_flops, py::arg("kind"), py::arg("milliseconds"),
+        "Floating-point operations per second of one thread in a loop of register multiply-adds; kind is 'float32' or "
+        "'bfloat16'.");
   m.def("choose", &choose, py::arg("op"), py::arg("dtype"), "The kernel that serves an operator for a dtype, in words.");
 }

@@ -21,6 +21,9 @@ struct KernelTable {
   // Writes the packed factors where `packed` is not null, and returns how many bytes they take.
   int64_t (*lowrank_pack)(const LowrankLinearParams&, void* packed);
   void (*gram_accumulate)(const GramParams&);
+  // Loops of multiply-adds in registers, the ceiling of any kernel: each returns the floating-point operations done.
+  int64_t (*float_loop)(int64_t steps);
+  int64_t (*bfloat_loop)(int64_t steps);  // null without bfloat_pairs
 };
 
 extern const KernelTable kPortableKernels;

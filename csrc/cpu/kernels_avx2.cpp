@@ -31,6 +31,7 @@ namespace mixrank {
 
 const KernelTable kAvx2Kernels = {
     "avx2", kIsa, "6x16", "6x8", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
+    multiply_add_loop<F32>, nullptr,
 };
 
 }  // namespace mixrank

@@ -33,6 +33,7 @@ namespace mixrank {
 
 const KernelTable kAvx512Bf16Kernels = {
     "avx512bf16", kIsa, "12x32", "12x16", true, lowrank_linear_kernel<Bf16Pairs>, lowrank_pack_kernel<Bf16Pairs>, gram_kernel<Bf16Pairs>,
+    multiply_add_loop<F32>, multiply_add_loop<Bf16Pairs>,
 };
 
 }  // namespace mixrank

@@ -20,6 +20,7 @@ namespace mixrank {
 
 const KernelTable kPortableKernels = {
     "portable", kIsa, "6x8", "6x4", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
+    multiply_add_loop<F32>, nullptr,
 };
 
 }  // namespace mixrank

@@ -139,5 +139,26 @@ inline void dot_tile(int64_t length, const typename S::Unit* x, int64_t x_row, c
   }
 }
 
+// Multiply-adds on registers alone, as many independent ones as a tile has: the ceiling that a tile can reach.
+template <class S>
+__attribute__((noinline)) int64_t multiply_add_loop(int64_t steps) {
+  constexpr int kChains = 2 * S::kRows;
+  typename S::V acc[kChains];
+  const typename S::Unit one = S::one();
+  const typename S::UnitV a = S::broadcast(&one), b = S::broadcast(&one);
+#pragma GCC unroll 24
+  for (int i = 0; i < kChains; ++i) {
+    acc[i] = S::zero();
+    asm volatile("" : "+m"(acc[i]));  // a chain of its own, for all that the compiler knows
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) acc[i] = S::fma(a, b, acc[i]);
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < kChains; ++i) asm volatile("" : : "m"(acc[i]));
+  return steps * kChains * S::kLanes * S::kPack * 2;
+}
+
 }  // namespace
 }  // namespace mixrank
