@@ -29,7 +29,7 @@ sanitize: .venv/installed
 	MIXRANK_CUDA=0 MIXRANK_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize --build-lib $(SANITIZED)
 	$(UNDER_SANITIZERS) -c "from mixrank_kernels import _C; assert '$(SANITIZED)' in _C.__file__, _C.__file__"
-	$(UNDER_SANITIZERS) -m pytest tests/kernels --exitfirst --capture=sys \
+	$(UNDER_SANITIZERS) -m pytest tests/kernels --capture=sys \
 		-k "not triton and not reference and not compile and not export and not opcheck"
 
 clean:
