@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixrank_kernels import ops, reference, testing
+from mixrank_kernels import ops, packing, reference, testing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LINEAR, RESIDUAL = "lowrank_linear", "lowrank_residual_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
 CHANGED = {GRAM: ("gram", "column_sum"), CROSS: ("cross",)}
+# Around an input: in place of NaN no valid index, and bytes that are NaN in any dtype.
+NOTHING = {torch.int64: -1, torch.uint8: 0xFF}
 CACHE_LINE, BAND = 64, 256  # bytes; a band holds every vector of a tile's row
 
 # Around the rows of a tile (6, 12) and the switch from dot products to packed weights (24 rows).
@@ -64,8 +66,9 @@ class Allocations:
         self.offset, self.poison, self.made = 0, 0.0, []
 
     def new_empty(self, like: Tensor, size: list[int], dtype: torch.dtype | None = None, **_options: object) -> Tensor:
-        banded = Banded(tuple(size), dtype or like.dtype, self.offset, self.poison)
-        banded.tensor.fill_(float("nan"))
+        dtype = dtype or like.dtype
+        banded = Banded(tuple(size), dtype, self.offset, self.poison)
+        banded.tensor.fill_(NOTHING.get(dtype, float("nan")))
         self.made.append(banded)
         return banded.tensor
 
@@ -137,14 +140,24 @@ def calls(op: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
         yield (i + j) % len(ROWS), make(m, *size, *master)
 
 
+def pack(arguments: dict[str, Tensor], allocations: Allocations) -> Tensor:
+    """The weights as the operator takes them packed, once more with guard bands around what is written."""
+    allocations.offset, allocations.poison, allocations.made = 0, 0x5A, []
+    packed = packing.packed(**{name: value for name, value in arguments.items() if name not in ("x", "bias")})
+    assert [one.tensor.data_ptr() for one in allocations.made] == [packed.data_ptr()]
+    allocations.made[0].assert_untouched()
+    return packed
+
+
 def check(
     op: str, arguments: dict[str, Tensor], expected: list[Tensor], offset: int, poison: float, allocations: Allocations
 ) -> None:
     """Run ``op`` with every operand at an offset of its own, NaN around the inputs, ``poison`` around the outputs."""
     changed, banded = CHANGED.get(op, ()), {}
     for place, (name, value) in enumerate(arguments.items()):
-        around = poison if name in changed else float("nan") if value.is_floating_point() else -1
-        shift = (offset + 5 * place) % (CACHE_LINE // value.dtype.itemsize)
+        around = poison if name in changed else NOTHING.get(value.dtype, float("nan"))
+        # What is packed is only used where it begins with a cache line, as what PyTorch allocates does.
+        shift = 0 if name == "packed" else (offset + 5 * place) % (CACHE_LINE // value.dtype.itemsize)
         banded[name] = Banded(tuple(value.shape), value.dtype, shift, around)
         banded[name].tensor.copy_(value)
     allocations.offset, allocations.poison, allocations.made = offset, poison, []
@@ -168,7 +181,9 @@ def test_nothing_outside_the_operands_is_written_or_used(implementation, op, dty
         kept = (*CHANGED.get(op, ()), "crow", "col")
         cast = {name: value if name in kept else value.to(dtype) for name, value in arguments.items()}
         expected = list(testing.run(getattr(reference, op), testing.exact(cast)))
+        operands = [cast] if op in CHANGED else [cast, cast | {"packed": pack(cast, allocations)}]
         for offset in range(first, CACHE_LINE // dtype.itemsize, len(ROWS)):
             # Whatever is stored over -0.0 or added to it changes its bits; only NaN shows what is read.
             for poison in (-0.0, float("nan")) if op in CHANGED else (-0.0,):
-                check(op, cast, expected, offset, poison, allocations)
+                for given in operands:
+                    check(op, given, expected, offset, poison, allocations)
