@@ -15,7 +15,7 @@ constexpr int64_t kMaxTokens = 2048;
 // What the packed panels may take of an L2 cache, and the fewest units that are packed at once.
 constexpr int64_t kPackedBytes = 640 << 10;
 // Units of two panels that stay in L1 while all tiles of a block use them.
-constexpr int64_t kGramUnits = 64;
+constexpr int64_t kGramUnits = 128;
 // Multiply-adds below which threads cost more than they give.
 constexpr int64_t kGramWork = 1 << 20;
 
@@ -130,7 +130,8 @@ struct Gram {
     double sums[kCols] = {};
     alignas(64) Acc partial[kCols];
     for (int64_t u = 0; u < units; u += kBlock) {
-      tile<S, 1, S::kVecs, 0, 0, kCols, Unit>(min_of(kBlock, units - u), &one, packed + u * kCols, partial, kCols, false);
+      tile<S, 1, S::kVecs, 0, 0, kCols, Unit, ToSums<S>>(min_of(kBlock, units - u), &one, packed + u * kCols,
+                                                          {partial, kCols, false});
       for (int64_t c = 0; c < kCols; ++c) sums[c] += static_cast<double>(partial[c]);
     }
     G* out = static_cast<G*>(p.column_sum) + batch * K + first;
@@ -156,9 +157,9 @@ struct Gram {
         for (int64_t row = 0; row < kCols; row += kRows) {
           // Below the middle of a diagonal block, the left half of the columns is in the other triangle.
           const bool half = diagonal && row >= S::kLanes;
-          const auto multiply = half ? tile<S, kRows, 1, 1, kCols, kCols, Unit> : tile<S, kRows, 2, 1, kCols, kCols, Unit>;
+          const auto multiply = half ? tile<S, kRows, 1, 1, kCols, kCols, Unit, ToSums<S>> : tile<S, kRows, 2, 1, kCols, kCols, Unit, ToSums<S>>;
           const int64_t col = half ? S::kLanes : 0;
-          multiply(steps, a + u * kCols + row, b + u * kCols + col, sum + row * kCols + col, kCols, accumulate || u > 0);
+          multiply(steps, a + u * kCols + row, b + u * kCols + col, {sum + row * kCols + col, kCols, accumulate || u > 0});
         }
       }
       if (last) flush(i, j, sum, gram);

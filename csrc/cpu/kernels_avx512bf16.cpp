@@ -2,6 +2,8 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/isa.h"
 #include "cpu/runtime.h"

@@ -1,4 +1,6 @@
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/isa.h"
 #include "cpu/runtime.h"

@@ -21,7 +21,7 @@ constexpr int64_t kWorkPerThread = 1 << 17;
 constexpr int64_t kMemoryBoundRows = 8;
 
 // An output beyond this comes from memory when it is written; a smaller one is still in the caches.
-constexpr int64_t kLargeOutput = 4 << 20;
+constexpr int64_t kLargeOutput = 1 << 20;
 
 // Where the parts of packed factors lie, and how they are made. S is the arithmetic of both products.
 template <class S, class T>
@@ -84,6 +84,7 @@ struct LowrankLinear {
   using Unit = typename S::Unit;
   using W = Stored<S, T>;
   using Wide = typename S::Wide;  // of the accumulators
+  using Sums = ToSums<S>;
   static constexpr int64_t kRows = S::kRows, kCols = kTileCols<S>;
   static constexpr bool kConverts = S::kPack > 1;  // the intermediate is not in the accumulator's type
   static_assert(Wide::kRows == kRows && kTileCols<Wide> == kCols && kInner % kCols == 0,
@@ -130,41 +131,47 @@ struct LowrankLinear {
     }
   }
 
-  // Row blocks [begin, end) by panels [first, last) of down.
+  // Row blocks [begin, end) by panels [first, last) of down: fills their intermediate.
   void multiply_down(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel) const {
     const W* down = at_offset<W>(weights, packed.down_at);
     for (int64_t k = 0; k < packed.k_units; k += kInner) {
       const int64_t steps = min_of(kInner, packed.k_units - k);
+      const bool finishes = k + steps == packed.k_units;
       for (int64_t j = first; j < last; ++j) {
         const W* b = down + (j * packed.k_units + k) * kCols;
-        const int64_t column = j * kCols;
-        const int64_t offset = column / kInner * kRowBlockSize<Wide> + column % kInner;
+        const int64_t cols = min_of(kCols, R - j * kCols);
         for (int64_t i = begin; i < end; ++i) {
-          panel_tile<S, W>(rows_of_block(i), R - column)(
-              steps, panel.x + (i - begin) * x_size + k / kInner * kRowBlockSize<S>, b,
-              panel.sum + (i - begin) * sum_size + offset, kRowStride<Wide>, k > 0);
+          const Unit* x = panel.x + (i - begin) * x_size + k / kInner * kRowBlockSize<S>;
+          Acc* sum = panel.sum + (i - begin) * sum_size + place<Wide>(j * kCols);
+          const int64_t rows = rows_of_block(i);
+          if constexpr (kConverts) {
+            if (finishes) {
+              Unit* hidden = panel.hidden + (i - begin) * hidden_size + place<S>(j * kCols / S::kPack);
+              multiply_panel<S, ToUnits>(rows, cols, steps, x, b, [&](auto arithmetic, int64_t column) {
+                return ToUnits<decltype(arithmetic)>{
+                    {sum + column, kRowStride<Wide>, k > 0}, hidden + column / S::kPack, kRowStride<S>};
+              });
+              if (cols % 2 != 0) clear_half_unit(rows, hidden + cols / 2);
+              continue;
+            }
+          }
+          multiply_panel<S, ToSums>(rows, cols, steps, x, b, [&](auto arithmetic, int64_t column) {
+            return ToSums<decltype(arithmetic)>{sum + column, kRowStride<Wide>, k > 0};
+          });
         }
       }
     }
   }
 
-  // The intermediate of row blocks [begin, end) as the left operand of the second product.
-  void convert(int64_t begin, int64_t end, const Panel& panel) const {
-    if constexpr (kConverts) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Acc* from = panel.sum + (i - begin) * sum_size;
-        Unit* to = panel.hidden + (i - begin) * hidden_size;
-        const int64_t rows = tile_rows<S>(rows_of_block(i));
-        for (int64_t r = 0; r < R; r += kInner) {
-          const int64_t count = min_of(kInner, R - r), unit = r / S::kPack;
-          Unit* at = to + unit / kInner * kRowBlockSize<S> + unit % kInner;
-          const Acc* sums = from + r / kInner * kRowBlockSize<Wide>;
-          for (int64_t row = 0; row < rows; ++row) {
-            S::convert(sums + row * kRowStride<Wide>, count, at + row * kRowStride<S>);
-          }
-        }
-      }
-    }
+  // Where unit `unit` of the first row lies in row blocks of arithmetic A.
+  template <class A>
+  static int64_t place(int64_t unit) {
+    return unit / kInner * kRowBlockSize<A> + unit % kInner;
+  }
+
+  // The high half of the last units, beyond an odd rank: zero also where x is not finite.
+  static void clear_half_unit(int64_t rows, Unit* units) {
+    for (int64_t row = 0; row < rows; ++row) units[row * kRowStride<S>] &= 0xffff;
   }
 
   // Row blocks [begin, end) by columns of y, panels [first, last) of up.
@@ -176,12 +183,26 @@ struct LowrankLinear {
       const int64_t cols = min_of(kCols, N - j * kCols);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t rows = rows_of_block(i);
-        const auto multiply = panel_tile<S, W>(rows, cols);
         T* out = static_cast<T*>(p.y) + i * kRows * N + j * kCols;
         for (int64_t row = 0; large && row < rows; ++row) prefetch_for_write(out + row * N, cols);
-        for (int64_t r = 0; r < packed.r_units; r += kInner) {
+        // The last units go from the registers to y, unless more is to be added or a panel is not full.
+        const bool direct = cols == kCols && p.blocks.count == 0 && (p.bias == nullptr || p.bias_stride == 1);
+        const int64_t kept = direct ? (packed.r_units - 1) / kInner * kInner : packed.r_units;
+        for (int64_t r = 0; r < kept; r += kInner) {
           const Unit* hidden = panel.hidden + (i - begin) * hidden_size + r / kInner * kRowBlockSize<S>;
-          multiply(min_of(kInner, packed.r_units - r), hidden, up + (j * packed.r_units + r) * kCols, sum, kCols, r > 0);
+          const W* b = up + (j * packed.r_units + r) * kCols;
+          multiply_panel<S, ToSums>(rows, cols, min_of(kInner, packed.r_units - r), hidden, b,
+                                    [&](auto arithmetic, int64_t column) {
+                                      return ToSums<decltype(arithmetic)>{sum + column, kCols, r > 0};
+                                    });
+        }
+        if (direct) {
+          const Unit* hidden = panel.hidden + (i - begin) * hidden_size + kept / kInner * kRowBlockSize<S>;
+          const T* bias = p.bias ? static_cast<const T*>(p.bias) + j * kCols : nullptr;
+          block_tile<S, 2, kCols, W, ToOutput<S, T>>(rows)(packed.r_units - kept, hidden,
+                                                           up + (j * packed.r_units + kept) * kCols,
+                                                           {{sum, kCols, kept > 0}, out, N, bias});
+          continue;
         }
         if (p.blocks.count > 0) add_blocks(j * kCols, cols, rows, panel.x + (i - begin) * x_size, sum);
         for (int64_t row = 0; row < rows; ++row) store_row(sum + row * kCols, j * kCols, cols, out + row * N);
@@ -193,12 +214,12 @@ struct LowrankLinear {
   void add_blocks(int64_t column, int64_t cols, int64_t rows, const Unit* x, Acc* sum) const {
     const int64_t b = p.blocks.size, width = packed.block_width;
     const W* values = at_offset<W>(weights, packed.values_at);
-    const auto multiply = width == kCols ? block_tile<S, 2, kCols, W>(rows) : block_tile<S, kCols / 2 / S::kLanes, kCols / 2, W>(rows);
+    const auto multiply = width == kCols ? block_tile<S, 2, kCols, W, Sums>(rows) : block_tile<S, 1, kCols / 2, W, Sums>(rows);
     for (int64_t n = column; n < column + cols; n += width) {
       for (int64_t e = p.blocks.crow[n / b]; e < p.blocks.crow[n / b + 1]; ++e) {
         const int64_t unit = p.blocks.col[e] * packed.block_units;
         multiply(packed.block_units, x + unit / kInner * kRowBlockSize<S> + unit % kInner,
-                 values + e * b * packed.block_units + n % b * packed.block_units, sum + (n - column), kCols, true);
+                 values + e * b * packed.block_units + n % b * packed.block_units, {sum + (n - column), kCols, true});
       }
     }
   }
@@ -254,7 +275,6 @@ struct LowrankLinear {
         const int64_t begin = i * row_blocks / row_panels, end = (i + 1) * row_blocks / row_panels;
         pack_x(begin, end, panel);
         multiply_down(begin, end, 0, packed.down_panels, panel);
-        convert(begin, end, panel);
         multiply_up(begin, end, 0, packed.up_panels, panel);
       }
     });
@@ -266,7 +286,6 @@ struct LowrankLinear {
     pack_x(0, row_blocks, panel);
     parallel(packed.down_panels, grain(packed.down_panels, M * R * K),
              [&](int64_t begin, int64_t end) { multiply_down(0, row_blocks, begin, end, panel); });
-    convert(0, row_blocks, panel);
     parallel(packed.up_panels, grain(packed.up_panels, M * R * N),
              [&](int64_t begin, int64_t end) { multiply_up(0, row_blocks, begin, end, panel); });
   }
@@ -316,7 +335,8 @@ struct LowrankLinear {
     });
     for (int64_t m = 0; m < M; ++m) {
       if constexpr (kConverts) {
-        S::convert(sum + m * R, R, hidden + m * hidden_row);
+        auto* rounded = reinterpret_cast<T*>(hidden + m * hidden_row);
+        for (int64_t r = 0; r < R; ++r) narrow(sum[m * R + r], rounded + r);
       } else {
         memcpy(hidden + m * hidden_row, sum + m * R, R * sizeof(Acc));
       }

@@ -6,21 +6,61 @@
 namespace mixrank {
 namespace {
 
-// Terms (in units) of one running sum. With 256 the rounding errors were twice those of the vendor's BLAS; 64 makes them
-// equal or smaller and costs 1 % of the speed.
-constexpr int64_t kBlock = 64;
+// Terms (in units) of one running sum. With 256 the rounding errors were twice those of the vendor's BLAS; 128 makes them
+// equal or smaller, and 64 would cost 1 % of the speed.
+constexpr int64_t kBlock = 128;
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
 template <class S>
 constexpr int64_t kTileCols = S::kLanes* S::kVecs;
 
-// c[i, j] (+)= sum over s of a[i * kARow + s * kAStep] * b[s * kBRow + j], for kM rows and kV vectors of columns.
+// What a tile does with its sums: each block of terms goes to c, the last one may go further.
+template <class S>
+struct ToSums {
+  using Acc = typename S::Acc;
+
+  Acc* c;
+  int64_t c_row;
+  bool accumulate;  // c holds earlier terms
+
+  typename S::V total(typename S::V acc, int i, int j) const {
+    return accumulate ? S::add(acc, S::load(static_cast<const Acc*>(c + i * c_row + j * S::kLanes))) : acc;
+  }
+  void keep(typename S::V acc, int i, int j) const { S::store(c + i * c_row + j * S::kLanes, total(acc, i, j)); }
+  void finish(typename S::V acc, int i, int j) const { keep(acc, i, j); }
+};
+
+// Rounds the sums into units of the left operand of a second product; c is only used between blocks of terms.
+template <class S>
+struct ToUnits : ToSums<S> {
+  typename S::Unit* units;
+  int64_t unit_row;
+
+  void finish(typename S::V acc, int i, int j) const {
+    S::store_units(units + i * unit_row + j * S::kLanes / S::kPack, this->total(acc, i, j));
+  }
+};
+
+// Rounds the sums plus a bias into an output of type T; c is only used between blocks of terms.
+template <class S, class T>
+struct ToOutput : ToSums<S> {
+  T* y;
+  int64_t y_row;
+  const T* bias;  // or null
+
+  void finish(typename S::V acc, int i, int j) const {
+    typename S::V sum = this->total(acc, i, j);
+    if (bias) sum = S::add(sum, S::Wide::load(bias + j * S::kLanes));
+    S::Wide::store(y + i * y_row + j * S::kLanes, sum);
+  }
+};
+
+// sum over s of a[i * kARow + s * kAStep] * b[s * kBRow + j], for kM rows and kV vectors of columns, handed to `out`.
 // No edges: a and b are padded by whoever packs them.
-template <class S, int kM, int kV, int kARow, int kAStep, int kBRow, class W>
-__attribute__((noinline)) void tile(int64_t steps, const typename S::Unit* a, const W* b, typename S::Acc* c,
-                                    int64_t c_row, bool accumulate) {
-  while (steps > 0) {
+template <class S, int kM, int kV, int kARow, int kAStep, int kBRow, class W, class Out>
+__attribute__((noinline)) void tile(int64_t steps, const typename S::Unit* a, const W* b, Out out) {
+  while (true) {
     typename S::V acc[kM][kV];
 #pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {
@@ -41,16 +81,21 @@ __attribute__((noinline)) void tile(int64_t steps, const typename S::Unit* a, co
       a += kAStep;
       b += kBRow;
     }
+    steps -= block;
+    if (steps == 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kV; ++j) out.finish(acc[i][j], i, j);
+      }
+      return;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < kV; ++j) {
-        typename S::Acc* out = c + i * c_row + j * S::kLanes;
-        S::store(out, accumulate ? S::add(acc[i][j], S::load(static_cast<const typename S::Acc*>(out))) : acc[i][j]);
-      }
+      for (int j = 0; j < kV; ++j) out.keep(acc[i][j], i, j);
     }
-    accumulate = true;
-    steps -= block;
+    out.accumulate = true;
   }
 }
 
@@ -63,45 +108,44 @@ constexpr int kRowStride = kInner + 64 / sizeof(typename S::Unit);
 template <class S>
 constexpr int64_t kRowBlockSize = S::kRows * kRowStride<S>;
 
-// Row counts that tiles exist for.
-template <class S>
-constexpr int kTileRows[] = {1, 2, S::kRows / 3, 2 * (S::kRows / 3), S::kRows};
+template <class S, class W, class Out>
+using TileFn = void (*)(int64_t, const typename S::Unit*, const W*, Out);
 
-template <class S>
-inline int tile_index(int64_t rows) {
-  int index = 0;
-  while (kTileRows<S>[index] < rows) ++index;
-  return index;
+// The tiles with 1 to kRows rows of a row block that lie kARow apart, by kV vectors of columns that lie kBRow apart.
+template <class S, int kV, int kARow, int kBRow, class W, class Out, int... kRow>
+inline TileFn<S, W, Out> choose_tile(int64_t rows, std::integer_sequence<int, kRow...>) {
+  static constexpr TileFn<S, W, Out> kTiles[] = {tile<S, kRow + 1, kV, kARow, 1, kBRow, W, Out>...};
+  return kTiles[rows - 1];
 }
 
-// Rows that the tile computes for `rows` valid ones.
-template <class S>
-inline int64_t tile_rows(int64_t rows) {
-  return kTileRows<S>[tile_index<S>(rows)];
+template <class S, int kV, int kBRow, class W, class Out>
+inline TileFn<S, W, Out> block_tile(int64_t rows) {
+  return choose_tile<S, kV, kRowStride<S>, kBRow, W, Out>(rows, std::make_integer_sequence<int, S::kRows>());
 }
 
-template <class S, class W>
-using TileFn = void (*)(int64_t, const typename S::Unit*, const W*, typename S::Acc*, int64_t, bool);
-
-// The tile of a row block for `rows` rows, by kV vectors of columns that lie kBRow apart.
-template <class S, int kV, int kBRow, class W>
-inline TileFn<S, W> block_tile(int64_t rows) {
-  static_assert(S::kVecs == 2 && S::kRows % 3 == 0, "the choice below lists every shape");
-  constexpr int kARow = kRowStride<S>;
-  static constexpr TileFn<S, W> kTiles[] = {
-      tile<S, kTileRows<S>[0], kV, kARow, 1, kBRow, W>, tile<S, kTileRows<S>[1], kV, kARow, 1, kBRow, W>,
-      tile<S, kTileRows<S>[2], kV, kARow, 1, kBRow, W>, tile<S, kTileRows<S>[3], kV, kARow, 1, kBRow, W>,
-      tile<S, kTileRows<S>[4], kV, kARow, 1, kBRow, W>,
-  };
-  return kTiles[tile_index<S>(rows)];
-}
-
-// The same for a panel of kTileCols columns, of which `cols` are wanted.
-template <class S, class W>
-inline TileFn<S, W> panel_tile(int64_t rows, int64_t cols) {
+// A row block times a panel of kTileCols columns, of which the first `cols` are wanted: as few vectors as hold them.
+// Out<S> takes the sums, at(column) is the one that begins at a column.
+template <class S, template <class> class Out, class W, class At>
+inline void multiply_panel(int64_t rows, int64_t cols, int64_t steps, const typename S::Unit* a, const W* b, const At& at) {
+  static_assert(S::kVecs == 2, "a panel is one or two vectors wide");
+  using Narrow = typename S::Narrow;
   constexpr int kBRow = kTileCols<S>;
-  return cols <= S::kLanes ? block_tile<S, 1, kBRow, W>(rows) : block_tile<S, 2, kBRow, W>(rows);
+  if constexpr (!std::is_void_v<Narrow>) {
+    const int64_t whole = cols / S::kLanes * S::kLanes;
+    if (cols - whole > 0 && cols - whole <= Narrow::kLanes) {
+      if (whole > 0) block_tile<S, 1, kBRow, W, Out<S>>(rows)(steps, a, b, at(S(), 0));
+      choose_tile<Narrow, 1, kRowStride<S>, kBRow, W, Out<Narrow>>(rows, std::make_integer_sequence<int, S::kRows>())(
+          steps, a, b + whole, at(Narrow(), whole));
+      return;
+    }
+  }
+  if (cols <= S::kLanes) {
+    block_tile<S, 1, kBRow, W, Out<S>>(rows)(steps, a, b, at(S(), 0));
+  } else {
+    block_tile<S, 2, kBRow, W, Out<S>>(rows)(steps, a, b, at(S(), 0));
+  }
 }
+
 // out[m * kN + n] = dot(x[m], w[n]) over `length` elements. x is zero-padded to whole vectors, w is not.
 template <class S, int kM, int kN, class T>
 inline void dot_tile(int64_t length, const typename S::Unit* x, int64_t x_row, const T* const* w,

@@ -48,7 +48,6 @@ inline void unit_row(const T* src, int64_t stride, int64_t count, typename S::Un
 }
 
 // Rows [row, row + rows) of x, rows <= kRows, as ceil(units / kInner) row blocks (microkernel.h) one after another.
-// Rows that the tile computes beyond the valid ones are zero.
 template <class S, class T>
 inline void pack_rows(const MatrixView& x, int64_t row, int64_t rows, typename S::Unit* dst) {
   constexpr int64_t kElements = kInner * S::kPack;
@@ -56,9 +55,6 @@ inline void pack_rows(const MatrixView& x, int64_t row, int64_t rows, typename S
     const int64_t count = min_of(kElements, x.cols - first);
     for (int64_t i = 0; i < rows; ++i) {
       unit_row<S>(element_of<T>(x, row + i, first), x.col_stride, count, dst + i * kRowStride<S>);
-    }
-    for (int64_t i = rows; i < tile_rows<S>(rows); ++i) {
-      memset(dst + i * kRowStride<S>, 0, ceil_div(count, S::kPack) * sizeof(typename S::Unit));
     }
   }
 }

@@ -10,6 +10,7 @@ namespace {
 
 struct F32 {
   using Wide = F32;
+  using Narrow = void;
   using Acc = float;
   using Unit = float;
   using V = __m256;
@@ -51,6 +52,7 @@ struct F32 {
 
 struct F64 {
   using Wide = F64;
+  using Narrow = void;
   using Acc = double;
   using Unit = double;
   using V = __m256d;

@@ -1,7 +1,8 @@
 // The vector layer for AVX-512 (and AVX512_BF16). simd_avx2.h and simd_portable.h have the same contents:
 // each arithmetic (F32, F64, Bf16Pairs) names its accumulator Acc, its stored operand Unit (kPack elements of the
 // product's inner dimension), its register tile kRows x kVecs, its dot-product tile kDotRows x kDotCols, whether a vector
-// of 16-bit elements widens in one or two instructions, and Wide, the arithmetic of single widened elements.
+// of 16-bit elements widens in one or two instructions, Wide, the arithmetic of single widened elements, and Narrow, the
+// same arithmetic on half a vector where that is faster, else void.
 #pragma once
 
 #include <immintrin.h>
@@ -11,8 +12,11 @@
 namespace mixrank {
 namespace {
 
+struct F32Half;
+
 struct F32 {
   using Wide = F32;
+  using Narrow = F32Half;
   using Acc = float;
   using Unit = float;
   using V = __m512;
@@ -48,8 +52,31 @@ struct F32 {
   }
 };
 
+// The same on half a vector, for the last few columns of a panel: where 512-bit operations take two cycles, eight lanes
+// cost half of sixteen.
+struct F32Half {
+  using Acc = float;
+  using Unit = float;
+  using V = __m256;
+  using UnitV = __m256;
+  static constexpr int kLanes = 8, kPack = 1;
+
+  static V zero() { return _mm256_setzero_ps(); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static V load(const BFloat* p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  }
+  static V load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static V broadcast(const float* p) { return _mm256_set1_ps(*p); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+};
+
 struct F64 {
   using Wide = F64;
+  using Narrow = void;
   using Acc = double;
   using Unit = double;
   using V = __m512d;
@@ -69,8 +96,11 @@ struct F64 {
 
 #if defined(MIXRANK_BF16_PAIRS)
 // Two neighbours of the inner dimension in one 32-bit unit, the first in the low half.
+struct Bf16PairsHalf;
+
 struct Bf16Pairs {
   using Wide = F32;
+  using Narrow = Bf16PairsHalf;
   using Acc = float;
   using Unit = uint32_t;
   using V = __m512;
@@ -91,17 +121,30 @@ struct Bf16Pairs {
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 
-  // Units of `count` sums, each rounded to nearest even; writes whole vectors of 16 units, zero beyond the last sum.
-  static void convert(const float* sums, int64_t count, uint32_t* dst) {
-    for (int64_t i = 0; i < count; i += 2 * kLanes) {
-      const int64_t left = count - i;
-      const __m512 low = _mm512_maskz_loadu_ps(mask_of(left), sums + i);
-      const __m512 high = _mm512_maskz_loadu_ps(mask_of(left - kLanes), sums + i + kLanes);
-      _mm512_storeu_si512(dst + i / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-    }
+  // sixteen sums as eight units, rounded to nearest even
+  static void store_units(uint32_t* p, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
   }
-  static __mmask16 mask_of(int64_t count) {
-    return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+};
+
+struct Bf16PairsHalf {
+  using Acc = float;
+  using Unit = uint32_t;
+  using V = __m256;
+  using UnitV = __m256i;
+  static constexpr int kLanes = 8, kPack = 2;
+
+  static V zero() { return _mm256_setzero_ps(); }
+  static UnitV load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static UnitV broadcast(const uint32_t* p) { return _mm256_set1_epi32(static_cast<int>(*p)); }
+  static V fma(UnitV a, UnitV b, V c) {
+    return _mm256_dpbf16_ps(c, reinterpret_cast<__m256bh>(a), reinterpret_cast<__m256bh>(b));
+  }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static void store_units(uint32_t* p, V v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(_mm256_cvtneps_pbh(v)));
   }
 };
 #endif

@@ -10,6 +10,7 @@ namespace {
 template <class Scalar>
 struct Portable {
   using Wide = Portable;
+  using Narrow = void;
   using Acc = Scalar;
   using Unit = Scalar;
   typedef Scalar V __attribute__((vector_size(16)));
