@@ -72,7 +72,7 @@ METHODS: dict[str, Callable[[], Accumulate]] = {"addmm": Addmm, "ours": lambda: 
 def gated(gram: Tensor, x: Tensor, row_weight: Tensor | None, column_sum: Tensor | None) -> None:
     """Accumulate, and raise AssertionError unless that was within the error budget on these very activations."""
     arguments = {"gram": gram, "x": x, "row_weight": row_weight, "column_sum": column_sum}
-    exact = testing.run(reference.gram_accumulate_, testing.exact(arguments))
+    exact = list(testing.run(reference.gram_accumulate_, testing.exact(arguments)))
     yardstick = list(testing.run(testing.plain_gram_accumulate_, arguments))
     gram_accumulate_(**arguments)
     for ours, true, plain in zip((gram, column_sum), exact, yardstick, strict=True):
