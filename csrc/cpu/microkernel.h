@@ -56,19 +56,20 @@ struct ToOutput : ToSums<S> {
   }
 };
 
+// Sums that one element is divided into, so that few rows too have enough independent multiply-adds in flight.
+template <int kChains>
+constexpr int kSplit = kChains >= 8 ? 1 : kChains >= 4 ? 2 : 4;
+
 // sum over s of a[i * kARow + s * kAStep] * b[s * kBRow + j], for kM rows and kV vectors of columns, handed to `out`.
 // No edges: a and b are padded by whoever packs them.
 template <class S, int kM, int kV, int kARow, int kAStep, int kBRow, class W, class Out>
 __attribute__((noinline)) void tile(int64_t steps, const typename S::Unit* a, const W* b, Out out) {
+  constexpr int kParts = kSplit<kM * kV>;
   while (true) {
-    typename S::V acc[kM][kV];
-#pragma GCC unroll 16
-    for (int i = 0; i < kM; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kV; ++j) acc[i][j] = S::zero();
-    }
-    const int64_t block = steps < kBlock ? steps : kBlock;
-    for (int64_t s = 0; s < block; ++s) {
+    typename S::V acc[kParts][kM][kV];
+#pragma GCC unroll 24
+    for (int i = 0; i < kParts * kM * kV; ++i) acc[i / (kM * kV)][i / kV % kM][i % kV] = S::zero();
+    const auto step = [&](typename S::V(&sum)[kM][kV]) {
       typename S::UnitV column[kV];
 #pragma GCC unroll 2
       for (int j = 0; j < kV; ++j) column[j] = S::load(b + j * S::kLanes);
@@ -76,24 +77,39 @@ __attribute__((noinline)) void tile(int64_t steps, const typename S::Unit* a, co
       for (int i = 0; i < kM; ++i) {
         const typename S::UnitV row = S::broadcast(a + i * kARow);
 #pragma GCC unroll 2
-        for (int j = 0; j < kV; ++j) acc[i][j] = S::fma(row, column[j], acc[i][j]);
+        for (int j = 0; j < kV; ++j) sum[i][j] = S::fma(row, column[j], sum[i][j]);
       }
       a += kAStep;
       b += kBRow;
+    };
+    const int64_t block = steps < kBlock ? steps : kBlock;
+    int64_t s = 0;
+    for (; s + kParts <= block; s += kParts) {
+#pragma GCC unroll 4
+      for (int q = 0; q < kParts; ++q) step(acc[q]);
+    }
+    for (; s < block; ++s) step(acc[0]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kV; ++j) {
+#pragma GCC unroll 4
+        for (int q = 1; q < kParts; ++q) acc[0][i][j] = S::add(acc[0][i][j], acc[q][i][j]);
+      }
     }
     steps -= block;
     if (steps == 0) {
 #pragma GCC unroll 16
       for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 2
-        for (int j = 0; j < kV; ++j) out.finish(acc[i][j], i, j);
+        for (int j = 0; j < kV; ++j) out.finish(acc[0][i][j], i, j);
       }
       return;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < kV; ++j) out.keep(acc[i][j], i, j);
+      for (int j = 0; j < kV; ++j) out.keep(acc[0][i][j], i, j);
     }
     out.accumulate = true;
   }
