@@ -11,7 +11,7 @@ namespace mixrank {
 namespace {
 
 // Tokens between two additions to gram: enough to make these cheap, few enough for fp32 sums.
-constexpr int64_t kMaxTokens = 2048;
+constexpr int64_t kMaxTokens = 4096;
 // What the packed panels may take of an L2 cache, and the fewest units that are packed at once.
 constexpr int64_t kPackedBytes = 640 << 10;
 // Units of two panels that stay in L1 while all tiles of a block use them.

@@ -37,7 +37,12 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 void* scratch(Scratch slot, size_t bytes) {
   static thread_local Buffer buffers[static_cast<int>(Scratch::kCount)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (buffer.bytes < bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  const bool fits = buffer.bytes == bytes;  // so that the sanitizer sees where the memory ends
+#else
+  const bool fits = buffer.bytes >= bytes;
+#endif
+  if (!fits) {
     buffer.release();
     buffer.data = ::operator new(bytes, std::align_val_t(kAlignment));
     buffer.bytes = bytes;
