@@ -2,22 +2,25 @@
 
 A layer's factors need the Gram matrix of its outputs (before the bias), ``W G W^T``, where G is the Gram matrix of
 its inputs. A layer with N <= K therefore accumulates its own outputs, ``[N, N]``, and only a layer with N > K its
-inputs, ``[K, K]``: each layer costs the square of its smaller side.
+inputs, ``[K, K]``: each layer costs the square of its smaller side. Layers that receive the very same tensor (separate
+q, k and v, the two halves of a gated MLP, the parts of a split layer) share one ``[K, K]`` of it where that is less.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mixrank.data import as_batch
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
-from mixrank.nn import SplitLinear
 from mixrank.progress import track
 from mixrank_kernels import ops
 
@@ -40,7 +43,7 @@ class LayerStats:
 
 
 class CalibrationStats(Mapping[str, LayerStats]):
-    """Statistics by layer name.
+    """Statistics by layer name. Layers that receive the same input may share one object.
 
     Attributes:
         images: number of images that went in.
@@ -61,16 +64,41 @@ class CalibrationStats(Mapping[str, LayerStats]):
 
 
 class _Accumulator:
-    """The running sums of one observed module. ``batch`` names the images that are passing through."""
+    """The running sums over one side of ``layers``: one layer, or several with the same input.
 
-    def __init__(self, name: str, module: nn.Module, side: str) -> None:
-        self.name, self.side, self.module = name, side, module
-        size = module.in_features if side == "input" else module.out_features
-        device = module.weight.device
+    ``names`` are those of the images that are passing through.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+        self.layers, self.side = layers, side_of(*layers.values())
+        size = self.module.in_features if self.side == "input" else self.module.out_features
+        device = self.module.weight.device
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
         self.rows = 0
         self.names: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """The first of the layers, which is observed for all of them."""
+        return next(iter(self.layers))
+
+    @property
+    def module(self) -> nn.Linear:
+        return self.layers[self.name]
+
+    def split(self, groups: list[list[str]]) -> list[_Accumulator]:
+        """Return an accumulator for the layers of each group; all of them go on from the sums so far."""
+        parts = [{name: self.layers[name] for name in group if name in self.layers} for group in groups]
+        parts = [part for part in parts if part]
+        if len(parts) == 1:
+            return [self]
+        results = []
+        for part in parts:
+            result = copy.copy(self)
+            result.layers, result.gram, result.total = part, self.gram.clone(), self.total.clone()
+            results.append(result)
+        return results
 
     def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         observed = arguments[0] if self.side == "input" else output
@@ -98,22 +126,69 @@ class _Accumulator:
         return LayerStats(self.side, gram.cpu(), total.cpu(), self.rows)
 
 
-def _accumulators(model: nn.Module) -> dict[str, _Accumulator]:
-    """One accumulator for each compressible layer; the parts of a split layer share that of their common input."""
-    shared: dict[str, _Accumulator] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SplitLinear):
-            accumulator = _Accumulator(name, module, "input")
-            shared |= {f"{name}.parts.{i}": accumulator for i in range(len(module.parts))}
-    return {
-        name: shared.get(name) or _Accumulator(name, linear, side_of(linear))
-        for name, linear in compressible_linears(model).items()
-    }
+def side_of(*linears: nn.Linear) -> str:
+    """The side of linear layers with the same input whose Gram matrices have fewer elements in all.
+
+    That of one layer is ``"output"`` where N <= K, else ``"input"``. Several take ``"input"``, ``[K, K]`` once, where
+    one of them has N > K or their ``[N, N]`` come to more.
+    """
+    size = linears[0].in_features
+    outputs = [linear.out_features for linear in linears]
+    return "output" if max(outputs) <= size and sum(n * n for n in outputs) <= size * size else "input"
 
 
-def side_of(linear: nn.Module) -> str:
-    """The side with fewer features: ``"output"`` where N <= K, else ``"input"``."""
-    return "output" if linear.out_features <= linear.in_features else "input"
+@contextmanager
+def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there only inside the block."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for two tensors that are alive with the same memory and contents; None where that cannot be told."""
+    if tensor.is_inference() or tensor.numel() == 0:
+        return None
+    return tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor._version
+
+
+def _groups(model: nn.Module, linears: dict[str, nn.Linear], images: Tensor) -> list[list[str]]:
+    """Names of the layers, together where the model hands them the very same tensor: one pass over ``images``.
+
+    A layer that is not called exactly once stands alone.
+    """
+    # The tensors are kept too: memory that was freed and used again would look like the same tensor.
+    calls: dict[str, list[tuple[Hashable, Tensor | None]]] = {name: [] for name in linears}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0] if arguments else None
+            calls[name].append((None if x is None else _identity(x), x))
+
+        return record
+
+    handles = (linear.register_forward_pre_hook(recorder(name)) for name, linear in linears.items())
+    # Tensors made in inference mode do not count their changes in place.
+    with torch.inference_mode(False), torch.no_grad(), _hooked(handles):
+        model(images.clone())
+    groups: dict[Hashable, list[str]] = {}
+    for name, seen in calls.items():
+        key = seen[0][0] if len(seen) == 1 else None
+        groups.setdefault(name if key is None else key, []).append(name)
+    return list(groups.values())
+
+
+def _arrange(linears: dict[str, nn.Linear], groups: list[list[str]]) -> list[_Accumulator]:
+    """Accumulators for groups of layers: one for all, or one for each layer where that is less."""
+    result = []
+    for group in groups:
+        layers = {name: linears[name] for name in group}
+        if side_of(*layers.values()) == "input":
+            result.append(_Accumulator(layers))
+        else:
+            result.extend(_Accumulator({name: layer}) for name, layer in layers.items())
+    return result
 
 
 def calibrate(
@@ -121,7 +196,9 @@ def calibrate(
 ) -> CalibrationStats:
     """Run the model over images and accumulate the statistics of every compressible layer.
 
-    The model runs in evaluation mode without gradients, and comes back in the mode that it was in.
+    The model runs in evaluation mode without gradients, and comes back in the mode that it was in. The first image of
+    each size passes through it once more, alone and before the others, to find the layers that share an input. Which
+    layers do must not depend on anything but the size of the images.
 
     Args:
         model: a model whose linear layers :func:`mixrank.models.compressible_linears` finds.
@@ -143,31 +220,38 @@ def calibrate(
         >>> calibrate(model, [torch.randn(2, 3, 32, 32)])["blocks.0.attn.proj"].gram.shape
         torch.Size([192, 192])
     """
-    accumulators = _accumulators(model)
-    if not accumulators:
+    linears = compressible_linears(model)
+    if not linears:
         raise InputError(f"the model ({type(model).__name__}) has no linear layer that can be compressed")
-    distinct = list({id(accumulator): accumulator for accumulator in accumulators.values()}.values())
     parameter = next(model.parameters())
     training, images, started = model.training, 0, time.perf_counter()
-    handles = [accumulator.module.register_forward_hook(accumulator) for accumulator in distinct]
+    accumulators: list[_Accumulator] = []
+    sizes: set[torch.Size] = set()
     try:
         model.eval()
         with torch.inference_mode(), torch.autocast(parameter.device.type, dtype, enabled=dtype is not None):
             for item in track(batches, "calibrating", enabled=progress):
                 batch = as_batch(item, images)
-                for accumulator in distinct:
+                inputs = batch.images.to(parameter.device, parameter.dtype)
+                if inputs.shape[1:] not in sizes:
+                    groups = _groups(model, linears, inputs[:1])
+                    if sizes:
+                        accumulators = [part for whole in accumulators for part in whole.split(groups)]
+                    else:
+                        accumulators = _arrange(linears, groups)
+                    sizes.add(inputs.shape[1:])
+                for accumulator in accumulators:
                     accumulator.names = batch.names
-                model(batch.images.to(parameter.device, parameter.dtype))
+                with _hooked(each.module.register_forward_hook(each) for each in accumulators):
+                    model(inputs)
                 images += len(batch.images)
     finally:
         model.train(training)
-        for handle in handles:
-            handle.remove()
     if images == 0:
         raise InputError("calibration needs at least one image, but there was none")
-    idle = [accumulator.name for accumulator in distinct if accumulator.rows == 0]
+    idle = [accumulator.name for accumulator in accumulators if accumulator.rows == 0]
     if idle:
         raise InputError(f"layer {idle[0]} ({len(idle)} in all) was never called, so it has no statistics")
-    finished = {id(accumulator): accumulator.finish() for accumulator in distinct}
-    layers = {name: finished[id(accumulator)] for name, accumulator in accumulators.items()}
+    finished = {name: stats for each in accumulators for stats in [each.finish()] for name in each.layers}
+    layers = {name: finished[name] for name in linears}
     return CalibrationStats(layers, images, time.perf_counter() - started)

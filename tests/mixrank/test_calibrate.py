@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
+import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixrank import InputError, calibrate
 from mixrank.calibrate import side_of
 from mixrank.data import Batch
+from mixrank.decompose import factorise
 from mixrank.models import compressible_linears, split_qkv_
+from mixrank_kernels import ops
 
 
 def test_statistics_are_the_second_moments_of_the_smaller_side(model, images, observed):
@@ -26,6 +31,138 @@ def test_statistics_are_the_second_moments_of_the_smaller_side(model, images, ob
         torch.testing.assert_close(layer.total, rows.sum(0), rtol=1e-4, atol=1e-3)
 
 
+class Branches(nn.Module):
+    """Three layers over the patches of an image ``[B, 3, T, T]``; ``inputs`` says what each of them receives."""
+
+    def __init__(self, inputs, sizes=(12, 12, 12)) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.branches = nn.ModuleList(nn.Linear(12, size) for size in sizes)
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, T, T] -> []
+        x = nn.functional.pixel_unshuffle(images, 2).flatten(2).mT + 0.5
+        return sum(branch(self.inputs(x, i)).sum() for i, branch in enumerate(self.branches))
+
+
+def count_grams(model: nn.Module, batches: list[Tensor]):
+    """The statistics of a model, and the number of Gram matrices that were accumulated for them."""
+    with mock.patch.object(ops, "gram_accumulate_", wraps=ops.gram_accumulate_) as accumulate:
+        return calibrate(model, iter(batches)), accumulate.call_count
+
+
+def assert_direct(stats, model: nn.Module, batches: list[Tensor], observed) -> None:
+    """Compare statistics with the second moments of what every layer receives or gives."""
+    for name in stats:
+        linear, layer = model.get_submodule(name), stats[name]
+        rows = torch.cat([observed(model, batch)[name] for batch in batches])
+        if layer.side == "output":
+            rows = rows @ linear.weight.double().mT
+        assert layer.rows == len(rows)
+        torch.testing.assert_close(layer.gram, rows.mT @ rows, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(layer.total, rows.sum(0), rtol=1e-4, atol=1e-3)
+
+
+def test_layers_with_the_same_input_share_one_gram_matrix_of_it(observed):
+    args = {"img_size": 28, "depth": 1, "embed_dim": 96, "num_heads": 4, "num_classes": 0}
+    model = timm.create_model("eva02_base_patch14_224", **args).eval()
+    batches = [torch.randn(3, 3, 28, 28), torch.randn(2, 3, 28, 28)]
+    stats, calls = count_grams(model, batches)
+    q, k, v = (stats[f"blocks.0.attn.{part}_proj"] for part in "qkv")
+    assert q is k is v
+    assert q.side == "input"
+    assert stats["blocks.0.mlp.fc1_g"] is stats["blocks.0.mlp.fc1_x"]
+    assert stats["blocks.0.attn.proj"].side == stats["blocks.0.mlp.fc2"].side == "output"
+    assert list(stats) == list(compressible_linears(model))
+    assert calls == 4 * len(batches)
+    assert_direct(stats, model, batches, observed)
+
+
+def test_factors_from_shared_inputs_are_those_from_outputs():
+    """Layers without a shared input are calibrated on their outputs; a copy of the input makes them so."""
+    shared = Branches(lambda x, _: x).double()
+    apart = Branches(lambda x, _: x.clone()).double()
+    apart.load_state_dict(shared.state_dict())
+    images = torch.randn(4, 3, 16, 16).double()
+    (inputs, once), (outputs, thrice) = count_grams(shared, [images]), count_grams(apart, [images])
+    assert (once, thrice) == (1, 3)
+    for name in inputs:
+        assert (inputs[name].side, outputs[name].side) == ("input", "output")
+        linear = shared.get_submodule(name)
+        a, b = (factorise(linear, stats[name]) for stats in (inputs, outputs))
+        torch.testing.assert_close(a.output_energy, b.output_energy, rtol=1e-9, atol=1e-12)
+        for rank in (1, 5, 11):
+            (down_a, up_a, bias_a), (down_b, up_b, bias_b) = a.factors(rank), b.factors(rank)
+            torch.testing.assert_close(up_a @ down_a, up_b @ down_b, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(bias_a, bias_b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "calls"),
+    [((4, 5, 6), 3), ((4, 8, 8), 3), ((4, 8, 9), 1), ((4, 5, 13), 1), ((13, 14, 15), 1)],
+    ids=str,
+)
+def test_a_shared_input_is_taken_only_where_it_is_cheaper(sizes, calls, observed):
+    model, images = Branches(lambda x, _: x, sizes), torch.randn(2, 3, 8, 8)
+    stats, counted = count_grams(model, [images])
+    assert counted == calls
+    assert_direct(stats, model, [images], observed)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        lambda x, i: x if i == 0 else x.add_(1),
+        lambda x, i: x.clone(),
+        lambda x, i: x[:, i:],
+        lambda x, i: x[:, :4] if i == 0 else x.flip(1)[:, :4],
+    ],
+    ids=["changed in place", "copies", "slices", "freed memory"],
+)
+def test_inputs_that_only_look_the_same_are_kept_apart(inputs, observed):
+    model, images = Branches(inputs, (13, 13, 13)), torch.randn(2, 3, 8, 8)
+    stats, calls = count_grams(model, [images])
+    assert calls == 3
+    assert_direct(stats, model, [images], observed)
+
+
+def test_a_layer_that_is_called_twice_is_calibrated_alone():
+    class Twice(Branches):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + self.branches[0](images.new_ones(1, 4, 12)).sum()
+
+    model, images = Twice(lambda x, _: x), torch.randn(2, 3, 8, 8)
+    stats, calls = count_grams(model, [images])
+    assert calls == 3
+    assert stats["branches.0"].side == "output"
+    assert stats["branches.0"].rows == 2 * 16 + 4
+    assert stats["branches.1"] is stats["branches.2"]
+    assert stats["branches.1"].rows == 2 * 16
+
+
+def test_inputs_that_are_shared_at_one_image_size_only(observed):
+    """The third layer leaves the common sums when it first receives something else, and keeps what they had."""
+    model = Branches(lambda x, i: x if i < 2 or x.shape[1] == 16 else x[:, 1:])
+    batches = [torch.randn(2, 3, 8, 8), torch.randn(3, 3, 12, 12), torch.randn(1, 3, 8, 8), torch.randn(2, 3, 12, 12)]
+    stats, calls = count_grams(model, batches)
+    assert calls == 1 + 2 + 2 + 2
+    assert stats["branches.0"] is stats["branches.1"] is not stats["branches.2"]
+    assert_direct(stats, model, batches, observed)
+    assert_direct(calibrate(model, batches[1:]), model, batches[1:], observed)
+
+
+def test_an_ordinary_vision_transformer_has_one_gram_matrix_for_each_layer(model, images):
+    stats, calls = count_grams(model, [images[:4], images[4:]])
+    assert calls == 2 * len(stats)
+    assert len({id(layer) for layer in stats.values()}) == len(stats)
+
+
+def test_values_that_are_not_finite_in_a_shared_input_are_named():
+    images = torch.randn(3, 3, 8, 8)
+    images[1, 0, 2, 2] = float("nan")
+    with pytest.raises(InputError, match=r"the input of layer branches\.0 has NaN or infinite values for b\.jpg"):
+        calibrate(Branches(lambda x, _: x), [Batch(images, None, ["a.jpg", "b.jpg", "c.jpg"])])
+
+
 def test_parts_of_a_split_layer_share_the_statistics_of_their_input(model, images):
     fused = calibrate(model, [images])
     names = split_qkv_(model)
@@ -40,7 +177,7 @@ def test_calibration_leaves_the_model_as_it_was(model, images):
     model.train()
     calibrate(model, [images])
     assert model.training
-    assert all(not module._forward_hooks for module in model.modules())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
