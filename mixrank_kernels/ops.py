@@ -23,7 +23,8 @@ def lowrank_linear(
     """Apply a linear layer whose weight is the product ``up @ down`` of two thin factors.
 
     Equivalent to ``F.linear(F.linear(x, down), up, bias)`` with the intermediate held in fp32 (fp64 for fp64
-    operands) and one rounding at the end.
+    operands) and one rounding at the end. On CPUs that multiply pairs of bf16, the intermediate of bf16 operands is
+    rounded once to bf16, as two bf16 linear layers do.
 
     Args:
         x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
@@ -65,8 +66,8 @@ def lowrank_residual_linear(
     """Apply a linear layer whose weight is ``up @ down`` plus a compact residual: thin factors, sparse blocks or both.
 
     Equivalent to ``F.linear(x, up @ down + residual_up @ residual_down + S, bias)``, where ``S`` ``[N, K]`` is
-    ``torch.sparse_bsr_tensor(crow, col, values)``; the intermediates are held in fp32 (fp64 for fp64 operands), all
-    parts are added in one accumulator, and there is one rounding at the end. Blocks that are not stored are not
+    ``torch.sparse_bsr_tensor(crow, col, values)``; intermediates are as those of :func:`lowrank_linear`, all parts are
+    added in one accumulator, and there is one rounding at the end. Blocks that are not stored are not
     multiplied.
 
     Args:
