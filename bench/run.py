@@ -87,8 +87,7 @@ def measure(case: ops.Case, threads: int, options: Options) -> dict[str, Any]:
         A row of results. ``milliseconds`` holds the timings by group and name, ``absent`` the reason of each peer that
         is missing, and ``gate`` is None, or says why there are no timings.
     """
-    compiling = options.full or case.m == ops.TOKENS
-    field = peers.field(case, compiling=compiling, unpacked=options.full)
+    field = peers.field(case, compiling=case.m == ops.TOKENS, unpacked=options.full)
     row = {"kind": "op", "threads": threads} | case.to_json() | {"absent": field.absent, "gate": None}
     try:
         peers.gate(case, field)
