@@ -60,14 +60,9 @@ STEPS = (
         (LOWRANK, GRAM),
     ),
     Step(
-        "c664045",
-        "one packing for both products, still at every call; bf16 pairs in the second product; a tile stays in L1 "
-        "over the whole inner dimension",
-        (LOWRANK,),
-    ),
-    Step(
         "f04030f",
-        "factors packed once and kept; checks without strings, output allocated without a lookup by name",
+        "factors packed once and kept, one packing for both products; bf16 pairs in the second product; a tile stays "
+        "in L1 over the whole inner dimension; checks without strings, output allocated without a lookup by name",
         (LOWRANK,),
     ),
     Step(
@@ -86,7 +81,7 @@ def cases() -> list[Case]:
     for dtype in DTYPES:
         found += [Case(LOWRANK, "vit-b fc1", dtype, m, 768, 3072, 248, 0.4) for m in (1, TOKENS, 8 * TOKENS)]
         found += [Case(LOWRANK, "vit-ti proj", dtype, m, 192, 192, 40, 0.4) for m in (1, TOKENS)]
-        found += [Case(GRAM, "width", dtype, 8 * TOKENS, width) for width in (192, 768)]
+        found += [Case(GRAM, f"width {width}", dtype, 8 * TOKENS, width) for width in (192, 768)]
     return found
 
 
@@ -165,8 +160,9 @@ class Child:
     def __enter__(self) -> Child:
         try:
             found = self._receive()
-            if not Path(found["file"]).is_relative_to(self.folder):
-                raise RuntimeError(f"{PACKAGE} must come from {self.folder}, but it came from {found['file']}")
+            for file in found["files"]:
+                if not Path(file).is_relative_to(self.folder):
+                    raise RuntimeError(f"all of {PACKAGE} must come from {self.folder}, but {file} was imported")
             if not found["extension"]:
                 raise RuntimeError(f"{PACKAGE} in {self.folder} must have its extension, but it has none")
         except BaseException:

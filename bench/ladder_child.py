@@ -1,17 +1,20 @@
 """A process of the ladder: times the operators of one build of mixrank_kernels against torch eager, on request.
 
 ``python -P -m mixrank_bench.ladder_child`` with the folder of the build in ``PYTHONPATH``. It first writes where
-mixrank_kernels was imported from, then answers each line of its input, a request in JSON, with a line of JSON. Of
-this package it imports only the timing: other modules need the newest mixrank_kernels, and the build may be old.
+the modules of mixrank_kernels were imported from, then answers each line of its input, a request in JSON, with a line
+of JSON. Of this package it imports only the timing: other modules need the newest mixrank_kernels, and the build may
+be old.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,9 @@ from torch import Tensor
 
 import mixrank_kernels
 from mixrank_bench.timing import interleaved
+
+# Old builds have no such module, and an editable install would lend them that of the checkout.
+PACKING = Path(mixrank_kernels.__file__).with_name("packing.py")
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,9 @@ def contest(op: str, dtype: str, m: int, k: int, n: int, rank: int) -> Contest:
 
 
 def _lowrank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Contest:
-    try:
-        from mixrank_kernels.packing import packed
-    except ImportError:  # builds before there was a module that packs
-        ours = functools.partial(mixrank_kernels.lowrank_linear, x, down, up, bias)
-    else:
-        ours = functools.partial(mixrank_kernels.lowrank_linear, x, down, up, bias, packed=packed(down, up))
+    ours = functools.partial(mixrank_kernels.lowrank_linear, x, down, up, bias)
+    if PACKING.is_file():
+        ours = functools.partial(ours, packed=importlib.import_module("mixrank_kernels.packing").packed(down, up))
 
     def reference() -> Tensor:
         return F.linear(F.linear(x, down), up, bias)
@@ -106,7 +109,8 @@ def answer(request: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(json.dumps({"file": mixrank_kernels.__file__, "extension": mixrank_kernels.HAS_EXTENSION}), flush=True)
+    files = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "mixrank_kernels"]
+    print(json.dumps({"files": files, "extension": mixrank_kernels.HAS_EXTENSION}), flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 

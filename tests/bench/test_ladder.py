@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_a_step_that_computes_something_else_is_no_step():
 @pytest.mark.parametrize("packing", [True, False], ids=["packing", "no packing"])
 def test_both_sides_of_a_case_are_right_with_and_without_a_module_that_packs(monkeypatch, case, packing):
     if not packing:
-        monkeypatch.setitem(sys.modules, "mixrank_kernels.packing", None)
+        monkeypatch.setattr(ladder_child, "PACKING", Path("missing"))
     ladder_child.contest.cache_clear()
     shape = {"op": case.op, "dtype": case.dtype_name, "m": case.m, "k": case.k, "n": case.n, "rank": case.rank}
     for reverse in (False, True):
@@ -126,8 +127,16 @@ def test_a_process_times_the_package_of_its_folder():
 
 
 def test_a_package_from_elsewhere_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match=r"must come from .* but it came from"), ladder.Child(tmp_path):
+    with pytest.raises(RuntimeError, match=r"must come from .*, but .* was imported"), ladder.Child(tmp_path):
         pytest.fail("the package is not in the folder")
+
+
+@pytest.mark.skipif(not mixrank_kernels.HAS_EXTENSION, reason="needs a build")
+def test_a_module_from_elsewhere_is_refused(tmp_path):
+    package = Path(mixrank_kernels.__file__).parent
+    shutil.copytree(package, tmp_path / "mixrank_kernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    with pytest.raises(RuntimeError, match=r"must (come|have)"), ladder.Child(tmp_path):
+        pytest.fail("the folder has no extension")
 
 
 def test_a_build_in_the_cache_is_taken_and_one_that_fails_leaves_no_worktree(monkeypatch, tmp_path):
