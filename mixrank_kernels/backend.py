@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixrank_kernels import _checks, _register, reference
+from mixrank_kernels import _checks, _register, packing, reference
 from mixrank_kernels._load import EXTENSION, REBUILD
 from mixrank_kernels._schema import NAMESPACE, SCHEMAS
 
@@ -199,6 +199,7 @@ def _install(name: str | None) -> None:
     if _register.extension is not None:
         isa = name.removeprefix(_CPU_PREFIX) if name is not None and name.startswith(_CPU_PREFIX) else "auto"
         _register.extension.set_isa(isa)
+        packing.clear()  # each instruction set has a layout of its own
     if name not in ("triton", "reference"):
         return
     _overrides = torch.library.Library(NAMESPACE, "IMPL")

@@ -1,9 +1,12 @@
 """Factors packed once for the CPU kernels, kept as long as they do not change.
 
 The kernels read weights in a layout of their own. Without packed factors a call makes that layout anew, which costs
-5 to 20 % of its time at 200 rows and most of it at one. :func:`packed` makes it at the first call and gives the same tensor
-from then on. What it gives is dropped when a factor is changed in place, gets other memory or is freed; it is no
-parameter, in no state dict and never moves with a module.
+5 to 20 % of its time at 200 rows and most of it at one. :func:`packed` makes it at the first call and gives the same
+tensor from then on. What it gives is dropped when a factor is changed in place, gets other memory or is freed; it is
+no parameter, in no state dict and never moves with a module.
+
+A change in place is seen by the version that autograd counts. Writing through ``weight.data`` (``weight.data.mul_(2)``)
+or through NumPy is not counted: call :func:`clear` after it, or write under ``torch.no_grad()`` to the weight itself.
 """
 
 from __future__ import annotations
@@ -24,25 +27,27 @@ class _Entry:
     given new memory frees the old one at the next call of :func:`packed`.
     """
 
-    __slots__ = ("addresses", "memory", "packed", "references", "versions")
+    __slots__ = ("memory", "packed", "references", "states")
 
-    def __init__(self, weights: tuple[Tensor, ...], forget: Callable, packed: Tensor) -> None:
+    def __init__(self, weights: tuple[Tensor, ...], forget: Callable[[weakref.ref], None]) -> None:
         self.references = [weakref.ref(weight, forget) for weight in weights]
         self.memory = [weight.untyped_storage() for weight in weights]
-        self.addresses = [weight.data_ptr() for weight in weights]
-        self.versions = [weight._version for weight in weights]
-        self.packed = packed
+        self.states = [_state(weight) for weight in weights]
+        self.packed: Tensor | None = None
 
     def is_of(self, weights: tuple[Tensor, ...]) -> bool:
         """Whether these are the weights that were packed, with the same memory, not written to since."""
         if len(weights) != len(self.references):
             return False
-        for weight, reference, address, version in zip(
-            weights, self.references, self.addresses, self.versions, strict=True
-        ):
-            if reference() is not weight or weight._version != version or weight.data_ptr() != address:
+        for weight, reference, state in zip(weights, self.references, self.states, strict=True):
+            if reference() is not weight or _state(weight) != state:
                 return False
         return True
+
+
+def _state(weight: Tensor) -> tuple:
+    # Assigning to weight.data can change any of these alone, and the version counts none of that.
+    return weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
 _entries: dict[int, _Entry] = {}
@@ -61,13 +66,20 @@ def packed(
     """Return the factors in the layout of the CPU kernels, for the ``packed`` argument of the operators.
 
     Args:
-        down, up, residual_down, residual_up, crow, col, values: the weights of the operator, as it takes them.
+        down: ``[R, K]``, a weight as the operators take it, like all that follow.
+        up: ``[N, R]``.
+        residual_down: ``[Q, K]`` or None.
+        residual_up: ``[N, Q]``, given exactly when ``residual_down`` is.
+        crow: ``[N / b + 1]`` or None.
+        col: ``[nnz]``, given exactly when ``crow`` is.
+        values: ``[nnz, b, b]``, given exactly when ``crow`` is.
 
     Returns:
         An opaque uint8 tensor, the same one until a weight changes; it takes about the memory of the weights once
-        more. None where it would be of no use: tensors that are not on the CPU, no extension, weights that need a
-        gradient while gradients are recorded (they change at each step), weights made in inference mode (whose
-        changes cannot be seen), or packing turned off by :func:`enable`.
+        more. None where it would be of no use: tensors that are not on the CPU or have no memory of their own (fake
+        tensors, subclasses, those inside ``torch.func`` transforms), no extension, weights that need a gradient while
+        gradients are recorded (they change at each step), weights made in inference mode (whose changes cannot be
+        seen), or packing turned off by :func:`enable`.
 
     Raises:
         RuntimeError: the weights do not fit together; the message names the argument.
@@ -103,17 +115,33 @@ def clear() -> None:
 
 def nbytes() -> int:
     """Bytes that all packed factors of this process take."""
-    return sum(entry.packed.nbytes for entry in _entries.values())
+    return sum(entry.packed.nbytes for entry in list(_entries.values()))
 
 
 def _pack(weights: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> Tensor | None:
     key = id(weights[0])
     _entries.pop(key, None)
-    if not _enabled or _register.extension is None:
+    if not _enabled or _register.extension is None or not all(_is_plain(weight) for weight in given):
         return None
-    if any(weight.device.type != "cpu" or weight.is_inference() for weight in given):
-        return None
+
+    def forget(reference: weakref.ref) -> None:
+        # Another thread may have put a newer entry in the place of the one that this reference belongs to.
+        entry = _entries.get(key)
+        if entry is not None and any(reference is one for one in entry.references):
+            _entries.pop(key, None)
+
+    # Made before the weights are read, so that a write from another thread meanwhile shows at the next call.
+    entry = _Entry(given, forget)
     with torch.no_grad():
-        made = torch.ops.mixrank_kernels._pack_factors(*weights)
-    _entries[key] = _Entry(given, lambda _: _entries.pop(key, None), made)
-    return made
+        entry.packed = torch.ops.mixrank_kernels._pack_factors(*weights)
+    _entries[key] = entry
+    return entry.packed
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.device.type == "cpu"
+        and not weight.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from torch import nn
 
 from mixrank.errors import InputError
 from mixrank.nn import MixedRankLinear, SplitLinear
+from mixrank_kernels import packing
 
 
 @pytest.fixture
@@ -79,6 +81,49 @@ def test_state_dict_holds_the_factors_alone_and_round_trips(linear):
     other.load_state_dict(layer.state_dict())
     x = torch.randn(4, 24)
     assert torch.equal(other(x), layer(x))
+
+
+def saved(module: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(module, file)
+    return file.getvalue()
+
+
+@torch.no_grad()
+def test_factors_are_packed_once_and_leave_no_trace_in_the_layer(linear):
+    packing.clear()
+    layer, x = MixedRankLinear.from_linear(linear, 9), torch.randn(30, 24)
+    pickled, attributes = saved(layer), set(vars(layer))
+    expected = layer(x)
+    assert (size := packing.nbytes()) > 0
+    assert torch.equal(layer(x), expected)
+    assert packing.nbytes() == size
+    assert (saved(layer), set(vars(layer))) == (pickled, attributes)
+    assert set(layer.state_dict()) == {"down", "up", "bias"}
+    copied = copy.deepcopy(layer)
+    assert packing.nbytes() == size
+    layer.up.mul_(2)
+    layer.bias.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * expected)
+    assert torch.equal(copied(x), expected)
+    assert packing.nbytes() == 2 * size
+    del layer, copied
+    assert packing.nbytes() == 0
+
+
+def test_training_packs_nothing(linear):
+    packing.clear()
+    layer = MixedRankLinear.from_linear(linear, 9)
+    layer(torch.randn(30, 24)).sum().backward()
+    assert packing.nbytes() == 0
+
+
+@torch.no_grad()
+def test_autocast_packs_nothing(linear):
+    packing.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert MixedRankLinear.from_linear(linear, 9)(torch.randn(30, 24)).dtype == torch.bfloat16
+    assert packing.nbytes() == 0
 
 
 def test_trains():
