@@ -57,7 +57,7 @@ STEPS = (
         "e03d1fb",
         "packs the weights at every call; sums go through memory every 64 terms; intermediate and second product in "
         "fp32",
-        (LOWRANK, GRAM),
+        (LOWRANK,),
     ),
     Step(
         "f04030f",
@@ -71,6 +71,7 @@ STEPS = (
         (LOWRANK,),
     ),
     Step("HEAD", "several sums for one element where rows are few", (LOWRANK,)),
+    Step("e03d1fb", "x packed for each side apart", (GRAM,)),
     Step("c7516d4", "x packed once for both sides, panels stay in L2", (GRAM,)),
 )
 
