@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 __all__ = ["FlopCounterMode"]
 
 
-@register_flop_formula(torch.ops.mixrank_kernels.lowrank_linear)
+@register_flop_formula(
+    [torch.ops.mixrank_kernels.lowrank_linear, torch.ops.mixrank_kernels._lowrank_linear_self_packed]
+)
 def lowrank_linear(x_shape, down_shape, up_shape, *_rest, out_shape=None, **_kwargs) -> int:
     """Two operations for every multiply-accumulate: ``2 * M * R * (K + N)``."""
     rank, k = down_shape

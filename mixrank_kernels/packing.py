@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels import _register
+from mixrank_kernels._schema import NAMESPACE, library, overload
+
+_SELF_PACKED = "_lowrank_linear_self_packed"
 
 
 class _Entry:
@@ -79,7 +82,8 @@ def packed(
         more. None where it would be of no use: tensors that are not on the CPU or have no memory of their own (fake
         tensors, subclasses, those inside ``torch.func`` transforms), no extension, weights that need a gradient while
         gradients are recorded (they change at each step), weights made in inference mode (whose changes cannot be
-        seen), or packing turned off by :func:`enable`.
+        seen), packing turned off by :func:`enable`, or a dispatch mode that may be recording a graph, which would keep
+        what is packed now.
 
     Raises:
         RuntimeError: the weights do not fit together; the message names the argument.
@@ -95,10 +99,39 @@ def packed(
     given = (down, up) if residual_down is values is None else tuple(w for w in weights if w is not None)
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in given):
         return None
+    if torch._C._len_torch_dispatch_stack():
+        return None
     entry = _entries.get(id(down))
     if entry is not None and entry.is_of(given):
         return entry.packed
     return _pack(weights, given)
+
+
+def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply :func:`mixrank_kernels.lowrank_linear` with the factors packed at run time, inside a compiled graph too.
+
+    A graph cannot ask :func:`packed` itself: it would keep the answer of the day it was traced. This operator asks at
+    each call.
+
+    Args:
+        x: ``[..., K]``, like the other arguments with the dtypes and strides that the operator takes.
+        down: ``[R, K]``.
+        up: ``[N, R]``.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]``: what the operator gives. Where gradients are recorded or autocast is on, it is the operator
+        itself, without packing.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> lowrank_linear(torch.ones(2, 8), torch.ones(3, 8), torch.ones(5, 3))[0, 0].item()
+        24.0
+    """
+    return overload(_SELF_PACKED)(x, down, up, bias)
 
 
 def enable(enabled: bool) -> None:
@@ -145,3 +178,32 @@ def _is_plain(weight: Tensor) -> bool:
         and not weight.is_inference()
         and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
     )
+
+
+def _plain_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    return overload("lowrank_linear")(x, down, up, bias)
+
+
+def _self_packed(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    return overload("lowrank_linear")(x, down, up, bias, packed(down, up))
+
+
+def _differentiable(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up, bias)):
+        return _plain_linear(x, down, up, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(_SELF_PACKED)(x, down, up, bias)
+
+
+# It is apart from the operators with a schema of their own: one more way to call one of them, which no implementation
+# replaces.
+library.define(
+    _SELF_PACKED + "(Tensor x, Tensor down, Tensor up, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+library.impl(_SELF_PACKED, _self_packed, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::{_SELF_PACKED}", _register.fake("lowrank_linear"), lib=library)
+library.impl(_SELF_PACKED, _differentiable, "Autograd")
+for _device_type in ("CPU", "CUDA"):
+    # The operator itself casts; what is packed would be of no use to it.
+    library.impl(_SELF_PACKED, _plain_linear, f"Autocast{_device_type}")

@@ -129,15 +129,22 @@ class MixedRankLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and self._packs():
+            return packing.lowrank_linear(x, self.down, self.up, self.bias)
         return ops.lowrank_linear(x, self.down, self.up, self.bias, self._packed())
 
     def _packed(self) -> Tensor | None:
         """The factors packed for the CPU kernels, where the call will really use them as they are now."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None  # a graph would keep what was packed while it was traced
-        if torch.is_autocast_enabled(self.down.device.type):
-            return None
-        return packing.packed(self.down, self.up)
+        return packing.packed(self.down, self.up) if self._packs() else None
+
+    def _packs(self) -> bool:
+        """Whether a call would use packed factors more than once."""
+        if not isinstance(self.down, Tensor) or self.down.device.type != "cpu":  # torch.fx traces with stand-ins
+            return False
+        trains = torch.is_grad_enabled() and (self.down.requires_grad or self.up.requires_grad)
+        return not trains and not torch.is_autocast_enabled("cpu")
 
     def extra_repr(self) -> str:
         return (

@@ -126,6 +126,72 @@ def test_autocast_packs_nothing(linear):
     assert packing.nbytes() == 0
 
 
+@pytest.mark.parametrize("freezing", [False, True], ids=["", "freezing"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_compiled_layers_pack_once_and_follow_their_parameters(linear, mode, freezing):
+    packing.clear()
+    torch._dynamo.reset()
+    layers = [MixedRankLinear.from_linear(linear, 9), MixedRankLinear(40, 24, 5)]
+    model, x = nn.Sequential(layers[0], nn.GELU(), layers[1]).eval(), torch.randn(2, 30, 24)
+    with torch._inductor.config.patch(freezing=freezing):
+        compiled = torch.compile(model, fullgraph=True)
+        with mode():
+            compiled(x)
+            made = [packing.packed(layer.down, layer.up) for layer in layers]
+            assert packing.nbytes() == sum(packed.nbytes for packed in made)
+            torch.testing.assert_close(compiled(x), model(x))
+            for change in (lambda w: w.mul_(2), lambda w: w.copy_(w.flip(0)), lambda w: setattr(w, "data", w * 3)):
+                with torch.inference_mode(False), torch.no_grad():
+                    for layer in layers:
+                        change(layer.down)
+                actual = compiled(x)
+                packed = [packing.packed(layer.down, layer.up) for layer in layers]
+                assert all(new is not old for new, old in zip(packed, made, strict=True))
+                assert packing.nbytes() == sum(one.nbytes for one in packed)
+                made = packed
+                packing.clear()
+                torch.testing.assert_close(actual, model(x))
+
+
+def test_compiled_layers_have_gradients(linear):
+    torch._dynamo.reset()
+    layer = MixedRankLinear.from_linear(linear, 9)
+    compiled, x = torch.compile(layer, fullgraph=True), torch.randn(31, 24, requires_grad=True)
+    for trained in (list(layer.parameters()), []):
+        layer.requires_grad_(bool(trained))
+        packing.clear()
+        ours = torch.autograd.grad(compiled(x).square().sum(), [x, *trained])
+        assert packing.nbytes() == 0
+        eager = torch.autograd.grad(layer(x).square().sum(), [x, *trained])
+        torch.testing.assert_close(ours, eager)
+
+
+@torch.no_grad()
+def test_compiled_layers_under_autocast_pack_nothing(linear):
+    packing.clear()
+    torch._dynamo.reset()
+    layer, x = MixedRankLinear.from_linear(linear, 9), torch.randn(30, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+    assert packing.nbytes() == 0
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@torch.no_grad()
+def test_exported_and_traced_layers_hold_the_plain_operator(linear, strict):
+    layer, x = MixedRankLinear.from_linear(linear, 9), torch.randn(30, 24)
+    expected = layer(x)
+    program = torch.export.export(layer, (x,), strict=strict)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+    for graph in (program.graph, traced.graph, torch.fx.symbolic_trace(layer).graph):
+        (call,) = [node for node in graph.nodes if "mixrank_kernels" in str(node.target)]
+        assert call.target is torch.ops.mixrank_kernels.lowrank_linear.default
+        assert len(call.args) < 5 or call.args[4] is None
+    layer.up.mul_(2)
+    layer.bias.mul_(2)
+    torch.testing.assert_close(traced(x), 2 * expected)
+
+
 def test_trains():
     torch.manual_seed(0)
     layer, x = MixedRankLinear(8, 8, 4), torch.randn(64, 8)
