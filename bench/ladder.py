@@ -70,7 +70,7 @@ STEPS = (
         "sums stay in registers until they are rounded; a tile for every number of rows; half a vector for the tail",
         (LOWRANK,),
     ),
-    Step("HEAD", "several sums for one element where rows are few", (LOWRANK,)),
+    Step("2d41eb2", "several sums for one element where rows are few", (LOWRANK,)),
     Step("e03d1fb", "x packed for each side apart", (GRAM,)),
     Step("c7516d4", "x packed once for both sides, panels stay in L2", (GRAM,)),
 )
