@@ -1,9 +1,9 @@
 """Factors packed once for the CPU kernels, kept as long as they do not change.
 
-The kernels read weights in a layout of their own. Without packed factors a call makes that layout anew, which costs
-5 to 20 % of its time at 200 rows and most of it at one. :func:`packed` makes it at the first call and gives the same
-tensor from then on. What it gives is dropped when a factor is changed in place, gets other memory or is freed; it is
-no parameter, in no state dict and never moves with a module.
+The kernels read weights in a layout of their own. Without packed factors a call makes that layout anew, which with one
+row costs more than the products. :func:`packed` makes it at the first call and gives the same tensor from then on. What
+it gives is dropped when a factor is changed in place, gets other memory or is freed; it is no parameter, in no state
+dict and never moves with a module.
 
 A change in place is seen by the version that autograd counts. Writing through ``weight.data`` (``weight.data.mul_(2)``)
 or through NumPy is not counted: call :func:`clear` after it, or write under ``torch.no_grad()`` to the weight itself.
