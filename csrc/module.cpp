@@ -47,7 +47,8 @@ double peak_flops(const std::string& kind, double milliseconds) {
   if (!(milliseconds > 0)) throw py::value_error("peak_flops: milliseconds must be above zero");
   const auto loop = pairs ? kernels().bfloat_loop : kernels().float_loop;
   if (loop == nullptr) {
-    throw py::value_error("peak_flops: the instruction set " + std::string(kernels().isa) + " has no instruction for bfloat16");
+    throw py::value_error("peak_flops: the instruction set " + std::string(kernels().isa) +
+                          " has no instruction for bfloat16");
   }
   const py::gil_scoped_release release;
   using Clock = std::chrono::steady_clock;
@@ -74,8 +75,7 @@ std::string choose(const std::string& op, const std::string& dtype) {
   if (dtype == "float64") return isa + ": fp64 tiles of " + table.double_tile;
   if (dtype == "float32") return isa + ": fp32 tiles of " + tile;
   if (dtype == "bfloat16" && table.bfloat_pairs) {
-    return isa + ": bf16 pairs (vdpbf16ps) in tiles of " + tile +
-           (is_gram ? "; with row weights widened to fp32" : "");
+    return isa + ": bf16 pairs (vdpbf16ps) in tiles of " + tile + (is_gram ? "; with row weights widened to fp32" : "");
   }
   return isa + ": " + dtype + " widened to fp32 while packing, tiles of " + tile;
 }
@@ -94,5 +94,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", &peak_flops, py::arg("kind"), py::arg("milliseconds"),
         "Floating-point operations per second of one thread in a loop of register multiply-adds; kind is 'float32' or "
         "'bfloat16'.");
-  m.def("choose", &choose, py::arg("op"), py::arg("dtype"), "The kernel that serves an operator for a dtype, in words.");
+  m.def("choose", &choose, py::arg("op"), py::arg("dtype"),
+        "The kernel that serves an operator for a dtype, in words.");
 }

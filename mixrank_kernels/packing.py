@@ -5,8 +5,10 @@ row costs more than the products. :func:`packed` makes it at the first call and 
 it gives is dropped when a factor is changed in place, gets other memory or is freed; it is no parameter, in no state
 dict and never moves with a module.
 
-A change in place is seen by the version that autograd counts. Writing through ``weight.data`` (``weight.data.mul_(2)``)
-or through NumPy is not counted: call :func:`clear` after it, or write under ``torch.no_grad()`` to the weight itself.
+A change in place is seen by the version that autograd counts. Writing through ``weight.data`` or through NumPy is not
+counted; the kernels compare a sample of each weight, so one to a whole weight (``weight.data.mul_(2)``) is noticed and
+the weight itself is used, but one to a few of its numbers may not be: call :func:`clear` after it, or write under
+``torch.no_grad()`` to the weight itself.
 """
 
 from __future__ import annotations

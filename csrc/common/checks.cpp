@@ -188,8 +188,9 @@ RowsView::RowsView(const Tensor& tensor) {
       offsets_ = std::move(next);
     }
   }
-  view_ = {tensor.const_data_ptr(), rows, tensor.size(leading), row_stride, tensor.stride(leading),
-           offsets_.empty() ? nullptr : offsets_.data()};
+  view_ = {tensor.const_data_ptr(), rows,
+           tensor.size(leading),    row_stride,
+           tensor.stride(leading),  offsets_.empty() ? nullptr : offsets_.data()};
 }
 
 }  // namespace mixrank

@@ -72,14 +72,14 @@ struct Gram {
         parallel(col_panels, large ? 1 : col_panels, [&](int64_t begin, int64_t end) {
           pack(cross ? p.z : p.x, batch, begin, end, token, count, nullptr, right);
         });
-        parallel(left_panels, large ? 1 : left_panels, [&](int64_t begin, int64_t end) {
-          pack(p.x, batch, begin, end, token, count, weights(batch), left);
-        });
+        parallel(left_panels, large ? 1 : left_panels,
+                 [&](int64_t begin, int64_t end) { pack(p.x, batch, begin, end, token, count, weights(batch), left); });
         if (p.column_sum) {
           for (int64_t i = 0; i < row_panels; ++i) add_column_sums(batch, i, count, left + i * panel_size);
         }
         parallel(blocks, large ? 1 : blocks, [&](int64_t begin, int64_t end) {
-          multiply(begin, end, ceil_div(count, S::kPack), left, right, sums, token > start, token + count == stop, gram);
+          multiply(begin, end, ceil_div(count, S::kPack), left, right, sums, token > start, token + count == stop,
+                   gram);
         });
       }
     }
@@ -89,8 +89,8 @@ struct Gram {
     return p.row_weight ? static_cast<const Acc*>(p.row_weight) + batch * M : nullptr;
   }
 
-  // Panels [begin, end) of tokens [token, token + count) of x or z: packed[panel][unit][kCols], times the weights. Token
-  // by token, because that is how x lies in memory.
+  // Panels [begin, end) of tokens [token, token + count) of x or z: packed[panel][unit][kCols], times the weights.
+  // Token by token, because that is how x lies in memory.
   void pack(const MatrixView& x, int64_t batch, int64_t begin, int64_t end, int64_t token, int64_t count,
             const Acc* weight, Unit* packed) const {
     for (int64_t m = 0; m < count; m += S::kPack) {
@@ -119,7 +119,8 @@ struct Gram {
     } else if (stride == 1) {
       for (int64_t c = 0; c < cols; ++c) units[c] = low[c].bits | static_cast<Unit>(high[c].bits) << 16;
     } else {
-      for (int64_t c = 0; c < cols; ++c) units[c] = low[c * stride].bits | static_cast<Unit>(high[c * stride].bits) << 16;
+      for (int64_t c = 0; c < cols; ++c)
+        units[c] = low[c * stride].bits | static_cast<Unit>(high[c * stride].bits) << 16;
     }
   }
 
@@ -131,7 +132,7 @@ struct Gram {
     alignas(64) Acc partial[kCols];
     for (int64_t u = 0; u < units; u += kBlock) {
       tile<S, 1, S::kVecs, 0, 0, kCols, Unit, ToSums<S>>(min_of(kBlock, units - u), &one, packed + u * kCols,
-                                                          {partial, kCols, false});
+                                                         {partial, kCols, false});
       for (int64_t c = 0; c < kCols; ++c) sums[c] += static_cast<double>(partial[c]);
     }
     G* out = static_cast<G*>(p.column_sum) + batch * K + first;
@@ -157,9 +158,11 @@ struct Gram {
         for (int64_t row = 0; row < kCols; row += kRows) {
           // Below the middle of a diagonal block, the left half of the columns is in the other triangle.
           const bool half = diagonal && row >= S::kLanes;
-          const auto multiply = half ? tile<S, kRows, 1, 1, kCols, kCols, Unit, ToSums<S>> : tile<S, kRows, 2, 1, kCols, kCols, Unit, ToSums<S>>;
+          const auto multiply = half ? tile<S, kRows, 1, 1, kCols, kCols, Unit, ToSums<S>>
+                                     : tile<S, kRows, 2, 1, kCols, kCols, Unit, ToSums<S>>;
           const int64_t col = half ? S::kLanes : 0;
-          multiply(steps, a + u * kCols + row, b + u * kCols + col, {sum + row * kCols + col, kCols, accumulate || u > 0});
+          multiply(steps, a + u * kCols + row, b + u * kCols + col,
+                   {sum + row * kCols + col, kCols, accumulate || u > 0});
         }
       }
       if (last) flush(i, j, sum, gram);

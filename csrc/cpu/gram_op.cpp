@@ -39,9 +39,9 @@ std::vector<Acc> gathered_weights(const Tensor& row_weight, Dtype dtype, int64_t
   return weights;
 }
 
-void gram_accumulate_(Tensor gram,                               // [K, K] or [B, K, K]
-                      const Tensor& x,                           // [..., K] or [B, M, K]
-                      const std::optional<Tensor>& row_weight,   // x.shape[:-1]
+void gram_accumulate_(Tensor gram,                                // [K, K] or [B, K, K]
+                      const Tensor& x,                            // [..., K] or [B, M, K]
+                      const std::optional<Tensor>& row_weight,    // x.shape[:-1]
                       const std::optional<Tensor>& column_sum) {  // [K] or [B, K]
   GramParams params{};
   params.gram_dtype = checked_dtype(kOp, "gram", gram, true);
@@ -53,7 +53,10 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
   check(K >= 1, kOp, ": gram must have at least one row, but it had none");
   const int64_t last = x.dim() >= 1 ? x.size(x.dim() - 1) : -1;
   if (batched) {
-    if (!(x.dim() == 3 && x.size(0) == gram.size(0) && last == K)) bad_shape(kOp, "x", "[B, M, K] with B = " + std::to_string(gram.size(0)) + " and K = " + std::to_string(K) + " (as gram has)", x);
+    if (!(x.dim() == 3 && x.size(0) == gram.size(0) && last == K))
+      bad_shape(
+          kOp, "x",
+          "[B, M, K] with B = " + std::to_string(gram.size(0)) + " and K = " + std::to_string(K) + " (as gram has)", x);
   } else {
     if (!(last == K)) bad_shape(kOp, "x", "[..., K] with K = " + std::to_string(K) + " (the size of gram)", x);
   }
@@ -75,7 +78,8 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
     const Dtype weight_dtype = checked_dtype(kOp, "row_weight", *row_weight);
     const auto wanted = x.sizes().slice(0, x.dim() - 1), found = row_weight->sizes();
     const std::vector<int64_t> shape(wanted.begin(), wanted.end());
-    if (!(shape == std::vector<int64_t>(found.begin(), found.end()))) bad_shape(kOp, "row_weight", shape_text(shape) + " (one weight for each row of x)", *row_weight);
+    if (!(shape == std::vector<int64_t>(found.begin(), found.end())))
+      bad_shape(kOp, "row_weight", shape_text(shape) + " (one weight for each row of x)", *row_weight);
     check_device(kOp, "row_weight", *row_weight, gram, "gram");
     check_no_overlap(kOp, "gram", gram, "row_weight", *row_weight);
     const int64_t count = params.x.rows * params.batches;
@@ -90,7 +94,8 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
   if (column_sum) {
     const std::vector<int64_t> shape = batched ? std::vector<int64_t>{gram.size(0), K} : std::vector<int64_t>{K};
     const auto found = column_sum->sizes();
-    if (!(shape == std::vector<int64_t>(found.begin(), found.end()))) bad_shape(kOp, "column_sum", shape_text(shape), *column_sum);
+    if (!(shape == std::vector<int64_t>(found.begin(), found.end())))
+      bad_shape(kOp, "column_sum", shape_text(shape), *column_sum);
     check_contiguous(kOp, "column_sum", *column_sum);
     check_device(kOp, "column_sum", *column_sum, gram, "gram");
     check_dtype(kOp, "column_sum", *column_sum, gram, "gram");
@@ -103,8 +108,8 @@ void gram_accumulate_(Tensor gram,                               // [K, K] or [B
   kernels().gram_accumulate(params);
 }
 
-void cross_gram_accumulate_(Tensor cross,      // [K, N]
-                            const Tensor& x,   // [..., K]
+void cross_gram_accumulate_(Tensor cross,       // [K, N]
+                            const Tensor& x,    // [..., K]
                             const Tensor& z) {  // [..., N]
   constexpr char kCross[] = "cross_gram_accumulate_";
   GramParams params{};

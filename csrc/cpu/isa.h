@@ -13,7 +13,7 @@ namespace mixrank {
 // The kernels of one instruction set, compiled from the same sources as those of every other.
 struct KernelTable {
   const char* isa;
-  int32_t isa_id;  // marks what was packed for these kernels
+  int32_t isa_id;          // marks what was packed for these kernels
   const char* float_tile;  // rows x columns of the register tile, as text
   const char* double_tile;
   bool bfloat_pairs;  // bf16 products by vdpbf16ps

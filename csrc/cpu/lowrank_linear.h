@@ -2,8 +2,8 @@
 // may be absent. Also the packing of the factors, which a caller may keep.
 //
 // Shapes: x [M, K], down [R, K], up [N, R], down2 [Q, K], up2 [N, Q], bias [N], y [M, N], all of one dtype;
-//   K, N, R >= 1, M, Q >= 0. S [N, K] is block-sparse: block row i holds the blocks crow[i] .. crow[i + 1], block e lies
-//   at block column col[e] and is values[e] [b, b] with b = 16 or 32, a divisor of N and K.
+//   K, N, R >= 1, M, Q >= 0. S [N, K] is block-sparse: block row i holds the blocks crow[i] .. crow[i + 1], block e
+//   lies at block column col[e] and is values[e] [b, b] with b = 16 or 32, a divisor of N and K.
 // Layout: x and the factors of any strides and any alignment of their own dtype; values and y contiguous; crow and
 //   col checked by the caller; y overlaps no input.
 // Precision: products are accumulated in fp32 (fp64 for fp64), at most kBlock terms in one running sum, all terms of
@@ -36,6 +36,7 @@ struct LowrankLinearParams {
   const void* bias;  // [N] or null
   int64_t bias_stride;
   const void* packed;  // what lowrank_pack wrote for the same factors, aligned to 64 bytes, or null
+  uint64_t sample;     // goes into the header
   void* y;             // [M, N]
 };
 
@@ -47,7 +48,9 @@ struct PackedHeader {
   int32_t isa;  // KernelTable::isa_id
   Dtype dtype;
   int64_t K, N, R, Q, block_size, block_count;
+  uint64_t sample;  // of the weights, see lowrank_linear_op.cpp
+  int64_t unused[7];
 };
-static_assert(sizeof(PackedHeader) == 64, "the panels behind it start on a cache line");
+static_assert(sizeof(PackedHeader) == 128, "the panels behind it start on a cache line");
 
 }  // namespace mixrank

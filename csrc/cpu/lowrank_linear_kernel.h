@@ -44,7 +44,8 @@ struct PackedFactors {
   const int64_t bytes = arena.bytes;
 
   PackedHeader header() const {
-    PackedHeader header{{}, kIsa, p.dtype, K, N, p.down[0].rows, p.down[1].rows, p.blocks.size, p.blocks.count};
+    PackedHeader header{{},       kIsa, p.dtype, K, N, p.down[0].rows, p.down[1].rows, p.blocks.size, p.blocks.count,
+                        p.sample, {}};
     memcpy(header.magic, kPackedMagic, sizeof(header.magic));
     return header;
   }
@@ -214,7 +215,8 @@ struct LowrankLinear {
   void add_blocks(int64_t column, int64_t cols, int64_t rows, const Unit* x, Acc* sum) const {
     const int64_t b = p.blocks.size, width = packed.block_width;
     const W* values = at_offset<W>(weights, packed.values_at);
-    const auto multiply = width == kCols ? block_tile<S, 2, kCols, W, Sums>(rows) : block_tile<S, 1, kCols / 2, W, Sums>(rows);
+    const auto multiply =
+        width == kCols ? block_tile<S, 2, kCols, W, Sums>(rows) : block_tile<S, 1, kCols / 2, W, Sums>(rows);
     for (int64_t n = column; n < column + cols; n += width) {
       for (int64_t e = p.blocks.crow[n / b]; e < p.blocks.crow[n / b + 1]; ++e) {
         const int64_t unit = p.blocks.col[e] * packed.block_units;
@@ -245,7 +247,6 @@ struct LowrankLinear {
     }
     for (; j < cols; ++j) narrow(sum[j] + widen(bias[j * p.bias_stride]), out + j);
   }
-
 
   Panel panel_in(Scratch slot, int64_t blocks) const {
     Arena arena;

@@ -30,11 +30,13 @@ class Call {
   }
 
   void factors(const Tensor& down, const Tensor& up) {
-    if (!(down.dim() == 2 && down.size(1) == K_)) bad_shape(op_, "down", "[R, K] with K = " + text(K_) + " (the last dimension of x)", down);
+    if (!(down.dim() == 2 && down.size(1) == K_))
+      bad_shape(op_, "down", "[R, K] with K = " + text(K_) + " (the last dimension of x)", down);
     R_ = down.size(0);
     check(R_ >= 1, op_, ": down must have at least one row (the rank R), but it had none");
     check(K_ >= 1, op_, ": x must have at least one feature (its last dimension), but it had none");
-    if (!(up.dim() == 2 && up.size(1) == R_)) bad_shape(op_, "up", "[N, R] with R = " + text(R_) + " (the rows of down)", up);
+    if (!(up.dim() == 2 && up.size(1) == R_))
+      bad_shape(op_, "up", "[N, R] with R = " + text(R_) + " (the rows of down)", up);
     N_ = up.size(0);
     check(N_ >= 1, op_, ": up must have at least one row (out features N), but it had none");
     check_like("down", down);
@@ -45,7 +47,8 @@ class Call {
 
   void bias(const Optional& bias) {
     if (!bias) return;
-    if (!(bias->dim() == 1 && bias->size(0) == N_)) bad_shape(op_, "bias", "[N] with N = " + text(N_) + " (the rows of up)", *bias);
+    if (!(bias->dim() == 1 && bias->size(0) == N_))
+      bad_shape(op_, "bias", "[N] with N = " + text(N_) + " (the rows of up)", *bias);
     check_like("bias", *bias);
     params_.bias = bias->const_data_ptr();
     params_.bias_stride = bias->stride(0);
@@ -54,10 +57,14 @@ class Call {
   void branch(const Optional& down, const Optional& up) {
     together({{"residual_down", &down}, {"residual_up", &up}});
     if (!down) return;
-    if (!(down->dim() == 2 && down->size(1) == K_)) bad_shape(op_, "residual_down", "[Q, K] with K = " + text(K_) + " (the last dimension of x)", *down);
+    if (!(down->dim() == 2 && down->size(1) == K_))
+      bad_shape(op_, "residual_down", "[Q, K] with K = " + text(K_) + " (the last dimension of x)", *down);
     const int64_t Q = down->size(0);
     check(Q >= 1, op_, ": residual_down must have at least one row (the rank Q), but it had none");
-    if (!(up->dim() == 2 && up->size(0) == N_ && up->size(1) == Q)) bad_shape(op_, "residual_up", "[N, Q] with N = " + text(N_) + " (the rows of up) and Q = " + text(Q) + " (the rows of residual_down)", *up);
+    if (!(up->dim() == 2 && up->size(0) == N_ && up->size(1) == Q))
+      bad_shape(op_, "residual_up",
+                "[N, Q] with N = " + text(N_) + " (the rows of up) and Q = " + text(Q) + " (the rows of residual_down)",
+                *up);
     check_like("residual_down", *down);
     check_like("residual_up", *up);
     params_.down[1] = matrix_view(*down);
@@ -68,15 +75,16 @@ class Call {
     together({{"crow", &crow}, {"col", &col}, {"values", &values}});
     if (!values) return;
     const int64_t b = values->dim() == 3 ? values->size(2) : 0;
-    if (!((b == 16 || b == 32) && values->size(1) == b)) bad_shape(op_, "values", "[nnz, b, b] with b one of 16, 32", *values);
-    const auto multiple = [b](const char* shape) {
-      return shape + text(b) + " (the size of a block of values)";
-    };
+    if (!((b == 16 || b == 32) && values->size(1) == b))
+      bad_shape(op_, "values", "[nnz, b, b] with b one of 16, 32", *values);
+    const auto multiple = [b](const char* shape) { return shape + text(b) + " (the size of a block of values)"; };
     if (K_ % b != 0) bad_shape(op_, like_name_, multiple("[..., K] with K a multiple of "), like_);
     if (N_ % b != 0) bad_shape(op_, "up", multiple("[N, R] with N a multiple of "), up);
     const int64_t nnz = values->size(0);
-    if (!(crow->dim() == 1 && crow->size(0) == N_ / b + 1)) bad_shape(op_, "crow", "[N / b + 1] with N = " + text(N_) + " and b = " + text(b), *crow);
-    if (!(col->dim() == 1 && col->size(0) == nnz)) bad_shape(op_, "col", "[nnz] with nnz = " + text(nnz) + " (the blocks of values)", *col);
+    if (!(crow->dim() == 1 && crow->size(0) == N_ / b + 1))
+      bad_shape(op_, "crow", "[N / b + 1] with N = " + text(N_) + " and b = " + text(b), *crow);
+    if (!(col->dim() == 1 && col->size(0) == nnz))
+      bad_shape(op_, "col", "[nnz] with nnz = " + text(nnz) + " (the blocks of values)", *col);
     check_index_dtype(op_, "crow", *crow);
     check_dtype(op_, "col", *col, *crow, "crow");
     check_dtype(op_, "values", *values, like_, like_name_);
@@ -104,11 +112,13 @@ class Call {
           ": packed must come from mixrank_kernels.packing, but it has another content");
     const BlockSparse& blocks = params_.blocks;
     check(header.dtype == params_.dtype && header.K == K_ && header.N == N_ && header.R == R_ &&
-              header.Q == params_.down[1].rows && header.block_size == blocks.size && header.block_count == blocks.count,
+              header.Q == params_.down[1].rows && header.block_size == blocks.size &&
+              header.block_count == blocks.count,
           op_, ": packed must be made from these factors, but it was made for K = ", header.K, ", N = ", header.N,
           ", R = ", header.R, ", Q = ", header.Q, " and ", header.block_count, " blocks, or another dtype");
     if (header.isa != kernels().isa_id || reinterpret_cast<uintptr_t>(data) % 64 != 0) return;
     check(packed->size(0) == kernels().lowrank_pack(params_, nullptr), op_, ": packed must be whole, but it was cut");
+    if (header.sample != sample()) return;  // the factors have changed since: they count
     params_.packed = data;
   }
 
@@ -127,6 +137,7 @@ class Call {
   }
 
   Tensor pack() {
+    params_.sample = sample();
     Tensor packed = torch::stable::new_empty(like_, {kernels().lowrank_pack(params_, nullptr)},
                                              torch::headeronly::ScalarType::Byte);
     kernels().lowrank_pack(params_, packed.mutable_data_ptr());
@@ -153,6 +164,30 @@ class Call {
     check(false, op_, ": ", names, " must be given together or not at all, but ", absent, " was missing");
   }
 
+  // A hash of a few elements of every weight. Writes that torch does not count (through weight.data) leave packed
+  // factors behind; one to a whole tensor shows here.
+  uint64_t sample() const {
+    uint64_t hash = 14695981039346656037u;
+    for (const MatrixView* view : {&params_.down[0], &params_.up[0], &params_.down[1], &params_.up[1]}) {
+      sample(view->data, view->rows, view->cols, view->row_stride, view->col_stride, hash);
+    }
+    const BlockSparse& blocks = params_.blocks;
+    sample(blocks.values, blocks.count * blocks.size, blocks.size, blocks.size, 1, hash);
+    return hash;
+  }
+
+  void sample(const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+              uint64_t& hash) const {
+    constexpr int64_t kSamples = 16;
+    const int64_t size = element_size(params_.dtype);
+    for (int64_t i = 0; i < kSamples && rows > 0; ++i) {
+      const int64_t row = i * (rows - 1) / (kSamples - 1), col = (kSamples - 1 - i) * (cols - 1) / (kSamples - 1);
+      uint64_t bits = 0;
+      memcpy(&bits, static_cast<const char*>(data) + (row * row_stride + col * col_stride) * size, size);
+      hash = (hash ^ bits) * 1099511628211u;
+    }
+  }
+
   static const int64_t* indices(const Tensor& tensor, std::vector<int64_t>& widened) {
     if (tensor.scalar_type() == torch::headeronly::ScalarType::Long) {
       return static_cast<const int64_t*>(tensor.const_data_ptr());
@@ -166,8 +201,8 @@ class Call {
     const BlockSparse& blocks = params_.blocks;
     const int64_t rows = N_ / blocks.size, columns = K_ / blocks.size, last = blocks.crow[rows];
     check(blocks.crow[0] == 0, op_, ": crow must begin with 0, but it began with ", blocks.crow[0]);
-    check(last == blocks.count, op_, ": crow must end with ", blocks.count, " (the blocks of values), but it ended with ",
-          last);
+    check(last == blocks.count, op_, ": crow must end with ", blocks.count,
+          " (the blocks of values), but it ended with ", last);
     for (int64_t i = 0; i < rows; ++i) {
       check(blocks.crow[i] <= blocks.crow[i + 1], op_, ": crow must never fall, but it fell after entry ", i);
     }
@@ -185,10 +220,10 @@ class Call {
   LowrankLinearParams params_{};
 };
 
-Tensor lowrank_linear(const Tensor& x,            // [..., K]
-                      const Tensor& down,         // [R, K]
-                      const Tensor& up,           // [N, R]
-                      const Optional& bias,       // [N]
+Tensor lowrank_linear(const Tensor& x,           // [..., K]
+                      const Tensor& down,        // [R, K]
+                      const Tensor& up,          // [N, R]
+                      const Optional& bias,      // [N]
                       const Optional& packed) {  // [bytes]; returns [..., N]
   Call call("lowrank_linear", x);
   call.factors(down, up);

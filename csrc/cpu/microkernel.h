@@ -6,14 +6,14 @@
 namespace mixrank {
 namespace {
 
-// Terms (in units) of one running sum. With 256 the rounding errors were twice those of the vendor's BLAS; 128 makes them
-// equal or smaller, and 64 would cost 1 % of the speed.
+// Terms (in units) of one running sum. With 256 the rounding errors were twice those of the vendor's BLAS; 128 makes
+// them equal or smaller, and 64 would cost 1 % of the speed.
 constexpr int64_t kBlock = 128;
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
 template <class S>
-constexpr int64_t kTileCols = S::kLanes* S::kVecs;
+constexpr int64_t kTileCols = S::kLanes * S::kVecs;
 
 // What a tile does with its sums: each block of terms goes to c, the last one may go further.
 template <class S>
@@ -58,7 +58,9 @@ struct ToOutput : ToSums<S> {
 
 // Sums that one element is divided into, so that few rows too have enough independent multiply-adds in flight.
 template <int kChains>
-constexpr int kSplit = kChains >= 8 ? 1 : kChains >= 4 ? 2 : 4;
+constexpr int kSplit = kChains >= 8   ? 1
+                       : kChains >= 4 ? 2
+                                      : 4;
 
 // sum over s of a[i * kARow + s * kAStep] * b[s * kBRow + j], for kM rows and kV vectors of columns, handed to `out`.
 // No edges: a and b are padded by whoever packs them.
@@ -142,7 +144,8 @@ inline TileFn<S, W, Out> block_tile(int64_t rows) {
 // A row block times a panel of kTileCols columns, of which the first `cols` are wanted: as few vectors as hold them.
 // Out<S> takes the sums, at(column) is the one that begins at a column.
 template <class S, template <class> class Out, class W, class At>
-inline void multiply_panel(int64_t rows, int64_t cols, int64_t steps, const typename S::Unit* a, const W* b, const At& at) {
+inline void multiply_panel(int64_t rows, int64_t cols, int64_t steps, const typename S::Unit* a, const W* b,
+                           const At& at) {
   static_assert(S::kVecs == 2, "a panel is one or two vectors wide");
   using Narrow = typename S::Narrow;
   constexpr int kBRow = kTileCols<S>;

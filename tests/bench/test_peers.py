@@ -61,7 +61,7 @@ def test_a_peer_that_is_missing_says_why(monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     field = peers.field(Case("lowrank_linear", "tiny", torch.float32, 5, 48, 40, 8, 0.4), compiling=False)
     assert field.absent["factors"]["ONNX Runtime"] == "onnxruntime is not installed"
-    assert field.absent["factors"]["torch.compile"] .startswith("compiling takes seconds")
+    assert field.absent["factors"]["torch.compile"].startswith("compiling takes seconds")
 
 
 def test_scipy_runs_with_as_many_threads_as_torch():

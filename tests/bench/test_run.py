@@ -38,7 +38,7 @@ def test_rows_are_added_and_the_result_is_whole(small, tmp_path):
     assert rows[1]["op"] == "lowrank_linear"
     assert rows[1]["milliseconds"]["ours"][peers.SERVED]["median"] > 0
     assert {"factors", "dense"} <= set(rows[1]["milliseconds"])
-    assert rows[1]["absent"]["factors"]["torch.compile"] .startswith("compiling takes seconds")
+    assert rows[1]["absent"]["factors"]["torch.compile"].startswith("compiling takes seconds")
     result = json.loads(whole.read_text())
     assert result["rows"][1]["case"] == rows[1]["case"]
     assert [line["met"] in (True, False) for line in result["bars"]]

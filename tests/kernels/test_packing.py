@@ -404,3 +404,23 @@ def test_self_packed_names_what_does_not_fit():
     arguments = linear_arguments()
     with pytest.raises(RuntimeError, match=r"down must have shape \[R, K\] with K = 36"):
         packing.lowrank_linear(arguments["x"][..., :36], arguments["down"], arguments["up"])
+
+
+@pytest.mark.parametrize("name", ["down", "up", "residual_down", "residual_up", "values"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_write_that_torch_does_not_count_is_noticed(name, dtype):
+    sample = next(
+        s
+        for s in testing.sample_inputs("lowrank_residual_linear")
+        if s.arguments()["values"] is not None
+        and s.arguments()["residual_down"] is not None
+        and s.arguments()["values"].numel() > 0
+    )
+    arguments = sample.arguments(dtype)
+    weights = {n: t for n, t in arguments.items() if n not in ("x", "bias", "packed")}
+    packed = packing.packed(**weights)
+    before = ops.lowrank_residual_linear(**(arguments | {"packed": packed}))
+    arguments[name].data.mul_(-2)
+    after = ops.lowrank_residual_linear(**(arguments | {"packed": packed}))
+    assert torch.equal(after, ops.lowrank_residual_linear(**(arguments | {"packed": None})))
+    assert not torch.equal(after, before)
