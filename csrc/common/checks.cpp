@@ -15,9 +15,9 @@ struct ByteRange {
   const char* end;
 };
 
+// Of a tensor that has elements.
 ByteRange touched(const Tensor& tensor) {
   const char* data = static_cast<const char*>(tensor.const_data_ptr());
-  if (tensor.numel() == 0) return {data, data};
   int64_t last = 0;
   for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
   return {data, data + (last + 1) * static_cast<int64_t>(tensor.element_size())};

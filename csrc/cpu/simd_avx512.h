@@ -1,8 +1,8 @@
 // The vector layer for AVX-512 (and AVX512_BF16). simd_avx2.h and simd_portable.h have the same contents:
 // each arithmetic (F32, F64, Bf16Pairs) names its accumulator Acc, its stored operand Unit (kPack elements of the
-// product's inner dimension), its register tile kRows x kVecs, its dot-product tile kDotRows x kDotCols, whether a
-// vector of 16-bit elements widens in one or two instructions, Wide, the arithmetic of single widened elements, and
-// Narrow, the same arithmetic on half a vector where that is faster, else void.
+// product's inner dimension), its register tile kRows x kVecs (kGramRows x kVecs for Gram matrices), its dot-product
+// tile kDotRows x kDotCols, whether a vector of 16-bit elements widens in one or two instructions, Wide, the arithmetic
+// of single widened elements, and Narrow, the same arithmetic on half a vector where that is faster, else void.
 #pragma once
 
 #include <immintrin.h>
