@@ -23,6 +23,7 @@ template <class S, class T, class G>
 struct Gram {
   using Acc = typename S::Acc;
   using Unit = typename S::Unit;
+  using Columns = FixedRows<Unit, 1, kTileCols<S>>;  // of a panel, as rows of the left operand
   static constexpr int64_t kCols = kTileCols<S>;
   static constexpr int kRows = S::kGramRows;
   static_assert(kCols % kRows == 0, "the tiles of a block divide it evenly");
@@ -131,8 +132,8 @@ struct Gram {
     double sums[kCols] = {};
     alignas(64) Acc partial[kCols];
     for (int64_t u = 0; u < units; u += kBlock) {
-      tile<S, 1, S::kVecs, 0, 0, kCols, Unit, ToSums<S>>(min_of(kBlock, units - u), &one, packed + u * kCols,
-                                                         {partial, kCols, false});
+      tile<S, 1, S::kVecs, kCols, FixedRows<Unit, 0, 0>, Unit, ToSums<S>>(
+          min_of(kBlock, units - u), {&one}, packed + u * kCols, {partial, kCols, false});
       for (int64_t c = 0; c < kCols; ++c) sums[c] += static_cast<double>(partial[c]);
     }
     G* out = static_cast<G*>(p.column_sum) + batch * K + first;
@@ -158,10 +159,10 @@ struct Gram {
         for (int64_t row = 0; row < kCols; row += kRows) {
           // Below the middle of a diagonal block, the left half of the columns is in the other triangle.
           const bool half = diagonal && row >= S::kLanes;
-          const auto multiply = half ? tile<S, kRows, 1, 1, kCols, kCols, Unit, ToSums<S>>
-                                     : tile<S, kRows, 2, 1, kCols, kCols, Unit, ToSums<S>>;
+          const auto multiply = half ? tile<S, kRows, 1, kCols, Columns, Unit, ToSums<S>>
+                                     : tile<S, kRows, 2, kCols, Columns, Unit, ToSums<S>>;
           const int64_t col = half ? S::kLanes : 0;
-          multiply(steps, a + u * kCols + row, b + u * kCols + col,
+          multiply(steps, {a + u * kCols + row}, b + u * kCols + col,
                    {sum + row * kCols + col, kCols, accumulate || u > 0});
         }
       }

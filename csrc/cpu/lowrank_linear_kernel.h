@@ -16,12 +16,15 @@ constexpr int64_t kFewRows = 24;
 // What a row panel may hold of x and of the intermediate: most of an L2 cache, beside one panel of weights.
 constexpr int64_t kPanelBytes = 448 << 10;
 constexpr int64_t kPanelBlocks = 8;
+// Panels of down from which on x is copied into row blocks first.
+constexpr int64_t kCopyPanels = 1000;
+constexpr int64_t kPageBytes = 4096;
 // Multiply-adds that are worth a thread of their own; a row of x alone is bound by memory and counts as eight.
 constexpr int64_t kWorkPerThread = 1 << 17;
 constexpr int64_t kMemoryBoundRows = 8;
 
-// An output beyond this comes from memory when it is written; a smaller one is still in the caches.
-constexpr int64_t kLargeOutput = 1 << 20;
+// An input or output beyond this comes from memory; a smaller one is still in the caches.
+constexpr int64_t kLarge = 1 << 20;
 
 // Where the parts of packed factors lie, and how they are made. S is the arithmetic of both products.
 template <class S, class T>
@@ -84,6 +87,7 @@ struct LowrankLinear {
   using Acc = typename S::Acc;
   using Unit = typename S::Unit;
   using W = Stored<S, T>;
+  using Blocks = BlockRows<S>;
   using Wide = typename S::Wide;  // of the accumulators
   using Sums = ToSums<S>;
   static constexpr int64_t kRows = S::kRows, kCols = kTileCols<S>;
@@ -97,6 +101,7 @@ struct LowrankLinear {
   const int64_t x_size = ceil_div(packed.k_units, kInner) * kRowBlockSize<S>;  // of kRows rows, packed
   const int64_t sum_size = ceil_div(R, kInner) * kRowBlockSize<Wide>;          // of their intermediate
   const int64_t hidden_size = kConverts ? ceil_div(packed.r_units, kInner) * kRowBlockSize<S> : sum_size;
+  const bool x_as_it_is = can_read_x();
   const void* weights = p.packed;
 
   // Buffers of `blocks` row blocks.
@@ -126,14 +131,44 @@ struct LowrankLinear {
 
   int64_t rows_of_block(int64_t block) const { return min_of(kRows, M - block * kRows); }
 
+  // Whether the first product can read x where it is: its elements are the units, and its rows do not all fall into
+  // the same sets of the L1 cache. Many panels of down are worth a copy, and blocks want x in row blocks.
+  bool can_read_x() const {
+    if constexpr (sizeof(T) * S::kPack != sizeof(Unit)) {
+      return false;
+    } else {
+      const int64_t row_bytes = p.x.row_stride * static_cast<int64_t>(sizeof(T));
+      return p.x.col_stride == 1 && p.x.row_offsets == nullptr && K % S::kPack == 0 && p.blocks.count == 0 &&
+             row_bytes % sizeof(Unit) == 0 && reinterpret_cast<uintptr_t>(p.x.data) % sizeof(Unit) == 0 &&
+             (M < kRows || row_bytes % kPageBytes != 0) && packed.down_panels <= kCopyPanels;
+    }
+  }
+
   void pack_x(int64_t begin, int64_t end, const Panel& panel) const {
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin; !x_as_it_is && i < end; ++i) {
       pack_rows<S, T>(p.x, i * kRows, rows_of_block(i), panel.x + (i - begin) * x_size);
     }
   }
 
   // Row blocks [begin, end) by panels [first, last) of down: fills their intermediate.
   void multiply_down(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel) const {
+    if (x_as_it_is) {
+      const auto* x = static_cast<const Unit*>(p.x.data);
+      const int64_t row_stride = p.x.row_stride / S::kPack;
+      multiply_down(begin, end, first, last, panel, [&](int64_t i, int64_t k) {
+        return FreeRows<Unit>{x + i * kRows * row_stride + k, row_stride};
+      });
+    } else {
+      multiply_down(begin, end, first, last, panel, [&](int64_t i, int64_t k) {
+        return Blocks{panel.x + (i - begin) * x_size + place<S>(k)};
+      });
+    }
+  }
+
+  // x_at(i, k) is row block i from unit k on.
+  template <class At>
+  void multiply_down(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel,
+                     const At& x_at) const {
     const W* down = at_offset<W>(weights, packed.down_at);
     for (int64_t k = 0; k < packed.k_units; k += kInner) {
       const int64_t steps = min_of(kInner, packed.k_units - k);
@@ -142,13 +177,12 @@ struct LowrankLinear {
         const W* b = down + (j * packed.k_units + k) * kCols;
         const int64_t cols = min_of(kCols, R - j * kCols);
         for (int64_t i = begin; i < end; ++i) {
-          const Unit* x = panel.x + (i - begin) * x_size + k / kInner * kRowBlockSize<S>;
           Acc* sum = panel.sum + (i - begin) * sum_size + place<Wide>(j * kCols);
           const int64_t rows = rows_of_block(i);
           if constexpr (kConverts) {
             if (finishes) {
               Unit* hidden = panel.hidden + (i - begin) * hidden_size + place<S>(j * kCols / S::kPack);
-              multiply_panel<S, ToUnits>(rows, cols, steps, x, b, [&](auto arithmetic, int64_t column) {
+              multiply_panel<S, ToUnits>(rows, cols, steps, x_at(i, k), b, [&](auto arithmetic, int64_t column) {
                 return ToUnits<decltype(arithmetic)>{
                     {sum + column, kRowStride<Wide>, k > 0}, hidden + column / S::kPack, kRowStride<S>};
               });
@@ -156,7 +190,7 @@ struct LowrankLinear {
               continue;
             }
           }
-          multiply_panel<S, ToSums>(rows, cols, steps, x, b, [&](auto arithmetic, int64_t column) {
+          multiply_panel<S, ToSums>(rows, cols, steps, x_at(i, k), b, [&](auto arithmetic, int64_t column) {
             return ToSums<decltype(arithmetic)>{sum + column, kRowStride<Wide>, k > 0};
           });
         }
@@ -175,14 +209,39 @@ struct LowrankLinear {
     for (int64_t row = 0; row < rows; ++row) units[row * kRowStride<S>] &= 0xffff;
   }
 
+  // Fetches rows of x into the L2 cache, some lines of them with each tile, so that packing them later does not wait.
+  struct RowsAhead {
+    const MatrixView& x;
+    int64_t row, end;
+    int64_t share;  // cache lines at a time
+    int64_t column = 0;
+
+    void fetch() {
+      for (int64_t n = 0; n < share && row < end; ++n) {
+        __builtin_prefetch(row_of<T>(x, row) + column, 0, 2);
+        column += kLine / sizeof(T);
+        if (column >= x.cols) column = 0, ++row;
+      }
+    }
+  };
+
+  // Row blocks [begin, end) for `tiles` tiles of other work.
+  RowsAhead rows_ahead(int64_t begin, int64_t end, int64_t tiles) const {
+    const int64_t lines = ceil_div(K * static_cast<int64_t>(sizeof(T)), kLine);
+    const bool pays = p.x.col_stride == 1 && M * K * static_cast<int64_t>(sizeof(T)) > kLarge;
+    const int64_t row = begin * kRows, last = pays ? min_of(M, end * kRows) : row;
+    return {p.x, row, last, ceil_div((last - row) * lines, tiles)};
+  }
+
   // Row blocks [begin, end) by columns of y, panels [first, last) of up.
-  void multiply_up(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel) const {
+  void multiply_up(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel, RowsAhead ahead) const {
     const W* up = at_offset<W>(weights, packed.up_at);
-    const bool large = M * N * static_cast<int64_t>(sizeof(T)) > kLargeOutput;
+    const bool large = M * N * static_cast<int64_t>(sizeof(T)) > kLarge;
     alignas(64) Acc sum[kRows * kCols];
     for (int64_t j = first; j < last; ++j) {
       const int64_t cols = min_of(kCols, N - j * kCols);
       for (int64_t i = begin; i < end; ++i) {
+        ahead.fetch();
         const int64_t rows = rows_of_block(i);
         T* out = static_cast<T*>(p.y) + i * kRows * N + j * kCols;
         for (int64_t row = 0; large && row < rows; ++row) prefetch_for_write(out + row * N, cols);
@@ -190,7 +249,7 @@ struct LowrankLinear {
         const bool direct = cols == kCols && p.blocks.count == 0 && (p.bias == nullptr || p.bias_stride == 1);
         const int64_t kept = direct ? (packed.r_units - 1) / kInner * kInner : packed.r_units;
         for (int64_t r = 0; r < kept; r += kInner) {
-          const Unit* hidden = panel.hidden + (i - begin) * hidden_size + r / kInner * kRowBlockSize<S>;
+          const Blocks hidden{panel.hidden + (i - begin) * hidden_size + r / kInner * kRowBlockSize<S>};
           const W* b = up + (j * packed.r_units + r) * kCols;
           multiply_panel<S, ToSums>(rows, cols, min_of(kInner, packed.r_units - r), hidden, b,
                                     [&](auto arithmetic, int64_t column) {
@@ -198,9 +257,9 @@ struct LowrankLinear {
                                     });
         }
         if (direct) {
-          const Unit* hidden = panel.hidden + (i - begin) * hidden_size + kept / kInner * kRowBlockSize<S>;
+          const Blocks hidden{panel.hidden + (i - begin) * hidden_size + kept / kInner * kRowBlockSize<S>};
           const T* bias = p.bias ? static_cast<const T*>(p.bias) + j * kCols : nullptr;
-          block_tile<S, 2, kCols, W, ToOutput<S, T>>(rows)(packed.r_units - kept, hidden,
+          rows_tile<S, 2, kCols, Blocks, W, ToOutput<S, T>>(rows)(packed.r_units - kept, hidden,
                                                            up + (j * packed.r_units + kept) * kCols,
                                                            {{sum, kCols, kept > 0}, out, N, bias});
           continue;
@@ -216,11 +275,11 @@ struct LowrankLinear {
     const int64_t b = p.blocks.size, width = packed.block_width;
     const W* values = at_offset<W>(weights, packed.values_at);
     const auto multiply =
-        width == kCols ? block_tile<S, 2, kCols, W, Sums>(rows) : block_tile<S, 1, kCols / 2, W, Sums>(rows);
+        width == kCols ? rows_tile<S, 2, kCols, Blocks, W, Sums>(rows) : rows_tile<S, 1, kCols / 2, Blocks, W, Sums>(rows);
     for (int64_t n = column; n < column + cols; n += width) {
       for (int64_t e = p.blocks.crow[n / b]; e < p.blocks.crow[n / b + 1]; ++e) {
         const int64_t unit = p.blocks.col[e] * packed.block_units;
-        multiply(packed.block_units, x + unit / kInner * kRowBlockSize<S> + unit % kInner,
+        multiply(packed.block_units, {x + place<S>(unit)},
                  values + e * b * packed.block_units + n % b * packed.block_units, {sum + (n - column), kCols, true});
       }
     }
@@ -228,7 +287,7 @@ struct LowrankLinear {
 
   // The lines of y are on their way while the tile is computed; else the stores wait for memory.
   static void prefetch_for_write(T* out, int64_t cols) {
-    for (int64_t j = 0; j < cols; j += kLine / sizeof(T)) __builtin_prefetch(out + j, 1);
+    for (int64_t j = 0; j < cols; j += kLine / sizeof(T)) __builtin_prefetch(out + j, 0, 2);
   }
 
   // out = sum + bias for `cols` columns from `column` on.
@@ -250,7 +309,7 @@ struct LowrankLinear {
 
   Panel panel_in(Scratch slot, int64_t blocks) const {
     Arena arena;
-    const int64_t x_at = arena.reserve<Unit>(blocks * x_size), sum_at = arena.reserve<Acc>(blocks * sum_size);
+    const int64_t x_at = arena.reserve<Unit>(x_as_it_is ? 0 : blocks * x_size), sum_at = arena.reserve<Acc>(blocks * sum_size);
     const int64_t hidden_at = kConverts ? arena.reserve<Unit>(blocks * hidden_size) : sum_at;
     void* base = scratch(slot, arena.bytes);
     return {at_offset<Unit>(base, x_at), at_offset<Acc>(base, sum_at), at_offset<Unit>(base, hidden_at)};
@@ -276,7 +335,8 @@ struct LowrankLinear {
         const int64_t begin = i * row_blocks / row_panels, end = (i + 1) * row_blocks / row_panels;
         pack_x(begin, end, panel);
         multiply_down(begin, end, 0, packed.down_panels, panel);
-        multiply_up(begin, end, 0, packed.up_panels, panel);
+        const int64_t after = i + 1 < last ? (i + 2) * row_blocks / row_panels : end;
+        multiply_up(begin, end, 0, packed.up_panels, panel, rows_ahead(end, after, (end - begin) * packed.up_panels));
       }
     });
   }
@@ -288,7 +348,7 @@ struct LowrankLinear {
     parallel(packed.down_panels, grain(packed.down_panels, M * R * K),
              [&](int64_t begin, int64_t end) { multiply_down(0, row_blocks, begin, end, panel); });
     parallel(packed.up_panels, grain(packed.up_panels, M * R * N),
-             [&](int64_t begin, int64_t end) { multiply_up(0, row_blocks, begin, end, panel); });
+             [&](int64_t begin, int64_t end) { multiply_up(0, row_blocks, begin, end, panel, rows_ahead(0, 0, 1)); });
   }
 
   // out[m, n] = dot(rows[m], weight[n]) (+ bias) for weight rows [begin, end), along the weights' own memory.

@@ -56,17 +56,57 @@ struct ToOutput : ToSums<S> {
   }
 };
 
+// Rows of a left operand kRow units apart, with kStep units from one step to the next: both fold into addresses.
+template <class Unit, int kRow, int kStep = 1>
+struct FixedRows {
+  const Unit* at;
+
+  template <int kM>
+  struct Cursor {
+    const Unit* at;
+
+    explicit Cursor(const FixedRows& rows) : at(rows.at) {}
+    const Unit* row(int i) const { return at + i * kRow; }
+    void advance() { at += kStep; }
+  };
+};
+
+// Rows of a left operand that lie any distance apart, with consecutive units: a matrix where the caller has it.
+template <class Unit>
+struct FreeRows {
+  const Unit* at;
+  int64_t row_stride;
+
+  // Every third row has a pointer; an index of one or two row strides reaches the others.
+  template <int kM>
+  struct Cursor {
+    const Unit* thirds[(kM + 2) / 3];
+    int64_t row_stride;
+
+    explicit Cursor(const FreeRows& rows) : row_stride(rows.row_stride) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kM; i += 3) thirds[i / 3] = rows.at + i * row_stride;
+    }
+    const Unit* row(int i) const { return thirds[i / 3] + i % 3 * row_stride; }
+    void advance() {
+#pragma GCC unroll 8
+      for (int i = 0; i < kM; i += 3) ++thirds[i / 3];
+    }
+  };
+};
+
 // Sums that one element is divided into, so that few rows too have enough independent multiply-adds in flight.
 template <int kChains>
 constexpr int kSplit = kChains >= 8   ? 1
                        : kChains >= 4 ? 2
                                       : 4;
 
-// sum over s of a[i * kARow + s * kAStep] * b[s * kBRow + j], for kM rows and kV vectors of columns, handed to `out`.
-// No edges: a and b are padded by whoever packs them.
-template <class S, int kM, int kV, int kARow, int kAStep, int kBRow, class W, class Out>
-__attribute__((noinline)) void tile(int64_t steps, const typename S::Unit* a, const W* b, Out out) {
+// sum over s of unit s of row i of `left` times b[s * kBRow + j], for kM rows and kV vectors of columns, handed to
+// `out`. No edges: the left operand has kM rows of `steps` units, and b is padded by whoever packs it.
+template <class S, int kM, int kV, int kBRow, class Left, class W, class Out>
+__attribute__((noinline)) void tile(int64_t steps, Left left, const W* b, Out out) {
   constexpr int kParts = kSplit<kM * kV>;
+  typename Left::template Cursor<kM> a(left);
   while (true) {
     typename S::V acc[kParts][kM][kV];
 #pragma GCC unroll 24
@@ -77,11 +117,11 @@ __attribute__((noinline)) void tile(int64_t steps, const typename S::Unit* a, co
       for (int j = 0; j < kV; ++j) column[j] = S::load(b + j * S::kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kM; ++i) {
-        const typename S::UnitV row = S::broadcast(a + i * kARow);
+        const typename S::UnitV row = S::broadcast(a.row(i));
 #pragma GCC unroll 2
         for (int j = 0; j < kV; ++j) sum[i][j] = S::fma(row, column[j], sum[i][j]);
       }
-      a += kAStep;
+      a.advance();
       b += kBRow;
     };
     const int64_t block = steps < kBlock ? steps : kBlock;
@@ -126,42 +166,44 @@ constexpr int kRowStride = kInner + 64 / sizeof(typename S::Unit);
 template <class S>
 constexpr int64_t kRowBlockSize = S::kRows * kRowStride<S>;
 
-template <class S, class W, class Out>
-using TileFn = void (*)(int64_t, const typename S::Unit*, const W*, Out);
+template <class S>
+using BlockRows = FixedRows<typename S::Unit, kRowStride<S>>;
 
-// The tiles with 1 to kRows rows of a row block that lie kARow apart, by kV vectors of columns that lie kBRow apart.
-template <class S, int kV, int kARow, int kBRow, class W, class Out, int... kRow>
-inline TileFn<S, W, Out> choose_tile(int64_t rows, std::integer_sequence<int, kRow...>) {
-  static constexpr TileFn<S, W, Out> kTiles[] = {tile<S, kRow + 1, kV, kARow, 1, kBRow, W, Out>...};
+template <class Left, class W, class Out>
+using TileFn = void (*)(int64_t, Left, const W*, Out);
+
+// The tiles with 1 to S::kRows rows, by kV vectors of columns that lie kBRow apart.
+template <class S, int kV, int kBRow, class Left, class W, class Out, int... kRow>
+inline TileFn<Left, W, Out> choose_tile(int64_t rows, std::integer_sequence<int, kRow...>) {
+  static constexpr TileFn<Left, W, Out> kTiles[] = {tile<S, kRow + 1, kV, kBRow, Left, W, Out>...};
   return kTiles[rows - 1];
 }
 
-template <class S, int kV, int kBRow, class W, class Out>
-inline TileFn<S, W, Out> block_tile(int64_t rows) {
-  return choose_tile<S, kV, kRowStride<S>, kBRow, W, Out>(rows, std::make_integer_sequence<int, S::kRows>());
+template <class S, int kV, int kBRow, class Left, class W, class Out>
+inline TileFn<Left, W, Out> rows_tile(int64_t rows) {
+  return choose_tile<S, kV, kBRow, Left, W, Out>(rows, std::make_integer_sequence<int, S::kRows>());
 }
 
-// A row block times a panel of kTileCols columns, of which the first `cols` are wanted: as few vectors as hold them.
-// Out<S> takes the sums, at(column) is the one that begins at a column.
-template <class S, template <class> class Out, class W, class At>
-inline void multiply_panel(int64_t rows, int64_t cols, int64_t steps, const typename S::Unit* a, const W* b,
-                           const At& at) {
+// Up to S::kRows rows times a panel of kTileCols columns, of which the first `cols` are wanted: as few vectors as hold
+// them. Out<S> takes the sums, at(column) is the one that begins at a column.
+template <class S, template <class> class Out, class Left, class W, class At>
+inline void multiply_panel(int64_t rows, int64_t cols, int64_t steps, Left left, const W* b, const At& at) {
   static_assert(S::kVecs == 2, "a panel is one or two vectors wide");
   using Narrow = typename S::Narrow;
   constexpr int kBRow = kTileCols<S>;
   if constexpr (!std::is_void_v<Narrow>) {
     const int64_t whole = cols / S::kLanes * S::kLanes;
     if (cols - whole > 0 && cols - whole <= Narrow::kLanes) {
-      if (whole > 0) block_tile<S, 1, kBRow, W, Out<S>>(rows)(steps, a, b, at(S(), 0));
-      choose_tile<Narrow, 1, kRowStride<S>, kBRow, W, Out<Narrow>>(rows, std::make_integer_sequence<int, S::kRows>())(
-          steps, a, b + whole, at(Narrow(), whole));
+      if (whole > 0) rows_tile<S, 1, kBRow, Left, W, Out<S>>(rows)(steps, left, b, at(S(), 0));
+      choose_tile<Narrow, 1, kBRow, Left, W, Out<Narrow>>(rows, std::make_integer_sequence<int, S::kRows>())(
+          steps, left, b + whole, at(Narrow(), whole));
       return;
     }
   }
   if (cols <= S::kLanes) {
-    block_tile<S, 1, kBRow, W, Out<S>>(rows)(steps, a, b, at(S(), 0));
+    rows_tile<S, 1, kBRow, Left, W, Out<S>>(rows)(steps, left, b, at(S(), 0));
   } else {
-    block_tile<S, 2, kBRow, W, Out<S>>(rows)(steps, a, b, at(S(), 0));
+    rows_tile<S, 2, kBRow, Left, W, Out<S>>(rows)(steps, left, b, at(S(), 0));
   }
 }
 
