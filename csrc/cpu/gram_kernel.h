@@ -19,8 +19,9 @@ constexpr int64_t kGramUnits = 128;
 // Multiply-adds below which threads cost more than they give.
 constexpr int64_t kGramWork = 1 << 20;
 
+// Has cache lines of its own, away from what a thread writes to its stack.
 template <class S, class T, class G>
-struct Gram {
+struct alignas(kLine) Gram {
   using Acc = typename S::Acc;
   using Unit = typename S::Unit;
   using Columns = FixedRows<Unit, 1, kTileCols<S>>;  // of a panel, as rows of the left operand

@@ -16,12 +16,14 @@ constexpr int64_t kFewRows = 24;
 // What a row panel may hold of x and of the intermediate: most of an L2 cache, beside one panel of weights.
 constexpr int64_t kPanelBytes = 448 << 10;
 constexpr int64_t kPanelBlocks = 8;
-// Panels of down from which on x is copied into row blocks first.
-constexpr int64_t kCopyPanels = 1000;
+// Rows at a multiple of this distance share the sets of an L1 cache.
 constexpr int64_t kPageBytes = 4096;
-// Multiply-adds that are worth a thread of their own; a row of x alone is bound by memory and counts as eight.
-constexpr int64_t kWorkPerThread = 1 << 17;
-constexpr int64_t kMemoryBoundRows = 8;
+// What is worth a thread of its own: multiply-adds, or for few rows of x the bytes of weights.
+constexpr int64_t kWorkPerThread = 1 << 18;
+constexpr int64_t kWeightsPerThread = 96 << 10;
+// Numbers of threads that divide rows evenly: the blocks of enough rows are a multiple of it.
+constexpr int64_t kEvenThreads = 4;
+constexpr int64_t kEvenRows = 32;
 
 // An input or output beyond this comes from memory; a smaller one is still in the caches.
 constexpr int64_t kLarge = 1 << 20;
@@ -56,7 +58,7 @@ struct PackedFactors {
   void pack(void* base) const {
     *static_cast<PackedHeader*>(base) = header();
     const int64_t panels = down_panels + up_panels, all = panels + p.blocks.count;
-    const int64_t grain = max_of(1, min_of(all, all * kWorkPerThread / (16 * R * (K + N))));
+    const int64_t grain = max_of(1, min_of(all, all * kWorkPerThread / (32 * R * (K + N))));
     parallel(all, grain, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         if (j < down_panels) {
@@ -81,9 +83,10 @@ struct PackedFactors {
   }
 };
 
-// S is the arithmetic of both products, T the element type of the tensors.
+// S is the arithmetic of both products, T the element type of the tensors. What all threads read has cache lines of its
+// own, away from what the first of them writes to its stack.
 template <class S, class T>
-struct LowrankLinear {
+struct alignas(kLine) LowrankLinear {
   using Acc = typename S::Acc;
   using Unit = typename S::Unit;
   using W = Stored<S, T>;
@@ -98,6 +101,9 @@ struct LowrankLinear {
   const LowrankLinearParams& p;
   const PackedFactors<S, T> packed{p};
   const int64_t M = p.x.rows, K = packed.K, N = packed.N, R = packed.R;
+  // Not a matter of the number of threads, which therefore changes no sum.
+  const int64_t block_rows = ceil_div(M, round_up(ceil_div(M, kRows), M < kEvenRows ? 1 : kEvenThreads));
+  const int64_t row_blocks = ceil_div(M, block_rows);
   const int64_t x_size = ceil_div(packed.k_units, kInner) * kRowBlockSize<S>;  // of kRows rows, packed
   const int64_t sum_size = ceil_div(R, kInner) * kRowBlockSize<Wide>;          // of their intermediate
   const int64_t hidden_size = kConverts ? ceil_div(packed.r_units, kInner) * kRowBlockSize<S> : sum_size;
@@ -105,7 +111,7 @@ struct LowrankLinear {
   const void* weights = p.packed;
 
   // Buffers of `blocks` row blocks.
-  struct Panel {
+  struct alignas(kLine) Panel {
     Unit* x;       // [blocks][x_size]
     Acc* sum;      // [blocks][sum_size]: x @ down^T
     Unit* hidden;  // [blocks][hidden_size]: the same as an operand; sum itself where nothing is converted
@@ -124,15 +130,18 @@ struct LowrankLinear {
     }
   }
 
-  int64_t grain(int64_t count, int64_t work) const {
-    const int64_t counted = M < kMemoryBoundRows ? work / M * kMemoryBoundRows : work;
-    return max_of(1, min_of(count, count * kWorkPerThread / max_of(counted, 1)));
+  // The least of `count` parts that a thread should take, where all of them multiply x by `weights` elements. What
+  // runs as one region for each product is given half of both, so that either both divide their work or none does.
+  int64_t grain(int64_t count, int64_t weights) const {
+    const int64_t bytes = weights * static_cast<int64_t>(sizeof(W));
+    const int64_t threads = max_of(M * weights / kWorkPerThread, bytes / kWeightsPerThread);
+    return ceil_div(count, max_of(1, min_of(count, threads)));
   }
 
-  int64_t rows_of_block(int64_t block) const { return min_of(kRows, M - block * kRows); }
+  int64_t rows_of_block(int64_t block) const { return min_of(block_rows, M - block * block_rows); }
 
-  // Whether the first product can read x where it is: its elements are the units, and its rows do not all fall into
-  // the same sets of the L1 cache. Many panels of down are worth a copy, and blocks want x in row blocks.
+  // Whether the first product can read x where it is: its elements are the units, its rows do not all fall into the
+  // same sets of the L1 cache, and there are no blocks, which read row blocks.
   bool can_read_x() const {
     if constexpr (sizeof(T) * S::kPack != sizeof(Unit)) {
       return false;
@@ -140,13 +149,13 @@ struct LowrankLinear {
       const int64_t row_bytes = p.x.row_stride * static_cast<int64_t>(sizeof(T));
       return p.x.col_stride == 1 && p.x.row_offsets == nullptr && K % S::kPack == 0 && p.blocks.count == 0 &&
              row_bytes % sizeof(Unit) == 0 && reinterpret_cast<uintptr_t>(p.x.data) % sizeof(Unit) == 0 &&
-             (M < kRows || row_bytes % kPageBytes != 0) && packed.down_panels <= kCopyPanels;
+             (M < kRows || row_bytes % kPageBytes != 0);
     }
   }
 
   void pack_x(int64_t begin, int64_t end, const Panel& panel) const {
     for (int64_t i = begin; !x_as_it_is && i < end; ++i) {
-      pack_rows<S, T>(p.x, i * kRows, rows_of_block(i), panel.x + (i - begin) * x_size);
+      pack_rows<S, T>(p.x, i * block_rows, rows_of_block(i), panel.x + (i - begin) * x_size);
     }
   }
 
@@ -156,7 +165,7 @@ struct LowrankLinear {
       const auto* x = static_cast<const Unit*>(p.x.data);
       const int64_t row_stride = p.x.row_stride / S::kPack;
       multiply_down(begin, end, first, last, panel, [&](int64_t i, int64_t k) {
-        return FreeRows<Unit>{x + i * kRows * row_stride + k, row_stride};
+        return FreeRows<Unit>{x + i * block_rows * row_stride + k, row_stride};
       });
     } else {
       multiply_down(begin, end, first, last, panel, [&](int64_t i, int64_t k) {
@@ -228,8 +237,8 @@ struct LowrankLinear {
   // Row blocks [begin, end) for `tiles` tiles of other work.
   RowsAhead rows_ahead(int64_t begin, int64_t end, int64_t tiles) const {
     const int64_t lines = ceil_div(K * static_cast<int64_t>(sizeof(T)), kLine);
-    const bool pays = p.x.col_stride == 1 && M * K * static_cast<int64_t>(sizeof(T)) > kLarge;
-    const int64_t row = begin * kRows, last = pays ? min_of(M, end * kRows) : row;
+    const bool pays = !x_as_it_is && p.x.col_stride == 1 && M * K * static_cast<int64_t>(sizeof(T)) > kLarge;
+    const int64_t row = begin * block_rows, last = pays ? min_of(M, end * block_rows) : row;
     return {p.x, row, last, ceil_div((last - row) * lines, tiles)};
   }
 
@@ -243,8 +252,8 @@ struct LowrankLinear {
       for (int64_t i = begin; i < end; ++i) {
         ahead.fetch();
         const int64_t rows = rows_of_block(i);
-        T* out = static_cast<T*>(p.y) + i * kRows * N + j * kCols;
-        for (int64_t row = 0; large && row < rows; ++row) prefetch_for_write(out + row * N, cols);
+        T* out = static_cast<T*>(p.y) + i * block_rows * N + j * kCols;
+        for (int64_t row = 0; large && row < rows; ++row) fetch(out + row * N, cols);
         // The last units go from the registers to y, unless more is to be added or a panel is not full.
         const bool direct = cols == kCols && p.blocks.count == 0 && (p.bias == nullptr || p.bias_stride == 1);
         const int64_t kept = direct ? (packed.r_units - 1) / kInner * kInner : packed.r_units;
@@ -285,8 +294,9 @@ struct LowrankLinear {
     }
   }
 
-  // The lines of y are on their way while the tile is computed; else the stores wait for memory.
-  static void prefetch_for_write(T* out, int64_t cols) {
+  // Lines of y come from memory into L2 while the tile is computed, or its stores would wait for them. Not into L1: the
+  // rows of a wide y share its sets.
+  static void fetch(const T* out, int64_t cols) {
     for (int64_t j = 0; j < cols; j += kLine / sizeof(T)) __builtin_prefetch(out + j, 0, 2);
   }
 
@@ -321,15 +331,15 @@ struct LowrankLinear {
       packed.pack(own);
       weights = own;
     }
-    const int64_t row_blocks = ceil_div(M, kRows), threads = num_threads();
+    const int64_t threads = num_threads();
     if (row_blocks < threads) {
-      run_split_columns(row_blocks);
+      run_split_columns();
       return;
     }
     const int64_t block_bytes = (x_size + hidden_size) * sizeof(Unit) + (kConverts ? sum_size * sizeof(Acc) : 0);
     const int64_t most = max_of(1, min_of(kPanelBlocks, kPanelBytes / block_bytes));
     const int64_t row_panels = min_of(row_blocks, round_up(ceil_div(row_blocks, most), threads));
-    parallel(row_panels, grain(row_panels, M * R * (K + N)), [&](int64_t first, int64_t last) {
+    parallel(row_panels, grain(row_panels, R * (K + N)), [&](int64_t first, int64_t last) {
       const Panel panel = panel_in(Scratch::kWorker, ceil_div(row_blocks, row_panels));
       for (int64_t i = first; i < last; ++i) {
         const int64_t begin = i * row_blocks / row_panels, end = (i + 1) * row_blocks / row_panels;
@@ -342,12 +352,12 @@ struct LowrankLinear {
   }
 
   // Fewer row blocks than threads: all threads share the rows and divide the columns of both products.
-  void run_split_columns(int64_t row_blocks) {
+  void run_split_columns() {
     const Panel panel = panel_in(Scratch::kCall, row_blocks);
     pack_x(0, row_blocks, panel);
-    parallel(packed.down_panels, grain(packed.down_panels, M * R * K),
+    parallel(packed.down_panels, grain(packed.down_panels, R * (K + N) / 2),
              [&](int64_t begin, int64_t end) { multiply_down(0, row_blocks, begin, end, panel); });
-    parallel(packed.up_panels, grain(packed.up_panels, M * R * N),
+    parallel(packed.up_panels, grain(packed.up_panels, R * (K + N) / 2),
              [&](int64_t begin, int64_t end) { multiply_up(0, row_blocks, begin, end, panel, rows_ahead(0, 0, 1)); });
   }
 
@@ -391,7 +401,7 @@ struct LowrankLinear {
     memset(x, 0, M * x_row * sizeof(Unit));
     memset(hidden, 0, M * hidden_row * sizeof(Unit));
     for (int64_t m = 0; m < M; ++m) unit_row<S>(row_of<T>(p.x, m), p.x.col_stride, K, x + m * x_row);
-    parallel(R, grain(R, M * R * K), [&](int64_t begin, int64_t end) {
+    parallel(R, grain(R, R * (K + N) / 2), [&](int64_t begin, int64_t end) {
       dot_rows(M, x, x_row, p.down[0], begin, end, [&](int64_t m, int64_t r, Acc value) { sum[m * R + r] = value; });
     });
     for (int64_t m = 0; m < M; ++m) {
@@ -403,7 +413,7 @@ struct LowrankLinear {
       }
     }
     const T* bias = static_cast<const T*>(p.bias);
-    parallel(N, grain(N, M * R * N), [&](int64_t begin, int64_t end) {
+    parallel(N, grain(N, R * (K + N) / 2), [&](int64_t begin, int64_t end) {
       dot_rows(M, hidden, hidden_row, p.up[0], begin, end, [&](int64_t m, int64_t n, Acc value) {
         narrow(bias ? value + widen(bias[n * p.bias_stride]) : value, static_cast<T*>(p.y) + m * N + n);
       });
