@@ -12,10 +12,13 @@ namespace {
 
 // Tokens between two additions to gram: enough to make these cheap, few enough for fp32 sums.
 constexpr int64_t kMaxTokens = 4096;
-// What the packed panels may take of an L2 cache, and the fewest units that are packed at once.
+// What the packed panels may take of an L2 cache.
 constexpr int64_t kPackedBytes = 640 << 10;
 // Units of two panels that stay in L1 while all tiles of a block use them.
 constexpr int64_t kGramUnits = 128;
+// Units that are packed at once where even kGramUnits would not fit: the panels then come from L3, and so do the sums
+// of the blocks, once for each pass over the tokens. Fewer passes cost less than larger panels do.
+constexpr int64_t kWideUnits = 3 * kGramUnits;
 // Multiply-adds below which threads cost more than they give.
 constexpr int64_t kGramWork = 1 << 20;
 
@@ -40,7 +43,8 @@ struct alignas(kLine) Gram {
 
   int64_t token_capacity() const {
     const int64_t unit_bytes = (left_panels + col_panels) * kCols * static_cast<int64_t>(sizeof(Unit));
-    const int64_t units = max_of(1, kPackedBytes / unit_bytes / kGramUnits) * kGramUnits;
+    const int64_t fitting = kPackedBytes / unit_bytes / kGramUnits * kGramUnits;
+    const int64_t units = fitting > 0 ? fitting : kWideUnits;
     return min_of(M, min_of(kMaxTokens, units * S::kPack));
   }
 

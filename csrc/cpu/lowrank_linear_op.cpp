@@ -92,7 +92,8 @@ class Call {
       check_contiguous(op_, name, **tensor);
       check_device(op_, name, **tensor, like_, like_name_);
     }
-    params_.blocks = {b, nnz, indices(*crow, crow_), indices(*col, col_), values->const_data_ptr()};
+    static thread_local std::vector<int64_t> wide_crow, wide_col;
+    params_.blocks = {b, nnz, indices(*crow, wide_crow), indices(*col, wide_col), values->const_data_ptr()};
     check_indices();
   }
 
@@ -188,6 +189,7 @@ class Call {
     }
   }
 
+  // The indices as int64; int32 ones are widened into `widened`.
   static const int64_t* indices(const Tensor& tensor, std::vector<int64_t>& widened) {
     if (tensor.scalar_type() == torch::headeronly::ScalarType::Long) {
       return static_cast<const int64_t*>(tensor.const_data_ptr());
@@ -216,7 +218,6 @@ class Call {
   const Tensor& like_;
   const char* like_name_;
   int64_t K_, N_ = 0, R_ = 0;
-  std::vector<int64_t> crow_, col_;
   LowrankLinearParams params_{};
 };
 
