@@ -1,7 +1,8 @@
 """The bars that the kernels are to clear, and which of them a run says they do.
 
-A ratio is the best peer's time over ours. The ceiling limits it too: no kernel takes less time than the arithmetic
-does at the measured peak. Where even that would miss the bar, the line says what the ceiling allows at most.
+A ratio is the best peer's time over ours. The ceilings limit it too: no kernel takes less time than its arithmetic at
+the measured peak, or its bytes at the measured bandwidth, and the call. Where even that would miss the bar, the line
+says what the ceilings allow at most.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Bar:
         unit: ``"x"`` for a ratio, ``"%"`` for a percent.
         cases: which cases it speaks of.
         value: the figure of one case, or None where the run does not have it.
-        limit: the largest figure that the ceiling allows, or None where that is not known.
+        limit: the largest figure that the ceilings allow, or None where that is not known.
         over: ``min`` for every case, or the geometric mean.
     """
 
@@ -50,7 +51,7 @@ class Line:
         cases: how many cases it speaks of.
         missing: how many of them miss the bar by themselves, or have no number.
         worst: the case that is furthest below, with its figure.
-        allowed: what the ceiling allows at most, where that is less than wanted.
+        allowed: what the ceilings allow at most, where that is less than wanted.
     """
 
     text: str
@@ -74,7 +75,7 @@ class Line:
         if self.missing and self.cases > 1:
             parts.append(f"{self.missing} of {self.cases} cases below")
         if self.allowed is not None:
-            parts.append(f"ceiling allows at most {self.allowed:.2f}{self.unit}")
+            parts.append(f"ceilings allow at most {self.allowed:.2f}{self.unit}")
         return "; ".join(parts)
 
 
@@ -87,11 +88,17 @@ def _against(group: str, name: str | None = None) -> dict[str, Callable[[Measure
 
     return {
         "value": lambda measure: ratio(measure, measure.milliseconds),
-        "limit": lambda measure: ratio(measure, measure.arithmetic_milliseconds),
+        "limit": lambda measure: ratio(measure, measure.least_milliseconds),
     }
 
 
-_PERCENT = {"value": lambda measure: measure.percent, "limit": lambda measure: 100.0}
+def _percent_limit(measure: Measure) -> float | None:
+    """Percent of the arithmetic ceiling that memory and the call leave."""
+    least = measure.least_milliseconds
+    return 100 * measure.arithmetic_milliseconds / least if least else None
+
+
+_PERCENT = {"value": lambda measure: measure.percent, "limit": _percent_limit}
 
 
 def _is(op: str, *, rows: tuple[float, float] = (0, float("inf")), **fields: Any) -> Callable[[Measure], bool]:
@@ -223,7 +230,8 @@ def _line(bar: Bar, dtype: str, threads: int, found: list[Measure]) -> Line:
     limits = [bar.limit(m) for m, _ in named]
     allowed = bar.over(limits) if None not in limits else None
     met = measured >= bar.wanted and not red
-    ruled_out = allowed if allowed is not None and allowed < bar.wanted else None
+    # A bandwidth can be faster than what was measured of it: then its limit says nothing.
+    ruled_out = allowed if allowed is not None and measured <= allowed < bar.wanted else None
     return Line(bar.text, dtype, threads, wanted, bar.unit, measured, met, len(found), below, worst, ruled_out)
 
 

@@ -1,7 +1,8 @@
 """What this machine can do at most, measured before anything is compared with it.
 
 Arithmetic: a loop of fused multiply-adds that never leaves the registers (``vdpbf16ps`` for bfloat16). Memory: the
-better of a copy (bytes read and written) and a dot product (bytes read), for several sizes of the working set.
+better of a copy (bytes read and written) and a dot product (bytes read), for several sizes of the working set. The
+call: what our operator takes where there is nothing to compute.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mixrank_kernels import ops, packing
 from mixrank_kernels._load import load_extension
 
 FOOTPRINTS = (1 << 19, 1 << 22, 1 << 24, 1 << 28)
@@ -30,11 +32,13 @@ class Ceilings:
         flops: floating-point operations per second by dtype; a dtype is missing where the processor has no
             instruction for it.
         bandwidth: bytes per second by bytes of the working set, ascending.
+        call: seconds of a call of our operator for a single number.
     """
 
     threads: int
     flops: dict[str, float]
     bandwidth: dict[int, float]
+    call: float
 
     def arithmetic_seconds(self, flops: float, dtype: str) -> float | None:
         """The least time for so many operations, or None where the ceiling of the dtype is not known."""
@@ -55,7 +59,7 @@ class Ceilings:
     def from_json(cls, row: dict[str, Any]) -> Ceilings:
         """The ceilings that :meth:`to_json` wrote."""
         bandwidth = {int(size): rate for size, rate in row["bandwidth"].items()}
-        return cls(row["threads"], dict(row["flops"]), dict(sorted(bandwidth.items())))
+        return cls(row["threads"], dict(row["flops"]), dict(sorted(bandwidth.items())), row["call"])
 
 
 def measure(threads: int, *, milliseconds: float = 100.0, repeats: int = 5) -> Ceilings:
@@ -65,9 +69,10 @@ def measure(threads: int, *, milliseconds: float = 100.0, repeats: int = 5) -> C
     try:
         rates = {dtype: _peak(dtype, threads, milliseconds, repeats) for dtype in ("float32", "bfloat16")}
         bandwidth = {size: max(_copy(size, repeats), _dot(size, repeats)) for size in FOOTPRINTS}
+        call = _call(repeats)
     finally:
         torch.set_num_threads(before)
-    return Ceilings(threads, {dtype: rate for dtype, rate in rates.items() if rate is not None}, bandwidth)
+    return Ceilings(threads, {dtype: rate for dtype, rate in rates.items() if rate is not None}, bandwidth, call)
 
 
 def _peak(dtype: str, threads: int, milliseconds: float, repeats: int) -> float | None:
@@ -94,6 +99,13 @@ def _copy(nbytes: int, repeats: int) -> float:
 def _dot(nbytes: int, repeats: int) -> float:
     left, right = torch.ones(2, nbytes // 8, dtype=torch.float32)
     return nbytes / _best(lambda: torch.dot(left, right), repeats)
+
+
+def _call(repeats: int) -> float:
+    down = up = x = torch.ones(1, 1)
+    with torch.inference_mode():
+        packed = packing.packed(down, up)
+        return _best(lambda: ops.lowrank_linear(x, down, up, packed=packed), repeats)
 
 
 def _best(call: Callable[[], object], repeats: int) -> float:

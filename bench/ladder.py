@@ -71,8 +71,10 @@ STEPS = (
         (LOWRANK,),
     ),
     Step("2d41eb2", "several sums for one element where rows are few", (LOWRANK,)),
+    Step("ac3e6b0", "x is read where it is, or fetched into L2 before it is copied; lines of y go to L2", (LOWRANK,)),
     Step("e03d1fb", "x packed for each side apart", (GRAM,)),
     Step("c7516d4", "x packed once for both sides, panels stay in L2", (GRAM,)),
+    Step("d4be640", "more tokens at once where the panels do not fit in L2", (GRAM,)),
 )
 
 
@@ -82,7 +84,7 @@ def cases() -> list[Case]:
     for dtype in DTYPES:
         found += [Case(LOWRANK, "vit-b fc1", dtype, m, 768, 3072, 248, 0.4) for m in (1, TOKENS, 8 * TOKENS)]
         found += [Case(LOWRANK, "vit-ti proj", dtype, m, 192, 192, 40, 0.4) for m in (1, TOKENS)]
-        found += [Case(GRAM, f"width {width}", dtype, 8 * TOKENS, width) for width in (192, 768)]
+        found += [Case(GRAM, f"width {width}", dtype, 8 * TOKENS, width) for width in (192, 768, 3072)]
     return found
 
 

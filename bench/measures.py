@@ -79,13 +79,23 @@ class Measure:
         return 100 * least / self.milliseconds if least else None
 
     @property
+    def least_milliseconds(self) -> float | None:
+        """The least time of a kernel on this machine: its arithmetic or its bytes, and the call."""
+        sides = self._sides
+        return sides and max(sides["arithmetic"], sides["memory"]) + sides["call"]
+
+    @property
     def roof(self) -> tuple[float, str] | None:
-        """Percent of the roofline, and which of its sides binds: ``arithmetic`` or ``memory``."""
+        """Percent of the roofline, and what takes most of it: ``arithmetic``, ``memory`` or the ``call``."""
+        sides, least = self._sides, self.least_milliseconds
+        return (100 * least / self.milliseconds, max(sides, key=sides.get)) if sides else None
+
+    @property
+    def _sides(self) -> dict[str, float] | None:
         arithmetic, memory = self.arithmetic_milliseconds, self.memory_milliseconds
         if arithmetic is None or memory is None:
             return None
-        side = "memory" if memory > arithmetic else "arithmetic"
-        return 100 * max(arithmetic, memory) / self.milliseconds, side
+        return {"arithmetic": arithmetic, "memory": memory, "call": 1e3 * self.ceilings.call}
 
 
 def measures(rows: Iterable[dict[str, Any]]) -> list[Measure]:

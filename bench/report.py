@@ -36,8 +36,8 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "models": tables_models.models,
     },
     "docs/benchmarks_all.md": {"machine": tables_ops.machine, "all": tables_ops.complete, "absent": tables_ops.absent},
-    "docs/kernels/lowrank_linear.md": {"ladder-lowrank": tables_ladder.lowrank},
-    "docs/kernels/gram.md": {"ladder-gram": tables_ladder.gram},
+    "docs/kernels/lowrank_linear.md": {"ladder-lowrank": tables_ladder.lowrank, "by-rank": tables_ops.by_rank},
+    "docs/kernels/gram.md": {"ladder-gram": tables_ladder.gram, "by-width": tables_ops.by_width},
 }
 
 

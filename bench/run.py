@@ -26,7 +26,8 @@ from mixrank_bench import bars, ceilings, engines, ops, peers
 from mixrank_bench.ceilings import Ceilings
 from mixrank_bench.environment import append_all, busy, environment, peer_versions
 from mixrank_bench.measures import Measure
-from mixrank_bench.timing import interleaved
+from mixrank_bench.memory import keep_freed_memory
+from mixrank_bench.timing import SETTLE_SECONDS, SETTLE_THREADS_SECONDS, interleaved
 from mixrank_kernels._schema import SCHEMAS
 
 CASE_SECONDS = 20.0
@@ -98,6 +99,7 @@ def measure(case: ops.Case, threads: int, options: Options) -> dict[str, Any]:
         calls,
         rounds=options.rounds or (9 if options.full else 5),
         turn_seconds=0.01 if options.full else 0.005,
+        settle_seconds=SETTLE_SECONDS if threads == 1 else SETTLE_THREADS_SECONDS,
         limit_seconds=CASE_SECONDS,
     )
     nested: dict[str, dict[str, Any]] = {}
@@ -117,6 +119,7 @@ def run(options: Options) -> bool:
         for case in options.cases():
             console.print(f"{case.op}  {case.dtype_name}  {case.name}", highlight=False, soft_wrap=True)
         return True
+    keep_freed_memory()
     reason = None if options.busy else busy()
     if reason:
         raise InputError(f"{reason}: timings would mean nothing; wait, or pass --busy to have them all the same")

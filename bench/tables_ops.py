@@ -10,6 +10,7 @@ from mixrank_bench.ceilings import Ceilings
 from mixrank_bench.environment import RESULTS, read
 from mixrank_bench.markdown import table
 from mixrank_bench.measures import SERVED, UNPACKED, Measure, geometric_mean, measures, newest_run
+from mixrank_bench.ops import TOKENS
 
 OUT = RESULTS / "ops.jsonl"
 BEST = "best of these"
@@ -43,12 +44,19 @@ def machine() -> str:
     )
     ceilings = [Ceilings.from_json(row) for row in found if row["kind"] == "ceiling"]
     sizes = list(ceilings[0].bandwidth)
-    header = ["threads", "float32, GF/s", "bfloat16, GF/s", *(f"{size / 2**20:g} MiB, GB/s" for size in sizes)]
+    header = [
+        "threads",
+        "float32, GF/s",
+        "bfloat16, GF/s",
+        *(f"{size / 2**20:g} MiB, GB/s" for size in sizes),
+        "call, µs",
+    ]
     lines = [
         (
             c.threads,
             *(f"{c.flops[dtype] / 1e9:.0f}" if dtype in c.flops else "-" for dtype in ("float32", "bfloat16")),
             *(f"{c.bandwidth[size] / 1e9:.0f}" for size in sizes),
+            f"{1e6 * c.call:.1f}",
         )
         for c in ceilings
     ]
@@ -122,6 +130,42 @@ def ceiling() -> str:
     for count in threads:
         header += [f"mean, {count}T", f"worst, {count}T", f"bound by, {count}T"]
     return table(header, lines)
+
+
+def by_rank() -> str:
+    """Percent of the arithmetic ceiling of lowrank_linear and of its fastest peer, for many rows, by the rank."""
+    ranges = ((1, 64), (65, 128), (129, 256), (257, 1 << 30))
+    gathered: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
+    for one in measures(rows()):
+        best = None if one.red else one.best("factors")
+        if one.row["op"] != "lowrank_linear" or one.row["m"] < TOKENS or not best or not one.percent:
+            continue
+        index = next(i for i, (low, high) in enumerate(ranges) if low <= one.row["rank"] <= high)
+        pair = (one.percent, one.percent * one.milliseconds / best[1])
+        gathered.setdefault((one.row["dtype"], one.row["threads"], index), []).append(pair)
+    if not gathered:
+        return NO_RUN
+    lines = []
+    for (dtype, threads, index), pairs in sorted(gathered.items()):
+        low, high = ranges[index]
+        name = f"{low} to {high}" if index + 1 < len(ranges) else f"{low} and more"
+        shares = (f"{geometric_mean(values):.0f} %" for values in zip(*pairs, strict=True))
+        lines.append((dtype, threads, name, len(pairs), *shares, f"{min(pairs)[0]:.0f} %"))
+    return table(("dtype", "threads", "rank", "cases", "ours, mean", "fastest peer, mean", "ours, worst"), lines)
+
+
+def by_width() -> str:
+    """Percent of the arithmetic ceiling of Gram matrices of one input, and what binds them."""
+    found = [one for one in measures(rows()) if one.row["op"] == "gram_accumulate_" and not one.red and one.percent]
+    if not found:
+        return NO_RUN
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for one in found:
+        by_threads = cells.setdefault((one.row["case"], one.row["dtype"]), {})
+        by_threads[one.row["threads"]] = f"{one.percent:.0f} %"
+    threads = sorted({one.row["threads"] for one in found})
+    lines = [(*key, *(by_threads.get(count, "-") for count in threads)) for key, by_threads in cells.items()]
+    return table(("case", "dtype", *(f"{count}T" for count in threads)), lines)
 
 
 def bar_lines() -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 SETTLE_SECONDS = 0.002
+SETTLE_THREADS_SECONDS = 0.02
+"""ONNX Runtime's threads spin for about 10 ms after a call, on the processors that the next variant needs."""
 FEWEST_ROUNDS = 3
 
 Name = TypeVar("Name")
@@ -29,6 +31,7 @@ def interleaved(
     *,
     rounds: int = 15,
     turn_seconds: float = 0.02,
+    settle_seconds: float = SETTLE_SECONDS,
     limit_seconds: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
@@ -36,7 +39,7 @@ def interleaved(
     """Time every variant in turns; a turn repeats the call until ``turn_seconds`` have passed.
 
     The order turns around every round, so that no variant always runs on another one's heels. Each turn begins with
-    a short pause, in which thread pools of the one before stop spinning, and one call that does not count. Calls
+    a pause, in which thread pools of the one before stop spinning, and one call that does not count. Calls
     that fill a turn alone do without the latter. Where all rounds would take longer than ``limit_seconds``, there are
     fewer of them, but not below three.
 
@@ -56,7 +59,7 @@ def interleaved(
     rounds = min(rounds, max(FEWEST_ROUNDS, fitting))
     for index in range(rounds):
         for name in list(variants)[:: 1 if index % 2 == 0 else -1]:
-            sleep(SETTLE_SECONDS)
+            sleep(settle_seconds)
             if name not in long:
                 variants[name]()
             samples[name].append(_turn(variants[name], turn_seconds, clock))

@@ -66,7 +66,7 @@ def test_a_bar_that_the_ceiling_rules_out_stays_and_says_what_is_possible():
     assert dense.measured == pytest.approx(1.6)
     assert not dense.met
     assert dense.allowed == pytest.approx(2.0)
-    assert dense.note.endswith("ceiling allows at most 2.00x")
+    assert dense.note.endswith("ceilings allow at most 2.00x")
 
 
 def test_percent_of_the_ceiling_counts_only_many_rows():
@@ -125,11 +125,23 @@ def test_calibration_has_a_largest_share(gram_seconds, met):
     assert (found.measured, found.met, found.wanted) == (gram_seconds, met, "<= 25%")
 
 
-def test_the_roof_is_the_slower_of_arithmetic_and_memory():
+def test_the_roof_is_the_slower_of_arithmetic_and_memory_and_the_call():
     few, many = measures([ceiling_row(), linear(1, 1.0, factors=1, dense=1), linear(1576, 10.0, factors=1, dense=1)])
     assert few.roof[1] == "memory"
     assert few.roof[0] == pytest.approx(100 * few.row["bytes"] / 1e10 * 1e3)
     assert many.roof == (many.percent, "arithmetic")
+    (called,) = measures([ceiling_row(call=2e-3), linear(1, 10.0, factors=1, dense=1)])
+    assert called.roof == (pytest.approx(few.roof[0] / 10 + 20), "call")
+    assert called.least_milliseconds == pytest.approx(0.1 * called.roof[0])
+
+
+def test_a_limit_that_was_beaten_says_nothing():
+    few = "lowrank_linear against the best peer at the same factors, every case with M <= 32"
+    slow_call, wrong = ceiling_row(call=0.75e-3), ceiling_row(call=2e-3)
+    one = linear(1, 1.0, factors=1.0, dense=9.0)
+    (least,) = (measure.least_milliseconds for measure in measures([slow_call, one]))
+    assert line([slow_call, one], few).allowed == pytest.approx(1.0 / least)
+    assert line([wrong, one], few).allowed is None
 
 
 def test_the_newest_run_is_the_last_one():

@@ -93,6 +93,15 @@ def test_percent_of_the_roof_is_by_the_number_of_rows(root):
     assert f"| gram_accumulate_ | bfloat16 | 1576 | {percent} | {percent} | arithmetic |" in tables_ops.ceiling()
 
 
+def test_the_ceiling_is_shown_by_rank_and_by_width(root):
+    least = 100 * 1e3 * LINEAR.flops / 1e11
+    assert (
+        f"| float32 | 1 | 129 to 256 | 1 | {least:.0f} % | {least / 0.8:.0f} % | {least:.0f} % |"
+        in tables_ops.by_rank()
+    )
+    assert f"| width 768 M=1576 K=768 | bfloat16 | {100 * 1e3 * GRAM.flops / 2e11 / 5:.0f} % |" in tables_ops.by_width()
+
+
 def test_missing_peers_come_with_their_reason(root):
     assert "| zentorch | float32 | not installed | 1 |" in tables_ops.absent()
 

@@ -110,7 +110,7 @@ def test_an_installed_copy_is_no_checkout(monkeypatch, tmp_path):
 
 
 def test_ceilings_survive_json_and_choose_the_bandwidth_by_size():
-    limits = Ceilings(2, {"float32": 1e11}, {1 << 19: 1e11, 1 << 28: 1e10})
+    limits = Ceilings(2, {"float32": 1e11}, {1 << 19: 1e11, 1 << 28: 1e10}, 2e-6)
     assert Ceilings.from_json(json.loads(json.dumps(limits.to_json()))) == limits
     assert limits.memory_seconds(1 << 19) == pytest.approx((1 << 19) / 1e11)
     assert limits.memory_seconds(1 << 20) == pytest.approx((1 << 20) / 1e10)
@@ -149,4 +149,5 @@ def test_ceilings_add_up_the_threads_and_leave_out_what_is_not_there(extension, 
     assert found.flops == flops
     assert list(found.bandwidth) == [1 << 12, 1 << 14]
     assert all(rate > 0 for rate in found.bandwidth.values())
+    assert 0 < found.call < 1e-3
     assert torch.get_num_threads() == threads

@@ -10,7 +10,8 @@ from mixrank_bench.timing import SETTLE_SECONDS, interleaved
 class Clock:
     """Time that passes only in calls and in sleep."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle: float = SETTLE_SECONDS) -> None:
+        self.settle = settle
         self.now = 0.0
         self.log: list[str] = []
 
@@ -18,7 +19,7 @@ class Clock:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        assert seconds == SETTLE_SECONDS
+        assert seconds == self.settle
         self.now += seconds
         self.log.append("sleep")
 
@@ -43,6 +44,13 @@ def test_milliseconds_of_one_call_without_the_pauses():
     assert found["a"].median == pytest.approx(1.0)
     assert found["b"].median == pytest.approx(4.0)
     assert found["a"].rounds == 4
+
+
+def test_the_pause_before_a_turn_is_chosen_by_the_caller():
+    clock = Clock(settle=0.5)
+    found = time(clock, {"a": clock.variant("a", 0.001)}, rounds=3, turn_seconds=0.01, settle_seconds=0.5)
+    assert clock.log.count("sleep") == 3
+    assert found["a"].median == pytest.approx(1.0)
 
 
 def test_median_and_spread_over_the_rounds():

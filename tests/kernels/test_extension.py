@@ -174,7 +174,25 @@ def test_gram_is_exact_on_integers_and_touches_nothing_else(
             assert torch.equal(sums, expected_sums), name
 
 
-@pytest.mark.parametrize("shape", [(5, 300, 97, 40), (197, 384, 384, 150)], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("shape", [(1, 70), (11, 70), (12, 70), (49, 70), (197, 70), (300, 1024)], ids=str)
+def test_where_the_rows_of_x_lie_changes_no_bit(isa: str, dtype: torch.dtype, shape: tuple) -> None:
+    """Rows are read where they are, or copied first: those at odd addresses, and many that lie 4 KiB apart."""
+    torch.manual_seed(0)
+    M, K = shape
+    x, down, up = (torch.randn(size).to(dtype) for size in ((M, K), (24, K), (90, 24)))
+    expected = torch.ops.mixrank_kernels.lowrank_linear(x, down, up)
+    page = -(-K * dtype.itemsize // 4096) * 4096 // dtype.itemsize
+    for offset, stride in ((1, K), (0, K + 2), (1, K + 3), (0, page), (1, page)):
+        buffer = x.new_full((offset + M * stride + K,), float("nan"))
+        view = buffer.as_strided((M, K), (stride, 1), offset).copy_(x)
+        actual = torch.ops.mixrank_kernels.lowrank_linear(view, down, up)
+        assert torch.equal(actual, expected), f"offset {offset}, stride {stride}"
+
+
+SHAPES_BY_ROWS = [(5, 300, 97, 40), (49, 100, 200, 24), (100, 100, 200, 70), (197, 384, 384, 150)]
+
+
+@pytest.mark.parametrize("shape", SHAPES_BY_ROWS, ids=lambda shape: f"{shape[0]} rows")
 def test_results_do_not_depend_on_the_number_of_threads(isa: str, dtype: torch.dtype, shape: tuple) -> None:
     torch.manual_seed(0)
     M, K, N, R = shape
