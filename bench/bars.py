@@ -28,6 +28,7 @@ class Bar:
         cases: which cases it speaks of.
         value: the figure of one case, or None where the run does not have it.
         limit: the largest figure that the ceilings allow, or None where that is not known.
+        explained: the document that says what takes the rest where it is not met.
         over: ``min`` for every case, or the geometric mean.
     """
 
@@ -37,6 +38,7 @@ class Bar:
     cases: Callable[[Measure], bool]
     value: Callable[[Measure], float | None]
     limit: Callable[[Measure], float | None]
+    explained: str
     over: Callable[[Iterable[float]], float] = min
 
 
@@ -52,6 +54,7 @@ class Line:
         missing: how many of them miss the bar by themselves, or have no number.
         worst: the case that is furthest below, with its figure.
         allowed: what the ceilings allow at most, where that is less than wanted.
+        explained: the document that says what takes the rest.
     """
 
     text: str
@@ -65,6 +68,7 @@ class Line:
     missing: int
     worst: str
     allowed: float | None
+    explained: str = ""
 
     @property
     def note(self) -> str:
@@ -76,6 +80,8 @@ class Line:
             parts.append(f"{self.missing} of {self.cases} cases below")
         if self.allowed is not None:
             parts.append(f"ceilings allow at most {self.allowed:.2f}{self.unit}")
+        if self.explained:
+            parts.append(f"see {self.explained}")
         return "; ".join(parts)
 
 
@@ -119,6 +125,7 @@ def _any_gram(measure: Measure) -> bool:
 
 
 _MANY = (TOKENS, float("inf"))
+_LINEAR, _GRAM = "docs/kernels/lowrank_linear.md", "docs/kernels/gram.md"
 BARS = (
     Bar(
         "lowrank_linear against the best peer at the same factors, every case",
@@ -126,6 +133,7 @@ BARS = (
         "x",
         _is("lowrank_linear"),
         **_against("factors"),
+        explained=_LINEAR,
     ),
     Bar(
         "lowrank_linear against the best peer at the same factors, geometric mean",
@@ -133,6 +141,7 @@ BARS = (
         "x",
         _is("lowrank_linear"),
         **_against("factors"),
+        explained=_LINEAR,
         over=geometric_mean,
     ),
     Bar(
@@ -141,6 +150,7 @@ BARS = (
         "x",
         _is("lowrank_linear", rows=(0, 32)),
         **_against("factors"),
+        explained=_LINEAR,
     ),
     Bar(
         f"lowrank_linear at 40 % kept against the best dense peer, every case with M >= {TOKENS}",
@@ -148,6 +158,7 @@ BARS = (
         "x",
         _is("lowrank_linear", rows=_MANY, keep=KEEPS[0]),
         **_against("dense"),
+        explained=_LINEAR,
     ),
     Bar(
         "lowrank_residual_linear against linear + add in torch eager, every case",
@@ -155,6 +166,7 @@ BARS = (
         "x",
         _is("lowrank_residual_linear"),
         **_against("add", "torch eager"),
+        explained=_LINEAR,
     ),
     Bar(
         "lowrank_residual_linear against the best linear + add of all peers, every case",
@@ -162,6 +174,7 @@ BARS = (
         "x",
         _is("lowrank_residual_linear"),
         **_against("add"),
+        explained=_LINEAR,
     ),
     Bar(
         "gram_accumulate_ in float32 against scipy ssyrk, every K >= 192",
@@ -169,6 +182,7 @@ BARS = (
         "x",
         lambda measure: _wide_gram(measure) and measure.row["dtype"] == "float32",
         **_against("gram", SSYRK),
+        explained=_GRAM,
     ),
     Bar(
         "gram_accumulate_ in bfloat16 against torch addmm_ in fp32, every K >= 192",
@@ -176,6 +190,7 @@ BARS = (
         "x",
         lambda measure: _wide_gram(measure) and measure.row["dtype"] == "bfloat16",
         **_against("gram", ADDMM),
+        explained=_GRAM,
     ),
     Bar(
         f"lowrank_linear, percent of the arithmetic ceiling, every case with M >= {TOKENS}",
@@ -183,6 +198,7 @@ BARS = (
         "%",
         _is("lowrank_linear", rows=_MANY),
         **_PERCENT,
+        explained=_LINEAR,
     ),
     Bar(
         f"lowrank_residual_linear, percent of the arithmetic ceiling, every case with M >= {TOKENS}",
@@ -190,8 +206,16 @@ BARS = (
         "%",
         _is("lowrank_residual_linear", rows=_MANY),
         **_PERCENT,
+        explained=_LINEAR,
     ),
-    Bar("Gram matrices, percent of the arithmetic ceiling, every case", 85.0, "%", _any_gram, **_PERCENT),
+    Bar(
+        "Gram matrices, percent of the arithmetic ceiling, every case",
+        85.0,
+        "%",
+        _any_gram,
+        **_PERCENT,
+        explained=_GRAM,
+    ),
 )
 
 
@@ -219,7 +243,8 @@ def _line(bar: Bar, dtype: str, threads: int, found: list[Measure]) -> Line:
     named = [(m, values[id(m)]) for m in found if values.get(id(m)) is not None]
     if not named:
         worst = f"{red[0].row['case']}: the error budget is exceeded" if red else "no peer was timed"
-        return Line(bar.text, dtype, threads, wanted, bar.unit, None, False, len(found), len(found), worst, None)
+        cases = len(found)
+        return Line(bar.text, dtype, threads, wanted, bar.unit, None, False, cases, cases, worst, None, bar.explained)
     measured = bar.over(value for _, value in named)
     below = sum(value < bar.wanted for _, value in named) + len(red)
     if red:
@@ -232,7 +257,8 @@ def _line(bar: Bar, dtype: str, threads: int, found: list[Measure]) -> Line:
     met = measured >= bar.wanted and not red
     # A bandwidth can be faster than what was measured of it: then its limit says nothing.
     ruled_out = allowed if allowed is not None and measured <= allowed < bar.wanted else None
-    return Line(bar.text, dtype, threads, wanted, bar.unit, measured, met, len(found), below, worst, ruled_out)
+    result = (measured, met, len(found), below, worst, ruled_out)
+    return Line(bar.text, dtype, threads, wanted, bar.unit, *result, bar.explained)
 
 
 def _calibration_lines(rows: Iterable[dict[str, Any]]) -> list[Line]:

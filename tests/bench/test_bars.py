@@ -47,7 +47,7 @@ def test_a_bar_that_is_not_met_names_its_worst_case():
     rows = [ceiling_row(1e15), linear(197, 1.0, factors=0.9, dense=3.0), linear(1576, 9.0, factors=18.0, dense=27.0)]
     worst = line(rows, EVERY)
     assert (worst.measured, worst.met, worst.missing, worst.cases) == (0.9, False, 1, 2)
-    assert worst.note == "worst: layer 197 M=197 K=768 N=768 R=152 0.90x; 1 of 2 cases below"
+    assert worst.note == "worst: layer 197 M=197 K=768 N=768 R=152 0.90x; 1 of 2 cases below; see docs/kernels/lowrank_linear.md"
     assert worst.allowed is None
 
 
@@ -66,7 +66,7 @@ def test_a_bar_that_the_ceiling_rules_out_stays_and_says_what_is_possible():
     assert dense.measured == pytest.approx(1.6)
     assert not dense.met
     assert dense.allowed == pytest.approx(2.0)
-    assert dense.note.endswith("ceilings allow at most 2.00x")
+    assert dense.note.endswith("ceilings allow at most 2.00x; see docs/kernels/lowrank_linear.md")
 
 
 def test_percent_of_the_ceiling_counts_only_many_rows():
