@@ -105,10 +105,11 @@ def measures(rows: Iterable[dict[str, Any]]) -> list[Measure]:
     return [Measure(row, ceilings.get(row["threads"])) for row in rows if row["kind"] == "op"]
 
 
-def newest_run(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the run that was recorded last."""
+def newest_runs(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the run that was recorded last, for each number of threads."""
     rows = [row for row in rows if "run" in row]
-    return [row for row in rows if row["run"] == rows[-1]["run"]]
+    newest = {row.get("threads"): row["run"] for row in rows}
+    return [row for row in rows if row["run"] == newest[row.get("threads")]]
 
 
 def geometric_mean(values: Iterable[float]) -> float:

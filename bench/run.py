@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mixrank.cli_output import write_json
 from mixrank.errors import InputError
-from mixrank_bench import bars, ceilings, engines, ops, peers
+from mixrank_bench import affinity, bars, ceilings, engines, ops, peers
 from mixrank_bench.ceilings import Ceilings
 from mixrank_bench.environment import append_all, busy, environment, peer_versions
 from mixrank_bench.measures import Measure
@@ -95,13 +95,14 @@ def measure(case: ops.Case, threads: int, options: Options) -> dict[str, Any]:
     except AssertionError as error:
         return row | {"milliseconds": {}, "gate": str(error)}
     calls = {(group, name): v.call for group, named in field.variants.items() for name, v in named.items()}
-    timings = interleaved(
-        calls,
-        rounds=options.rounds or (9 if options.full else 5),
-        turn_seconds=0.01 if options.full else 0.005,
-        settle_seconds=SETTLE_SECONDS if threads == 1 else SETTLE_THREADS_SECONDS,
-        limit_seconds=CASE_SECONDS,
-    )
+    with affinity.bound(threads):
+        timings = interleaved(
+            calls,
+            rounds=options.rounds or (9 if options.full else 5),
+            turn_seconds=0.01 if options.full else 0.005,
+            settle_seconds=SETTLE_SECONDS if threads == 1 else SETTLE_THREADS_SECONDS,
+            limit_seconds=CASE_SECONDS,
+        )
     nested: dict[str, dict[str, Any]] = {}
     for (group, name), timing in timings.items():
         nested.setdefault(group, {})[name] = dataclasses.asdict(timing)
@@ -136,6 +137,7 @@ def run(options: Options) -> bool:
         if options.save:
             append_all(options.save, rows[-1:], header)
 
+    affinity.bind_workers(max(options.threads))
     before = torch.get_num_threads()
     try:
         found = _measure_all(options, console, keep)

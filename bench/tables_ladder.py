@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mixrank_bench.environment import RESULTS, read
 from mixrank_bench.markdown import conditions, table
-from mixrank_bench.measures import newest_run
+from mixrank_bench.measures import newest_runs
 
 LADDER = RESULTS / "ladder.jsonl"
 NO_RUN = "No run has been recorded yet.\n"
@@ -12,7 +12,7 @@ NO_RUN = "No run has been recorded yet.\n"
 
 def ladder(op: str) -> str:
     """The speed-up over torch eager on each case, one line for each dtype and version of the operator's kernel."""
-    rows = [row for row in newest_run(read(LADDER)) if row["op"] == op]
+    rows = [row for row in newest_runs(read(LADDER)) if row["op"] == op]
     if not rows:
         return NO_RUN
     names = list(dict.fromkeys(row["case"] for row in rows))

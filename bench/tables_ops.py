@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md and docs/benchmarks_all.md: the newest run of the operators."""
+"""The tables of docs/benchmarks.md and docs/benchmarks_all.md: the newest runs of the operators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mixrank_bench import bars, tables_models
 from mixrank_bench.ceilings import Ceilings
 from mixrank_bench.environment import RESULTS, read
 from mixrank_bench.markdown import table
-from mixrank_bench.measures import SERVED, UNPACKED, Measure, geometric_mean, measures, newest_run
+from mixrank_bench.measures import SERVED, UNPACKED, Measure, geometric_mean, measures, newest_runs
 from mixrank_bench.ops import TOKENS
 
 OUT = RESULTS / "ops.jsonl"
@@ -25,23 +25,16 @@ GROUPS = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """The rows of the newest run."""
-    return newest_run(read(OUT))
+    """The rows of the newest run for each number of threads."""
+    return newest_runs(read(OUT))
 
 
 def machine() -> str:
-    """Where, when and how the run was measured, and its ceilings."""
+    """Where, when and how the runs were measured, and their ceilings."""
     found = rows()
     if not found:
         return NO_RUN
-    e = found[0]["environment"]
-    peers = ", ".join(f"{name} {version}" for name, version in e["peers"].items())
-    core = f", OpenBLAS kernels {e['openblas']}" if e["openblas"] else ""
-    cases = sum(row["kind"] == "op" for row in found)
-    text = (
-        f"{'Full' if found[0]['full'] else 'Quick'} run {found[0]['run']}, {cases} cases, {e['cpu']}, Python "
-        f"{e['python']}, torch {e['torch']}, {peers}{core}; load {e['load']} at the start; {e['date']}.\n\n"
-    )
+    text = "".join(_origin(run, found) for run in dict.fromkeys(row["run"] for row in found))
     ceilings = [Ceilings.from_json(row) for row in found if row["kind"] == "ceiling"]
     sizes = list(ceilings[0].bandwidth)
     header = [
@@ -61,6 +54,20 @@ def machine() -> str:
         for c in ceilings
     ]
     return text + table(header, lines)
+
+
+def _origin(run: str, found: list[dict[str, Any]]) -> str:
+    """One run in a sentence, with the threads that it is the newest of."""
+    of_run = [row for row in found if row["run"] == run]
+    e = of_run[0]["environment"]
+    threads = " and ".join(str(count) for count in sorted({row["threads"] for row in of_run}))
+    cases = sum(row["kind"] == "op" for row in of_run)
+    peers = ", ".join(f"{name} {version}" for name, version in e["peers"].items())
+    core = f", OpenBLAS kernels {e['openblas']}" if e["openblas"] else ""
+    return (
+        f"{'Full' if of_run[0]['full'] else 'Quick'} run {run}, threads {threads}, {cases} cases, {e['cpu']}, Python "
+        f"{e['python']}, torch {e['torch']}, {peers}{core}; load {e['load']} at the start; {e['date']}.\n\n"
+    )
 
 
 def ratios(one: Measure) -> Iterator[tuple[str, str, float]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixrank_bench.bars import Line, judge
-from mixrank_bench.measures import ADDMM, SERVED, SSYRK, geometric_mean, measures, newest_run
+from mixrank_bench.measures import ADDMM, SERVED, SSYRK, geometric_mean, measures, newest_runs
 from mixrank_bench.ops import Case
 from mixrank_bench.samples import ceiling_row, op_row
 
@@ -47,7 +47,10 @@ def test_a_bar_that_is_not_met_names_its_worst_case():
     rows = [ceiling_row(1e15), linear(197, 1.0, factors=0.9, dense=3.0), linear(1576, 9.0, factors=18.0, dense=27.0)]
     worst = line(rows, EVERY)
     assert (worst.measured, worst.met, worst.missing, worst.cases) == (0.9, False, 1, 2)
-    assert worst.note == "worst: layer 197 M=197 K=768 N=768 R=152 0.90x; 1 of 2 cases below; see docs/kernels/lowrank_linear.md"
+    assert (
+        worst.note
+        == "worst: layer 197 M=197 K=768 N=768 R=152 0.90x; 1 of 2 cases below; see docs/kernels/lowrank_linear.md"
+    )
     assert worst.allowed is None
 
 
@@ -144,10 +147,13 @@ def test_a_limit_that_was_beaten_says_nothing():
     assert line([wrong, one], few).allowed is None
 
 
-def test_the_newest_run_is_the_last_one():
+def test_the_newest_runs_are_the_last_for_each_number_of_threads():
     rows = [{"run": "a", "n": 1}, {"n": 2}, {"run": "b", "n": 3}, {"run": "b", "n": 4}]
-    assert [row["n"] for row in newest_run(rows)] == [3, 4]
-    assert newest_run([{"n": 1}]) == []
+    assert [row["n"] for row in newest_runs(rows)] == [3, 4]
+    assert newest_runs([{"n": 1}]) == []
+    both = [("a", 1), ("a", 2), ("b", 2), ("b", 2)]
+    rows = [{"run": run, "threads": threads, "n": n} for n, (run, threads) in enumerate(both)]
+    assert [row["n"] for row in newest_runs(rows)] == [0, 2, 3]
 
 
 def test_geometric_mean():
