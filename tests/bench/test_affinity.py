@@ -26,12 +26,13 @@ def test_one_thread_is_left_alone():
 def test_this_thread_is_bound_within_the_block_only():
     before = os.sched_getaffinity(0)
 
-    def fail() -> None:
+    def interrupted() -> None:
         with affinity.bound(2):
             assert os.sched_getaffinity(0) == {min(before)}
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, fail)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert os.sched_getaffinity(0) == before
 
 
