@@ -1,7 +1,9 @@
 """Where threads run: each on a processor of its own, as ONNX Runtime places its threads.
 
 A worker that slept may be woken on the processor of the thread that it is to help; both then run at half speed until
-the system moves one of them, which takes longer than a turn of a measurement.
+the system moves one of them, which takes longer than a turn of a measurement. OpenMP binds its workers where
+``OMP_PROC_BIND=true`` is set when the process starts. It then binds the first thread too, from which every thread that
+is created later, of whatever library, would inherit that: so this thread is bound only while something is timed.
 """
 
 from __future__ import annotations
@@ -11,51 +13,37 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-_TASKS = Path("/proc/self/task")
+TASKS = Path("/proc/self/task")
 
 
-def _can_bind() -> bool:
-    return hasattr(os, "sched_setaffinity") and _TASKS.is_dir()
+def unbound_workers(threads: int) -> str | None:
+    """Say in words that OpenMP does not bind its workers, or return None where it does or has none."""
+    if threads < 2 or os.environ.get("OMP_PROC_BIND", "false").lower() not in ("false", ""):
+        return None
+    return "the threads of OpenMP are not bound, and may share a processor: set OMP_PROC_BIND=true"
 
 
-def bind_workers(threads: int) -> list[int]:
-    """Bind PyTorch's OpenMP workers to the processors after the first, for as long as this process lives.
+def release() -> None:
+    """Let every thread that exists run on every processor; call it before OpenMP has workers."""
+    if hasattr(os, "sched_setaffinity"):
+        threads = [int(task.name) for task in TASKS.iterdir()] if TASKS.is_dir() else [0]
+        for thread in threads:
+            os.sched_setaffinity(thread, _processors())
 
-    They are found as the threads that come up when PyTorch first works with so many: call it before that. Nothing
-    happens for one thread, or where threads cannot be bound.
 
-    Returns:
-        The identifiers of the threads that were bound.
-    """
-    if threads < 2 or not _can_bind():
-        return []
-    processors = sorted(os.sched_getaffinity(0))
-    known, before = {task.name for task in _TASKS.iterdir()}, torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        torch.ones(1 << 20).add_(1)
-        workers = sorted(int(task.name) for task in _TASKS.iterdir() if task.name not in known)
-    finally:
-        torch.set_num_threads(before)
-    for index, worker in enumerate(workers, start=1):
-        os.sched_setaffinity(worker, {processors[index % len(processors)]})
-    return workers
+def _processors() -> range:
+    """All of the machine; the system leaves out those that this process may not use."""
+    return range(os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
 def bound(threads: int) -> Iterator[None]:
-    """Within the block, keep this thread on the first processor, if it works with several threads.
-
-    Threads that are created within the block inherit that: create pools before.
-    """
-    if threads < 2 or not _can_bind():
+    """Within the block, keep this thread on the first processor, if it works with several that are bound."""
+    if threads < 2 or unbound_workers(threads) or not hasattr(os, "sched_setaffinity"):
         yield
         return
-    processors = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(processors)})
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     try:
         yield
     finally:
-        os.sched_setaffinity(0, processors)
+        os.sched_setaffinity(0, _processors())

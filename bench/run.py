@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def run(options: Options) -> bool:
     if reason:
         raise InputError(f"{reason}: timings would mean nothing; wait, or pass --busy to have them all the same")
     header = environment() | {"threads": list(options.threads), "peers": peer_versions()}
-    header["openblas"] = engines.openblas_core()
+    header |= {"openblas": engines.openblas_core(), "omp_proc_bind": os.environ.get("OMP_PROC_BIND")}
     now = datetime.datetime.now(datetime.UTC)
     run_id = f"{now:%Y%m%dT%H%M%SZ}-{header['commit']}"
     console.print(", ".join(f"{name} {value}" for name, value in header.items()), highlight=False, soft_wrap=True)
@@ -137,7 +138,10 @@ def run(options: Options) -> bool:
         if options.save:
             append_all(options.save, rows[-1:], header)
 
-    affinity.bind_workers(max(options.threads))
+    affinity.release()
+    unbound = affinity.unbound_workers(max(options.threads))
+    if unbound:
+        print(f"warning: {unbound}", file=sys.stderr)
     before = torch.get_num_threads()
     try:
         found = _measure_all(options, console, keep)
