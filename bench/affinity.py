@@ -1,4 +1,4 @@
-"""Where threads run: each on a processor of its own, as ONNX Runtime places its threads.
+"""Where threads run: each on a processor of its own.
 
 A worker that slept may be woken on the processor of the thread that it is to help; both then run at half speed until
 the system moves one of them, which takes longer than a turn of a measurement. OpenMP binds its workers where

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixrank_bench import affinity
+
 Chain = list[tuple[Tensor, Tensor | None]]
 Program = list[Chain]
 
@@ -83,7 +85,12 @@ def onnx_runtime(x: Tensor, program: Program) -> Callable[[], Tensor]:
     onnxruntime = _require("onnxruntime")
     _require("onnx")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
+    if threads > 1 and not affinity.unbound_workers(threads):
+        # Processors count from one here; the calling thread is not among these.
+        processors = ";".join(str(processor) for processor in range(2, threads + 1))
+        options.add_session_config_entry("session.intra_op_thread_affinities", processors)
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
