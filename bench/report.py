@@ -27,6 +27,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
     },
     "docs/benchmarks.md": {
         "machine": tables_ops.machine,
+        "steadiness": tables_ops.steadiness,
         "figures": figures.links,
         "summary": tables_ops.summary,
         "ceiling": tables_ops.ceiling,

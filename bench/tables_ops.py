@@ -70,6 +70,25 @@ def _origin(run: str, found: list[dict[str, Any]]) -> str:
     )
 
 
+def steadiness() -> str:
+    """How much longer than its fastest round each variant took, ours and the others: what the machine did meanwhile."""
+    gathered: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for one in measures(rows()):
+        for group, named in one.row["milliseconds"].items():
+            who = "ours" if group == "ours" else "others"
+            shares = [(t["median"] / t["low"], t["high"] / t["low"]) for t in named.values()]
+            gathered.setdefault((one.row["threads"], who), []).extend(shares)
+    if not gathered:
+        return NO_RUN
+    lines = []
+    for (threads, who), found in sorted(gathered.items()):
+        medians, slowest = zip(*found, strict=True)
+        percents = (f"{100 * sum(share > 1.5 for share in shares) / len(found):.0f} %" for shares in (medians, slowest))
+        lines.append((threads, who, len(found), *percents))
+    header = ("threads", "variants", "timed", "median over 1.5 times the fastest round", "slowest round over 1.5 times")
+    return table(header, lines)
+
+
 def ratios(one: Measure) -> Iterator[tuple[str, str, float]]:
     """Group, peer and ratio of every peer of a case, and of the best of each group of several."""
     for group in GROUPS:

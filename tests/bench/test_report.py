@@ -102,6 +102,16 @@ def test_the_ceiling_is_shown_by_rank_and_by_width(root):
     assert f"| width 768 M=1576 K=768 | bfloat16 | {100 * 1e3 * GRAM.flops / 2e11 / 5:.0f} % |" in tables_ops.by_width()
 
 
+def test_steadiness_counts_rounds_that_were_slowed_down(root):
+    # The rows made by hand have a fastest round of 0.9 and a slowest of 1.1 times the median.
+    assert "| 1 | ours | 3 | 0 % | 0 % |" in tables_ops.steadiness()
+    assert "| 1 | others | 4 | 0 % | 0 % |" in tables_ops.steadiness()
+    rows = [json.loads(line) for line in tables_ops.OUT.read_text().splitlines()]
+    rows[1]["milliseconds"]["ours"][SERVED]["high"] = 9.0
+    tables_ops.OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| 1 | ours | 3 | 0 % | 33 % |" in tables_ops.steadiness()
+
+
 def test_missing_peers_come_with_their_reason(root):
     assert "| zentorch | float32 | not installed | 1 |" in tables_ops.absent()
 
