@@ -6,8 +6,11 @@ was and what it must be. ``torch._check`` keeps them usable on symbolic shapes.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASTER = (torch.float64, torch.float32)
@@ -236,7 +239,24 @@ def _touched(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
+# What the indices of a residual were when they were last found valid. Reading them from a CUDA device waits for it,
+# which no call should do twice, and none can while a graph is captured.
+_valid_indices = WeakIdKeyDictionary()
+
+
 def _indices(op: str, crow: Tensor, col: Tensor, columns: int) -> None:
+    """Check the contents of ``crow`` and ``col``, once as long as neither is written to."""
+    if crow.is_inference() or col.is_inference():  # they do not count writes
+        _read_indices(op, crow, col, columns)
+        return
+    state = (weakref.ref(col), crow._version, col._version, columns)
+    known = _valid_indices.get(crow)
+    if known is None or known[0]() is not col or known[1:] != state[1:]:
+        _read_indices(op, crow, col, columns)
+        _valid_indices[crow] = state
+
+
+def _read_indices(op: str, crow: Tensor, col: Tensor, columns: int) -> None:
     first, last, nnz = int(crow[0]), int(crow[-1]), col.shape[0]
     torch._check(first == 0, lambda: f"{op}: crow must begin with 0, but it began with {first}")
     torch._check(

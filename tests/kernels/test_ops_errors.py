@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixrank_kernels import backend, ops
+from mixrank_kernels import _checks, backend, ops
 from mixrank_kernels._schema import SCHEMAS, overload
 
 LINEAR, RESIDUAL = "lowrank_linear", "lowrank_residual_linear"
@@ -180,6 +180,25 @@ def test_bad_indices_are_named(implementation, op, changed, message, index):
     arguments = good_arguments(op) | {name: tensor.to(index) for name, tensor in changed.items()}
     with pytest.raises(RuntimeError, match=f"^{op}: {message}"):
         getattr(ops, op)(**arguments)
+
+
+def test_indices_are_read_once_and_again_after_a_write(monkeypatch):
+    read = []
+    original = _checks._read_indices
+    monkeypatch.setattr(_checks, "_read_indices", lambda *arguments: read.append(1) or original(*arguments))
+    crow, col = torch.tensor([0, 2, 2, 3]), torch.tensor([1, 0, 1])
+    arguments = good_arguments(RESIDUAL) | {"crow": crow, "col": col}
+    with backend.use("reference"):
+        for _ in range(3):
+            ops.lowrank_residual_linear(**arguments)
+        assert len(read) == 1
+        col[1] = 5
+        with pytest.raises(RuntimeError, match="col must be at least 0 and less than 2"):
+            ops.lowrank_residual_linear(**arguments)
+        with pytest.raises(RuntimeError, match="col must be at least 0 and less than 2"):
+            ops.lowrank_residual_linear(**arguments)
+        ops.lowrank_residual_linear(**arguments | {"col": torch.tensor([1, 0, 1])})
+        assert len(read) == 4
 
 
 def overlapping_calls() -> list[tuple]:
