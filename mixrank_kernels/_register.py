@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mixrank_kernels import _autograd, _checks, reference
+from mixrank_kernels import _autograd, _checks, choice, composite, reference
 from mixrank_kernels._load import load_extension
 from mixrank_kernels._schema import NAMESPACE, SCHEMAS, library, overload
 
+AUTOCAST = ("cpu", "cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Stated here, as asking mixrank_kernels.triton would import Triton.
-TRITON_OPERATORS = ("lowrank_linear", "gram_accumulate_")
+TRITON_OPERATORS = tuple(SCHEMAS)
 
 
 def checked(name: str, implementation: Callable) -> Callable:
@@ -27,9 +29,17 @@ def checked(name: str, implementation: Callable) -> Callable:
         arguments = bind(name, *args, **kwargs)
         check(*arguments)
         _checks.memory_and_contents(name, dict(zip(names, arguments, strict=True)))
-        return implementation(*arguments)
+        with _without_autocast(arguments[0].device.type):
+            return implementation(*arguments)
 
     return call
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """What an operator is made of is not cast: its operands have been, where they are to be."""
+    if device_type in AUTOCAST and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def bind(name: str, *args: Tensor | None, **kwargs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -50,6 +60,30 @@ def triton_implementation(name: str) -> Callable:
         return getattr(triton, name)(*(arguments[:-1] if takes_packed else arguments))
 
     return launch
+
+
+def implementation(name: str, op: str) -> Callable:
+    """The function by which ``triton``, ``composite`` or ``reference`` serves the operator ``op``, without checks."""
+    if name == "triton":
+        return triton_implementation(op)
+    return getattr({"composite": composite, "reference": reference}[name], op)
+
+
+def chosen_implementation(op: str) -> Callable:
+    """Serves each call of the operator ``op`` by what :mod:`mixrank_kernels.choice` chooses for it."""
+
+    def call(*arguments: Tensor | None) -> Tensor | None:
+        return implementation(chosen(op, *arguments).implementation, op)(*arguments)
+
+    return call
+
+
+def chosen(op: str, *arguments: Tensor | None) -> choice.Choice:
+    """The choice for a call of ``op`` on CUDA tensors; what it means without Triton is served by the libraries."""
+    found = choice.choose(op, *arguments)
+    if found.implementation == "triton" and not (HAS_TRITON and op in TRITON_OPERATORS):
+        return choice.Choice("composite", f"there is no Triton kernel here, else {found.reason}")
+    return found
 
 
 def fake(name: str) -> Callable:
@@ -89,8 +123,7 @@ def _autocast(name: str, device_type: str) -> Callable:
 for _name in SCHEMAS:
     library.impl(_name, checked(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", fake(_name), lib=library)
-    if HAS_TRITON and _name in TRITON_OPERATORS:
-        library.impl(_name, checked(_name, triton_implementation(_name)), "CUDA")
+    library.impl(_name, checked(_name, chosen_implementation(_name)), "CUDA")
 
 for _name in ("lowrank_linear", "lowrank_residual_linear"):
     torch.library.register_autograd(
@@ -99,7 +132,7 @@ for _name in ("lowrank_linear", "lowrank_residual_linear"):
         setup_context=getattr(_autograd, f"save_{_name}"),
         lib=library,
     )
-    for _device_type in ("cpu", "cuda"):
+    for _device_type in AUTOCAST:
         library.impl(
             _name,
             _autocast(_name, _device_type),

@@ -7,6 +7,9 @@ The names of the implementations:
     and ``cpu-portable`` force one of them.
 ``triton``
     Triton kernels on CUDA tensors, or on CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``).
+``composite``
+    Calls of the vendor's libraries, everywhere. CUDA tensors are served by this or by ``triton``, as a committed table
+    of measurements says for each operator, dtype and size (:mod:`mixrank_kernels.choice`).
 ``reference``
     Plain PyTorch, everywhere.
 """
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixrank_kernels import _checks, _register, packing, reference
+from mixrank_kernels import _checks, _register, packing
 from mixrank_kernels._load import EXTENSION, REBUILD
 from mixrank_kernels._schema import NAMESPACE, SCHEMAS
 
@@ -37,15 +40,17 @@ class Explanation:
     Attributes:
         op: name of the operator.
         chosen: name of the implementation that serves the call.
+        reason: why it does.
         refused: for every other implementation, the reason in words.
     """
 
     op: str
     chosen: str
     refused: dict[str, str]
+    reason: str
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: served by {self.chosen}"]
+        lines = [f"{self.op}: served by {self.chosen}, {self.reason}"]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
 
 
@@ -57,7 +62,7 @@ def isas() -> tuple[str, ...]:
 def implementations() -> tuple[str, ...]:
     """Names that :func:`use` knows, whether or not they can run here."""
     compiled = _register.extension.build_info()["isas"] if _register.extension else ()
-    return ("cpu", *(_CPU_PREFIX + isa for isa in compiled), "triton", "reference")
+    return ("cpu", *(_CPU_PREFIX + isa for isa in compiled), "triton", "composite", "reference")
 
 
 def available(device: str | torch.device = "cpu", op: str | None = None) -> tuple[str, ...]:
@@ -78,7 +83,7 @@ def available(device: str | torch.device = "cpu", op: str | None = None) -> tupl
 
 
 def _default(kind: str, op: str) -> str:
-    candidates = {"cpu": "cpu", "cuda": "triton"}
+    candidates = {"cpu": "cpu", "cuda": "composite"}
     name = candidates.get(kind, "reference")
     return name if _refusal(name, kind, op) is None else "reference"
 
@@ -95,7 +100,7 @@ def _refusal(name: str, kind: str, op: str) -> str | None:
 
 def _obstacle(name: str, kind: str) -> str | None:
     """Why the implementation ``name`` cannot serve tensors on devices of ``kind`` at all, or None when it can."""
-    if name == "reference":
+    if name in ("composite", "reference"):
         return None
     if name == "triton":
         if not _register.HAS_TRITON:
@@ -146,7 +151,13 @@ def explain(op: str, *args: Tensor | None) -> Explanation:
     getattr(_checks, _known_operator(op))(*_register.bind(op, *args))
     kind = args[0].device.type
     forced = _forced[-1] if _forced and _refusal(_forced[-1], kind, op) is None else None
-    chosen = forced or _default(kind, op)
+    if forced:
+        chosen, reason = forced, "forced by backend.use"
+    elif kind == "cuda":
+        choice = _register.chosen(op, *_register.bind(op, *args))
+        chosen, reason = choice.implementation, choice.reason
+    else:
+        chosen, reason = _default(kind, op), f"the first on {kind} tensors"
     served = _CPU_PREFIX + _register.extension.get_isa() if chosen == "cpu" else chosen
     refused = {}
     for name in implementations():
@@ -154,7 +165,7 @@ def explain(op: str, *args: Tensor | None) -> Explanation:
             continue
         comes_first = f"{forced} was forced by backend.use" if forced else f"{served} comes first on {kind} tensors"
         refused[name] = _refusal(name, kind, op) or comes_first
-    return Explanation(op, served, refused)
+    return Explanation(op, served, refused, reason)
 
 
 @contextlib.contextmanager
@@ -200,11 +211,11 @@ def _install(name: str | None) -> None:
         isa = name.removeprefix(_CPU_PREFIX) if name is not None and name.startswith(_CPU_PREFIX) else "auto"
         _register.extension.set_isa(isa)
         packing.clear()  # each instruction set has a layout of its own
-    if name not in ("triton", "reference"):
+    if name not in ("triton", "composite", "reference"):
         return
     _overrides = torch.library.Library(NAMESPACE, "IMPL")
     for op in SCHEMAS:
         for kind in _DEVICES:
             if _refusal(name, kind, op) is None:
-                implementation = _register.triton_implementation(op) if name == "triton" else getattr(reference, op)
-                _overrides.impl(op, _register.checked(op, implementation), kind.upper(), allow_override=True)
+                implementation = _register.checked(op, _register.implementation(name, op))
+                _overrides.impl(op, implementation, kind.upper(), allow_override=True)

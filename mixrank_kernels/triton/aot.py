@@ -49,24 +49,32 @@ KERNELS = {
 DTYPES = {"bf16": "half", "fp16": "half", "fp32": "fp32", "fp64": "fp64"}
 
 # Arguments that Triton specialises in each memory layout: those that are one, and multiples of 16.
+_INNER = {"stride_xk", "stride_zk", "stride_dk", "stride_ur", "stride_rdk", "stride_ruq", "stride_bias", "stride_wm"}
+_OUTER = {"stride_xb", "stride_xm", "stride_zb", "stride_zm", "stride_dr", "stride_un", "stride_rdq", "stride_run"}
+_SIZES = {"K", "N", "R", "Q", "stride_hm"}
 LAYOUTS = {
-    "contiguous": (
-        {"stride_xk", "stride_dk", "stride_ur", "stride_bias", "stride_wm"},
-        {"K", "N", "R", "stride_xb", "stride_xm", "stride_dr", "stride_un"},
-    ),
+    "contiguous": (_INNER, _SIZES | _OUTER),
     "transposed": (
-        {"stride_xk", "stride_dr", "stride_un", "stride_bias"},
-        {"K", "N", "R", "stride_xm", "stride_dk", "stride_ur"},
+        {"stride_xk", "stride_dr", "stride_un", "stride_rdq", "stride_run", "stride_bias"},
+        _SIZES | {"stride_xm", "stride_dk", "stride_ur", "stride_rdk", "stride_ruq"},
     ),
-    "odd": ({"stride_xk", "stride_dk", "stride_ur", "stride_bias", "stride_wm"}, set()),
+    "odd": (_INNER, set()),
     "strided": (set(), set()),
     # Every size is one, so that none is a tensor in the kernel any more.
-    "unit": (
-        {"M", "K", "N", "R", "splits", "split_rows"}
-        | {f"stride_{axis}" for axis in ("xb", "xm", "xk", "dr", "dk", "un", "ur", "bias", "wb", "wm")},
-        set(),
-    ),
+    "unit": (_INNER | _OUTER | {"M", "K", "N", "R", "Q", "stride_hm", "splits", "split_rows", "stride_wb"}, set()),
 }
+
+
+# Arguments that are zero, a multiple of 16, where an operand is absent.
+ABSENT = {
+    "HAS_BRANCH": {"Q", "stride_rdq", "stride_rdk", "stride_run", "stride_ruq"},
+    "HAS_BIAS": {"stride_bias"},
+    "HAS_Z": {"stride_zb", "stride_zm", "stride_zk"},
+    "HAS_WEIGHT": {"stride_wb", "stride_wm"},
+}
+
+# The layouts of which residual kernels are compiled too: what differs between them is the same in the plain kernels.
+RESIDUAL_LAYOUTS = ("contiguous", "odd")
 
 
 @dataclass(frozen=True)
@@ -93,16 +101,24 @@ def _lowrank_variants() -> Iterator[Variant]:
         options = (layout, operands == "half", config.num_warps, config.num_stages)
         factors = {"x_ptr": dtype, "down_ptr": dtype}
         blocks = {"BM": config.BM, "BR": config.BR, "BK": config.BK}
-        name = f"lowrank-{shape}-{dtype}-{layout}"
+        name = f"{shape}-{dtype}-{layout}"
         if shape == "down":
-            yield Variant(name, "lowrank_down_kernel", {"hidden_ptr": wide, **factors}, blocks, *options)
+            yield Variant(f"lowrank-{name}", "lowrank_down_kernel", {"hidden_ptr": wide, **factors}, blocks, *options)
             continue
+        pointers = {"y_ptr": dtype, "up_ptr": dtype, **factors}
+        pointers |= {"hidden_ptr": wide} if shape == "up" else {}
+        constants = {"FUSED": shape != "up", "BN": config.BN, **blocks}
         for bias in (False, True):
-            pointers = {"y_ptr": dtype, "up_ptr": dtype, **factors}
-            pointers |= {"hidden_ptr": wide} if shape == "up" else {}
-            pointers |= {"bias_ptr": dtype} if bias else {}
-            constants = {"FUSED": shape != "up", "HAS_BIAS": bias, "BN": config.BN, **blocks}
-            yield Variant(name + "-bias" * bias, "lowrank_up_kernel", pointers, constants, *options)
+            given = pointers | ({"bias_ptr": dtype} if bias else {})
+            forms = constants | {"HAS_BIAS": bias, "HAS_BRANCH": False, "b": 0}
+            yield Variant(f"lowrank-{name}" + "-bias" * bias, "lowrank_up_kernel", given, forms, *options)
+        for branch, b in ((True, 0), (False, 16), (False, 32), (True, 32)) if layout in RESIDUAL_LAYOUTS else ():
+            given = pointers | {"bias_ptr": dtype}
+            given |= {"residual_down_ptr": dtype, "residual_up_ptr": dtype} if branch else {}
+            given |= {"crow_ptr": "i64", "col_ptr": "i64", "values_ptr": dtype} if b else {}
+            forms = constants | {"HAS_BIAS": True, "HAS_BRANCH": branch, "b": b}
+            kind = "-branch" * branch + f"-blocks{b}" * bool(b)
+            yield Variant(f"residual-{name}{kind}", "lowrank_up_kernel", given, forms, *options)
 
 
 def _gram_variants() -> Iterator[Variant]:
@@ -110,20 +126,23 @@ def _gram_variants() -> Iterator[Variant]:
         if class_ != operands:
             continue
         wide = "fp64" if dtype == "fp64" else "fp32"
-        weights = {"any": (False, True), "weighted": (True,)}.get(shape, (False,))
-        for weighted, summed, layout in product(weights, (False, True), ("contiguous", "odd", "strided", "unit")):
+        forms = {"any": ("plain", "weight", "cross"), "weighted": ("weight",)}.get(shape, ("plain", "cross"))
+        for form, summed, layout in product(forms, (False, True), ("contiguous", "odd", "strided", "unit")):
+            if form == "cross" and summed:
+                continue
             pointers = {"partial_ptr": wide, "x_ptr": dtype}
-            pointers |= {"weight_ptr": wide} if weighted else {}
+            pointers |= {"plain": {}, "weight": {"weight_ptr": wide}, "cross": {"z_ptr": dtype}}[form]
             pointers |= {"partial_sum_ptr": wide} if summed else {}
-            constants = {"HAS_WEIGHT": weighted, "HAS_SUM": summed, "BM": config.BM, "BK": config.BK}
-            name = f"gram-{shape}-{dtype}-{layout}" + "-weight" * weighted + "-sum" * summed
+            constants = {"HAS_Z": form == "cross", "HAS_WEIGHT": form == "weight", "HAS_SUM": summed}
+            constants |= {"BM": config.BM, "BK": config.BK}
+            name = f"gram-{shape}-{dtype}-{layout}" + f"-{form}" * (form != "plain") + "-sum" * summed
             options = (layout, operands == "half", config.num_warps, config.num_stages)
             yield Variant(name, "gram_partial_kernel", pointers, constants, *options)
-        for master, summed, layout in product(("fp32", "fp64"), (False, True), ("contiguous", "unit")):
+        for master, form, layout in product(("fp32", "fp64"), ("plain", "sum", "cross"), ("contiguous", "unit")):
             pointers = {"gram_ptr": master, "partial_ptr": wide}
-            pointers |= {"column_sum_ptr": master, "partial_sum_ptr": wide} if summed else {}
-            constants = {"HAS_SUM": summed, "BK": config.BK, "BS": config.BS}
-            name = f"gram-reduce-{shape}-{dtype}-{master}-{layout}" + "-sum" * summed
+            pointers |= {"column_sum_ptr": master, "partial_sum_ptr": wide} if form == "sum" else {}
+            constants = {"HAS_Z": form == "cross", "HAS_SUM": form == "sum", "BK": config.BK, "BS": config.BS}
+            name = f"gram-reduce-{shape}-{dtype}-{master}-{layout}" + f"-{form}" * (form != "plain")
             yield Variant(name, "gram_reduce_kernel", pointers, constants, layout, False, 4, 3)
 
 
@@ -135,7 +154,8 @@ def variants(pattern: str = "") -> list[Variant]:
 def _source(variant: Variant) -> ASTSource:
     """The kernel as Triton specialises it at a launch: None and 1 become constants, multiples of 16 are marked."""
     kernel = KERNELS[variant.kernel]
-    ones, multiples = LAYOUTS[variant.layout]
+    zeros = set().union(*(names for flag, names in ABSENT.items() if variant.constants.get(flag) is False))
+    ones, multiples = LAYOUTS[variant.layout][0] - zeros, LAYOUTS[variant.layout][1] | zeros
     signature, constants, attributes = {}, dict(variant.constants), {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name

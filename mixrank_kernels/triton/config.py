@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mixrank_kernels.choice import operand_class
+
 
 @dataclass(frozen=True)
 class LowRankConfig:
@@ -73,11 +75,6 @@ GRAM_ROWS_MAX = 4096
 
 # Partial tiles held at once, over which the rows are taken in rounds.
 GRAM_SCRATCH_BYTES = 2**28
-
-
-def operand_class(dtype: torch.dtype) -> str:
-    """The class of operands of ``dtype``."""
-    return {torch.float64: "fp64", torch.float32: "fp32"}.get(dtype, "half")
 
 
 def lowrank_config(dtype: torch.dtype, m: int, k: int, n: int, r: int) -> tuple[LowRankConfig | None, LowRankConfig]:

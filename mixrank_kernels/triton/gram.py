@@ -1,11 +1,13 @@
-"""gram += (w * x)^T @ x and column_sum += (w * x).sum(rows), for one matrix or a batch.
+"""gram += (w * x)^T @ x and column_sum += (w * x).sum(rows), for one matrix or a batch; cross += x^T @ z.
 
-Shapes: x [B, M, K] with any strides, row_weight [B, M] with any strides, gram [B, K, K] and column_sum [B, K]
-contiguous and of one dtype, fp64 or fp32. x is bf16, fp16, fp32 or fp64; the sizes are positive.
+Shapes: x [B, M, K] and z [B, M, N] with any strides, row_weight [B, M] with any strides, gram [B, K, K] and
+column_sum [B, K] contiguous and of one dtype, fp64 or fp32; cross [K, N] alike. x and z are of one dtype: bf16, fp16,
+fp32 or fp64; the sizes are positive.
 
-``gram_partial_kernel`` computes the tiles of the lower triangle only, each over one range of rows (a split), in fp32
-(fp64 for fp64 x). ``gram_reduce_kernel`` adds the splits in their order in gram's dtype, so that results do not
-depend on timing, and adds the same number to both sides of the diagonal: the update is exactly symmetric.
+``gram_partial_kernel`` computes tiles, each over one range of rows (a split), in fp32 (fp64 for fp64 x): those of the
+lower triangle only, unless there is a z. ``gram_reduce_kernel`` adds the splits in their order in gram's dtype, so that
+results do not depend on timing, and adds the same number to both sides of the diagonal: the update is exactly
+symmetric.
 """
 
 from __future__ import annotations
@@ -31,6 +33,17 @@ def triangle_tile(i, n):
     short = (place + line) // n
     row = (n - 1 - line) + short * (2 * line + 1 - n)
     return row, place - short * (n - line)
+
+
+@triton.jit
+def _tile(i, row_blocks, col_blocks, HAS_Z: tl.constexpr):
+    """The (row, column) of tile i of a rectangle row by row, or of the lower triangle."""
+    if HAS_Z:
+        row = i // col_blocks
+        col = i % col_blocks
+    else:
+        row, col = triangle_tile(i, row_blocks)
+    return row, col
 
 
 @triton.jit
@@ -64,37 +77,49 @@ def gram_partial_kernel(
     partial_ptr,  # [B, splits, tiles, BK, BK]
     partial_sum_ptr,  # [B, splits, blocks, BK], unused unless HAS_SUM
     x_ptr,  # [B, M, K]
+    z_ptr,  # [B, M, N], unused unless HAS_Z
     weight_ptr,  # [B, M], unused unless HAS_WEIGHT
     M,
     K,
+    N,  # K unless HAS_Z
     splits,
     split_rows,
     stride_xb,
     stride_xm,
     stride_xk,
+    stride_zb,
+    stride_zm,
+    stride_zk,
     stride_wb,
     stride_wm,
+    HAS_Z: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_SUM: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
     wide: tl.constexpr = partial_ptr.dtype.element_ty
-    blocks = tl.cdiv(K, BK)
-    tiles = blocks * (blocks + 1) // 2
+    blocks, col_blocks = tl.cdiv(K, BK), tl.cdiv(N, BK)
+    tiles = blocks * col_blocks if HAS_Z else blocks * (blocks + 1) // 2
     i_part = tl.program_id(0) // tiles
-    i_row, i_col = triangle_tile(tl.program_id(0) % tiles, blocks)
+    i_row, i_col = _tile(tl.program_id(0) % tiles, blocks, col_blocks, HAS_Z)
     i_b = i_part // splits
     start = (i_part % splits) * split_rows
     stop = tl.minimum(start + split_rows, M)
 
     o_i = i_row * BK + tl.arange(0, BK)
     o_j = i_col * BK + tl.arange(0, BK)
-    m_i, m_j = o_i < K, o_j < K
+    m_i, m_j = o_i < K, o_j < N
     o_m = tl.arange(0, BM)
     p_rows = x_ptr + i_b.to(tl.int64) * stride_xb + (start + o_m).to(tl.int64)[:, None] * stride_xm
     p_i = p_rows + o_i.to(tl.int64)[None, :] * stride_xk
-    p_j = p_rows + o_j.to(tl.int64)[None, :] * stride_xk
+    if HAS_Z:
+        p_j = z_ptr + i_b.to(tl.int64) * stride_zb + (start + o_m).to(tl.int64)[:, None] * stride_zm
+        p_j += o_j.to(tl.int64)[None, :] * stride_zk
+        stride_jm = stride_zm
+    else:
+        p_j = p_rows + o_j.to(tl.int64)[None, :] * stride_xk
+        stride_jm = stride_xm
     p_weight = weight_ptr
     if HAS_WEIGHT:
         p_weight += i_b.to(tl.int64) * stride_wb + (start + o_m).to(tl.int64) * stride_wm
@@ -118,31 +143,33 @@ def gram_partial_kernel(
         else:
             b_gram = tl.dot(tl.trans(b_i), b_j, b_gram, input_precision="ieee", out_dtype=wide)
         p_i += step * stride_xm
-        p_j += step * stride_xm
+        p_j += step * stride_jm
     p_tile = partial_ptr + tl.program_id(0).to(tl.int64) * BK * BK
     tl.store(p_tile + tl.arange(0, BK)[:, None] * BK + tl.arange(0, BK)[None, :], b_gram)
 
 
 @triton.jit
 def gram_reduce_kernel(
-    gram_ptr,  # [B, K, K]
+    gram_ptr,  # [B, K, K], or [B, K, N] if HAS_Z
     column_sum_ptr,  # [B, K], unused unless HAS_SUM
     partial_ptr,  # [B, splits, tiles, BK, BK]
     partial_sum_ptr,  # [B, splits, blocks, BK], unused unless HAS_SUM
     K,
+    N,  # K unless HAS_Z
     splits,
+    HAS_Z: tl.constexpr,
     HAS_SUM: tl.constexpr,
     BK: tl.constexpr,
     BS: tl.constexpr,
 ):
     master: tl.constexpr = gram_ptr.dtype.element_ty
     parts: tl.constexpr = BK // BS
-    blocks = tl.cdiv(K, BK)
-    tiles = blocks * (blocks + 1) // 2
+    blocks, col_blocks = tl.cdiv(K, BK), tl.cdiv(N, BK)
+    tiles = blocks * col_blocks if HAS_Z else blocks * (blocks + 1) // 2
     i_piece = tl.program_id(0) % (parts * parts)
     i_tile = tl.program_id(0) // (parts * parts) % tiles
     i_b = (tl.program_id(0) // (parts * parts) // tiles).to(tl.int64)
-    i_row, i_col = triangle_tile(i_tile, blocks)
+    i_row, i_col = _tile(i_tile, blocks, col_blocks, HAS_Z)
 
     o_si = i_piece // parts * BS + tl.arange(0, BS)
     o_sj = i_piece % parts * BS + tl.arange(0, BS)
@@ -154,12 +181,16 @@ def gram_reduce_kernel(
 
     o_i = (i_row * BK + o_si).to(tl.int64)
     o_j = (i_col * BK + o_sj).to(tl.int64)
-    p_lower = gram_ptr + i_b * K * K + o_i[:, None] * K + o_j[None, :]
-    m_lower = (o_i < K)[:, None] & (o_j[None, :] <= o_i[:, None])
+    p_lower = gram_ptr + i_b * K * N + o_i[:, None] * N + o_j[None, :]
+    if HAS_Z:
+        m_lower = (o_i < K)[:, None] & (o_j < N)[None, :]
+    else:
+        m_lower = (o_i < K)[:, None] & (o_j[None, :] <= o_i[:, None])
     tl.store(p_lower, tl.load(p_lower, mask=m_lower) + b_update, mask=m_lower)
-    p_upper = gram_ptr + i_b * K * K + o_j[:, None] * K + o_i[None, :]
-    m_upper = (o_i < K)[None, :] & (o_j[:, None] < o_i[None, :])
-    tl.store(p_upper, tl.load(p_upper, mask=m_upper) + tl.trans(b_update), mask=m_upper)
+    if not HAS_Z:
+        p_upper = gram_ptr + i_b * K * K + o_j[:, None] * K + o_i[None, :]
+        m_upper = (o_i < K)[None, :] & (o_j[:, None] < o_i[None, :])
+        tl.store(p_upper, tl.load(p_upper, mask=m_upper) + tl.trans(b_update), mask=m_upper)
 
     if HAS_SUM:
         if (i_row == i_col) & (i_piece % parts == 0):
@@ -197,27 +228,56 @@ def gram_accumulate_(
         if x.numel() == 0:
             return
         rows = x if gram.dim() == 3 else x.reshape(1, -1, k)  # [B, M, K]
-        b, m = rows.shape[:2]
-        weights = None if row_weight is None else row_weight.reshape(b, m)  # [B, M]
-        config = configs.gram_config(x.dtype, k, row_weight is not None)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        variant = {"HAS_SUM": column_sum is not None, "BK": config.BK}
-        blocks = triton.cdiv(k, config.BK)
-        tiles = blocks * (blocks + 1) // 2
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        tile_bytes = config.BK**2 * wide.itemsize
-        split_rows, round_splits = row_schedule(m, b * tiles, configs.GRAM_SCRATCH_BYTES // (b * tiles * tile_bytes))
-        partial = x.new_empty((b, round_splits, tiles, config.BK, config.BK), dtype=wide)
-        partial_sum = x.new_empty((b, round_splits, blocks, config.BK), dtype=wide) if column_sum is not None else None
-        for start in range(0, m, split_rows * round_splits):
-            part = rows[:, start : start + split_rows * round_splits]
-            part_weights = None if weights is None else weights[:, start : start + split_rows * round_splits]
-            splits = triton.cdiv(part.shape[1], split_rows)
-            gram_partial_kernel[(b * splits * tiles,)](
-                partial, partial_sum, part, part_weights, part.shape[1], k, splits, split_rows, *part.stride(),
-                *((0, 0) if part_weights is None else part_weights.stride()),
-                HAS_WEIGHT=weights is not None, BM=config.BM, **variant, **options,
-            )  # fmt: skip
-            gram_reduce_kernel[(b * tiles * (config.BK // config.BS) ** 2,)](
-                gram, column_sum, partial, partial_sum, k, splits, BS=config.BS, num_warps=4, **variant
-            )
+        weights = None if row_weight is None else row_weight.reshape(rows.shape[:2])  # [B, M]
+        _accumulate(gram, rows, None, weights, column_sum)
+
+
+def cross_gram_accumulate_(
+    cross: Tensor,  # [K, N]
+    x: Tensor,  # [..., K]
+    z: Tensor,  # [..., N]
+) -> None:
+    """Triton's ``cross_gram_accumulate_``; the arguments have passed the checks of the operator.
+
+    Raises:
+        RuntimeError: the tensors are not on CUDA and the interpreter is off, or it is on and they are bfloat16.
+    """
+    with launch_guard("cross_gram_accumulate_", x):
+        if x.numel() > 0 and z.numel() > 0:
+            _accumulate(cross, x.reshape(1, -1, x.shape[-1]), z.reshape(1, -1, z.shape[-1]), None, None)
+
+
+def _accumulate(
+    gram: Tensor,  # [K, N] or [B, K, K]
+    x: Tensor,  # [B, M, K]
+    z: Tensor | None,  # [B, M, N]
+    weights: Tensor | None,  # [B, M]
+    column_sum: Tensor | None,  # [K] or [B, K]
+) -> None:
+    b, m, k = x.shape
+    n = gram.shape[-1]
+    config = configs.gram_config(x.dtype, max(k, n), weights is not None)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    variant = {"HAS_Z": z is not None, "HAS_SUM": column_sum is not None, "BK": config.BK}
+    blocks = triton.cdiv(k, config.BK)
+    tiles = blocks * (blocks + 1) // 2 if z is None else blocks * triton.cdiv(n, config.BK)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tile_bytes = config.BK**2 * wide.itemsize
+    split_rows, round_splits = row_schedule(m, b * tiles, configs.GRAM_SCRATCH_BYTES // (b * tiles * tile_bytes))
+    partial = x.new_empty((b, round_splits, tiles, config.BK, config.BK), dtype=wide)
+    partial_sum = x.new_empty((b, round_splits, blocks, config.BK), dtype=wide) if column_sum is not None else None
+    for start in range(0, m, split_rows * round_splits):
+        part, part_z, part_weights = (
+            None if tensor is None else tensor[:, start : start + split_rows * round_splits]
+            for tensor in (x, z, weights)
+        )
+        splits = triton.cdiv(part.shape[1], split_rows)
+        gram_partial_kernel[(b * splits * tiles,)](
+            partial, partial_sum, part, part_z, part_weights, part.shape[1], k, n, splits, split_rows, *part.stride(),
+            *((0, 0, 0) if part_z is None else part_z.stride()),
+            *((0, 0) if part_weights is None else part_weights.stride()),
+            HAS_WEIGHT=weights is not None, BM=config.BM, **variant, **options,
+        )  # fmt: skip
+        gram_reduce_kernel[(b * tiles * (config.BK // config.BS) ** 2,)](
+            gram, column_sum, partial, partial_sum, k, n, splits, BS=config.BS, num_warps=4, **variant
+        )

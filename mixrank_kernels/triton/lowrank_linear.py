@@ -1,11 +1,17 @@
-"""y = (x @ down^T) @ up^T + bias with the intermediate in fp32 (fp64 for fp64 operands).
+"""y = (x @ down^T) @ up^T + (x @ residual_down^T) @ residual_up^T + x @ S^T + bias.
 
-Shapes: x [M, K], down [R, K], up [N, R], bias [N], y [M, N] contiguous; any strides of x, down and up, in elements.
-All operands have one dtype: bf16, fp16, fp32 or fp64. The sizes are positive.
+The intermediates are in fp32 (fp64 for fp64 operands).
 
-One kernel makes y. It either computes the intermediate itself, BR ranks at a time, for its rows (``FUSED``: one
+Shapes: x [M, K], down [R, K], up [N, R], residual_down [Q, K], residual_up [N, Q], bias [N], y [M, N] contiguous; any
+strides of x and the factors, in elements. S [N, K] is block-sparse: block row i holds the blocks crow[i] ..
+crow[i + 1], block e lies at block column col[e] and is values[e] [b, b], contiguous, with b = 16 or 32. All operands
+have one dtype: bf16, fp16, fp32 or fp64. The sizes are positive; the terms with residual_down, S and bias may be
+absent.
+
+One kernel makes y. It either computes the intermediates itself, BR ranks at a time, for its rows (``FUSED``: one
 launch, repeated for every BN columns), or reads what ``lowrank_down_kernel`` stored. The ranks are looped over at run
-time, so no rank needs a kernel of its own.
+time, so no rank needs a kernel of its own. Block rows of a tile go side by side through a batched product, one stored
+block of each at a time, into the accumulator that the ranks then go on with.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixrank_kernels.triton._common import accumulate_wide_product, launch_guard
-from mixrank_kernels.triton.config import lowrank_config
+from mixrank_kernels.triton.config import LowRankConfig, lowrank_config
 
 
 @triton.jit
@@ -52,7 +58,7 @@ def _hidden_tile(
 
 @triton.jit
 def lowrank_down_kernel(
-    hidden_ptr,  # [M, R] contiguous
+    hidden_ptr,  # [M, R], rows stride_hm apart
     x_ptr,  # [M, K]
     down_ptr,  # [R, K]
     M,
@@ -62,6 +68,7 @@ def lowrank_down_kernel(
     stride_xk,
     stride_dr,
     stride_dk,
+    stride_hm,
     BM: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
@@ -72,18 +79,19 @@ def lowrank_down_kernel(
     b_hidden = _hidden_tile(
         x_ptr, down_ptr, o_m, o_r, M, R, K, stride_xm, stride_xk, stride_dr, stride_dk, BK, hidden_ptr.dtype.element_ty
     )
-    p_hidden = hidden_ptr + o_m[:, None].to(tl.int64) * R + o_r[None, :]
+    p_hidden = hidden_ptr + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
     tl.store(p_hidden, b_hidden, mask=(o_m < M)[:, None] & (o_r < R)[None, :])
 
 
 @triton.jit
-def lowrank_up_kernel(
-    y_ptr,  # [M, N] contiguous
+def _accumulate_ranks(
+    b_y,  # [BM, BN]
     x_ptr,  # [M, K], unused unless FUSED
     down_ptr,  # [R, K], unused unless FUSED
-    hidden_ptr,  # [M, R] contiguous, unused if FUSED
+    hidden_ptr,  # [M, R], rows stride_hm apart, unused if FUSED
     up_ptr,  # [N, R]
-    bias_ptr,  # [N], unused unless HAS_BIAS
+    o_m,  # [BM]
+    o_n,  # [BN]
     M,
     N,
     R,
@@ -92,24 +100,14 @@ def lowrank_up_kernel(
     stride_xk,
     stride_dr,
     stride_dk,
+    stride_hm,
     stride_un,
     stride_ur,
-    stride_bias,
     FUSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-):
-    wide: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
-    # Neighbouring programs share the rows, whose blocks are the ones that do not stay in L2.
-    i_m, i_n = tl.program_id(0) // tl.cdiv(N, BN), tl.program_id(0) % tl.cdiv(N, BN)
-    o_m = i_m * BM + tl.arange(0, BM)
-    o_n = i_n * BN + tl.arange(0, BN)
-    m_m, m_n = o_m < M, o_n < N
-
-    b_y = tl.zeros([BM, BN], dtype=wide)
+    wide: tl.constexpr,
+):  # [BM, BN]
     for i_r in range(0, R, BR):
         o_r = i_r + tl.arange(0, BR)
         m_r = o_r < R
@@ -120,16 +118,116 @@ def lowrank_up_kernel(
             # An infinite x times the zeros that stand for ranks past the last is NaN, which must not reach y.
             b_hidden = tl.where(m_r[None, :], b_hidden, 0.0)
         else:
-            p_hidden = hidden_ptr + o_m[:, None].to(tl.int64) * R + o_r[None, :]
-            b_hidden = tl.load(p_hidden, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
+            p_hidden = hidden_ptr + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
+            b_hidden = tl.load(p_hidden, mask=(o_m < M)[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
         p_up = up_ptr + o_n[None, :].to(tl.int64) * stride_un + o_r[:, None].to(tl.int64) * stride_ur
-        b_up = tl.load(p_up, mask=m_n[None, :] & m_r[:, None], other=0.0)  # [BR, BN]
+        b_up = tl.load(p_up, mask=(o_n < N)[None, :] & m_r[:, None], other=0.0)  # [BR, BN]
         b_y = accumulate_wide_product(b_hidden, b_up, b_y)
+    return b_y
+
+
+@triton.jit
+def _block_sparse_tile(
+    x_ptr,  # [M, K]
+    crow_ptr,  # [N / b + 1]
+    col_ptr,  # [nnz]
+    values_ptr,  # [nnz, b, b]
+    o_m,  # [BM]
+    i_n,
+    M,
+    N,
+    stride_xm,
+    stride_xk,
+    BN: tl.constexpr,
+    b: tl.constexpr,
+    wide: tl.constexpr,
+):  # [BM, BN]
+    o_row = i_n * (BN // b) + tl.arange(0, BN // b)  # the block rows of the tile, [G]
+    m_row = o_row < N // b
+    first = tl.load(crow_ptr + o_row, mask=m_row, other=0).to(tl.int64)
+    last = tl.load(crow_ptr + o_row + 1, mask=m_row, other=0).to(tl.int64)
+    o_b = tl.arange(0, b).to(tl.int64)
+    p_x = x_ptr + o_m[None, :, None].to(tl.int64) * stride_xm + o_b[None, None, :] * stride_xk
+    p_values = values_ptr + o_b[None, None, :] * b + o_b[None, :, None]  # transposed: values are [out, in]
+    b_acc = tl.zeros([BN // b, o_m.shape[0], b], dtype=wide)
+    for i in range(tl.max(last - first, axis=0).to(tl.int32)):
+        m_e = first + i < last
+        column = tl.load(col_ptr + first + i, mask=m_e, other=0).to(tl.int64) * b
+        m_x = m_e[:, None, None] & (o_m < M)[None, :, None]
+        b_x = tl.load(p_x + column[:, None, None] * stride_xk, mask=m_x, other=0.0)  # [G, BM, b]
+        b_values = tl.load(p_values + (first + i)[:, None, None] * (b * b), mask=m_e[:, None, None], other=0.0)
+        b_acc = tl.dot(b_x, b_values, b_acc, input_precision="ieee", out_dtype=wide)
+    return tl.reshape(tl.permute(b_acc, (1, 0, 2)), [o_m.shape[0], BN])
+
+
+@triton.jit
+def lowrank_up_kernel(
+    y_ptr,  # [M, N] contiguous
+    x_ptr,  # [M, K], unused unless FUSED or b
+    down_ptr,  # [R, K], unused unless FUSED
+    hidden_ptr,  # [M, R + Q] contiguous, unused if FUSED
+    up_ptr,  # [N, R]
+    bias_ptr,  # [N], unused unless HAS_BIAS
+    residual_down_ptr,  # [Q, K], unused unless FUSED and HAS_BRANCH
+    residual_up_ptr,  # [N, Q], unused unless HAS_BRANCH
+    crow_ptr,  # [N / b + 1], unused unless b
+    col_ptr,  # [nnz], unused unless b
+    values_ptr,  # [nnz, b, b], unused unless b
+    M,
+    N,
+    R,
+    Q,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_dr,
+    stride_dk,
+    stride_un,
+    stride_ur,
+    stride_bias,
+    stride_rdq,
+    stride_rdk,
+    stride_run,
+    stride_ruq,
+    FUSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    b: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):
+    wide: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    # Neighbouring programs share the rows, whose blocks are the ones that do not stay in L2.
+    i_m, i_n = tl.program_id(0) // tl.cdiv(N, BN), tl.program_id(0) % tl.cdiv(N, BN)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = o_n < N
+
+    if b > 0:
+        b_y = _block_sparse_tile(
+            x_ptr, crow_ptr, col_ptr, values_ptr, o_m, i_n, M, N, stride_xm, stride_xk, BN, b, wide
+        )
+    else:
+        b_y = tl.zeros([BM, BN], dtype=wide)
+    b_y = _accumulate_ranks(
+        b_y, x_ptr, down_ptr, hidden_ptr, up_ptr, o_m, o_n, M, N, R, K, stride_xm, stride_xk, stride_dr, stride_dk,
+        R + Q, stride_un, stride_ur, FUSED, BR, BK, wide,
+    )  # fmt: skip
+    if HAS_BRANCH:
+        p_hidden = hidden_ptr
+        if not FUSED:
+            p_hidden += R
+        b_y = _accumulate_ranks(
+            b_y, x_ptr, residual_down_ptr, p_hidden, residual_up_ptr, o_m, o_n, M, N, Q, K, stride_xm, stride_xk,
+            stride_rdq, stride_rdk, R + Q, stride_run, stride_ruq, FUSED, BR, BK, wide,
+        )  # fmt: skip
 
     if HAS_BIAS:
         b_y += tl.load(bias_ptr + o_n.to(tl.int64) * stride_bias, mask=m_n, other=0.0).to(wide)[None, :]
     p_y = y_ptr + o_m[:, None].to(tl.int64) * N + o_n[None, :]
-    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & m_n[None, :])
 
 
 def lowrank_linear(
@@ -143,27 +241,71 @@ def lowrank_linear(
     Raises:
         RuntimeError: the tensors are not on CUDA and the interpreter is off, or it is on and they are bfloat16.
     """
+    return _launch("lowrank_linear", x, down, up, bias)
+
+
+def lowrank_residual_linear(
+    x: Tensor,  # [..., K]
+    down: Tensor,  # [R, K]
+    up: Tensor,  # [N, R]
+    bias: Tensor | None = None,  # [N]
+    residual_down: Tensor | None = None,  # [Q, K]
+    residual_up: Tensor | None = None,  # [N, Q]
+    crow: Tensor | None = None,  # [N / b + 1]
+    col: Tensor | None = None,  # [nnz]
+    values: Tensor | None = None,  # [nnz, b, b]
+) -> Tensor:  # [..., N]
+    """Triton's ``lowrank_residual_linear``; the arguments have passed the checks of the operator.
+
+    Raises:
+        RuntimeError: the tensors are not on CUDA and the interpreter is off, or it is on and they are bfloat16.
+    """
+    return _launch("lowrank_residual_linear", x, down, up, bias, residual_down, residual_up, crow, col, values)
+
+
+def _launch(
+    op: str,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    residual_down: Tensor | None = None,
+    residual_up: Tensor | None = None,
+    crow: Tensor | None = None,
+    col: Tensor | None = None,
+    values: Tensor | None = None,
+) -> Tensor:
     (r, k), n = down.shape, up.shape[0]
+    q = 0 if residual_down is None else residual_down.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
     m = y.numel() // n
-    with launch_guard("lowrank_linear", x):
+    with launch_guard(op, x):
         if m == 0:
             return y
         rows = x.reshape(m, k)
-        down_config, up_config = lowrank_config(x.dtype, m, k, n, r)
-        factor_strides = (*rows.stride(), *down.stride())
+        down_config, up_config = lowrank_config(x.dtype, m, k, n, r + q)
         hidden = None
         if down_config is not None:
-            hidden = x.new_empty((m, r), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            lowrank_down_kernel[(triton.cdiv(m, down_config.BM) * triton.cdiv(r, down_config.BR),)](
-                hidden, rows, down, m, r, k, *factor_strides,
-                BM=down_config.BM, BR=down_config.BR, BK=down_config.BK,
-                num_warps=down_config.num_warps, num_stages=down_config.num_stages,
-            )  # fmt: skip
+            hidden = x.new_empty((m, r + q), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            for factor, part in ((down, hidden[:, :r]), (residual_down, hidden[:, r:])):
+                if factor is not None:
+                    _launch_down(part, rows, factor, down_config)
         lowrank_up_kernel[(triton.cdiv(m, up_config.BM) * triton.cdiv(n, up_config.BN),)](
-            y, rows, down, hidden, up, bias, m, n, r, k, *factor_strides, *up.stride(),
-            0 if bias is None else bias.stride(0), FUSED=hidden is None, HAS_BIAS=bias is not None,
+            y, rows, down, hidden, up, bias, residual_down, residual_up, crow, col, values, m, n, r, q, k,
+            *rows.stride(), *down.stride(), *up.stride(), 0 if bias is None else bias.stride(0),
+            *((0, 0, 0, 0) if residual_down is None else (*residual_down.stride(), *residual_up.stride())),
+            FUSED=hidden is None, HAS_BIAS=bias is not None, HAS_BRANCH=residual_down is not None,
+            b=0 if values is None else values.shape[-1],
             BM=up_config.BM, BN=up_config.BN, BR=up_config.BR, BK=up_config.BK,
             num_warps=up_config.num_warps, num_stages=up_config.num_stages,
         )  # fmt: skip
     return y
+
+
+def _launch_down(hidden: Tensor, x: Tensor, down: Tensor, config: LowRankConfig) -> None:
+    """Hidden [M, R] = x @ down^T."""
+    m, r = hidden.shape
+    lowrank_down_kernel[(triton.cdiv(m, config.BM) * triton.cdiv(r, config.BR),)](
+        hidden, x, down, m, r, x.shape[1], *x.stride(), *down.stride(), hidden.stride(0),
+        BM=config.BM, BR=config.BR, BK=config.BK, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -77,7 +77,7 @@ def test_an_operator_that_an_implementation_lacks_keeps_its_default(monkeypatch)
 
 def test_an_operator_that_the_extension_lacks_is_served_by_the_reference(monkeypatch):
     monkeypatch.setattr(_register, "COMPILED_OPERATORS", ("gram_accumulate_",))
-    assert backend.available("cpu", "lowrank_linear") == ("reference", "triton")
+    assert backend.available("cpu", "lowrank_linear") == ("reference", "triton", "composite")
     with backend.use("cpu-portable"):
         explanation = backend.explain("lowrank_linear", X, DOWN, UP)
     assert explanation.chosen == "reference"

@@ -174,7 +174,7 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.operators(without=("triton", "reference"))
+@pytest.mark.operators(without=("triton", "composite", "reference"))
 def test_nothing_outside_the_operands_is_written_or_used(implementation, op, dtype, threads, allocations):
     torch.manual_seed(0)
     for first, arguments in calls(op):

@@ -42,7 +42,7 @@ def test_every_compiled_implementation_of_this_machine_is_tested():
     assert mixrank_kernels.HAS_EXTENSION, "build the extension first: make test does it"
     isas = {f"cpu-{isa}" for isa in backend.isas()}
     for op in (LINEAR, GRAM):
-        assert isas | {"cpu", "triton", "reference"} == set(backend.available("cpu", op))
+        assert isas | {"cpu", "triton", "composite", "reference"} == set(backend.available("cpu", op))
     assert "portable" in backend.isas()
 
 
@@ -115,10 +115,11 @@ def parts_that_leave_one(dtype: torch.dtype, large: float) -> dict[str, dict[str
 def test_nothing_is_rounded_before_the_end(implementation, op, dtype, computes):
     """``large + 1`` is no number of this dtype: a part that is rounded on the way gives 0 or 2 in place of 1.
 
-    With vdpbf16ps the intermediates are rounded, once and to nearest even, and nothing else is.
+    With vdpbf16ps the intermediates are rounded, once and to nearest even, and nothing else is. So they are by
+    libraries, which a block-sparse residual does not go to.
     """
     computes(implementation, dtype)
-    rounds = implementation == "cpu-avx512bf16" and dtype == torch.bfloat16
+    rounding = {"cpu-avx512bf16", "composite"} if dtype == torch.bfloat16 else set()
     large = 2 / torch.finfo(dtype).eps
     for name, arguments in parts_that_leave_one(dtype, large).items():
         if op == RESIDUAL or set(arguments) <= {"down", "up", "bias"}:
@@ -126,6 +127,7 @@ def test_nothing_is_rounded_before_the_end(implementation, op, dtype, computes):
                 x = torch.zeros(rows, 16, dtype=dtype)
                 x[:, 0], x[:, 1] = large, 1
                 y = getattr(ops, op)(x, **arguments)
+                rounds = implementation in rounding and not (implementation == "composite" and "values" in arguments)
                 expected = with_rounded_intermediates(x, **arguments) if rounds else torch.ones(rows, 16, dtype=dtype)
                 assert torch.equal(y, expected), name
 

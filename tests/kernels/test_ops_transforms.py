@@ -150,9 +150,13 @@ def test_autocast_leaves_fp64_alone(implementation, op):
         assert getattr(ops, op)(**full_arguments(op, torch.float64)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("master", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.operators(GRAM, CROSS)
-def test_autocast_leaves_statistics_alone(implementation, op):
+def test_autocast_leaves_statistics_alone(implementation, op, master):
     arguments = full_arguments(op)
+    for name in ("gram", "cross", "column_sum"):
+        if arguments.get(name) is not None:
+            arguments[name] = arguments[name].to(master)
     expected = list(testing.run(getattr(ops, op), arguments))
     with torch.autocast("cpu", torch.bfloat16):
         actual = list(testing.run(getattr(ops, op), arguments))

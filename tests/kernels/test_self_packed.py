@@ -29,7 +29,7 @@ def with_gradients(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.operators("lowrank_linear", without=("triton", "reference"))
+@pytest.mark.operators("lowrank_linear", without=("triton", "composite", "reference"))
 def test_self_packed_is_the_same_operator(implementation, dtype):
     arguments = linear_arguments(dtype)
     for _ in range(2):

@@ -92,6 +92,50 @@ def test_lowrank_linear_is_exact_on_integers(monkeypatch, form, m, k, n, r, dtyp
     assert torch.equal(triton.lowrank_linear(x, down, up, bias), reference.lowrank_linear(x, down, up, bias))
 
 
+def block_sparse(n: int, k: int, b: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Crow, col and values of integers: rows of blocks without any, with many, and with two at one place."""
+    counts = torch.randint(0, 4, (n // b,))
+    counts[0] = 0
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(DEVICE)
+    nnz = int(counts.sum())
+    return crow, torch.randint(k // b, (nnz,)).to(DEVICE), integers(nnz, b, b, dtype=dtype, bound=1)
+
+
+# M, K, N, R, Q, b: tiles of one and of many rows of blocks, which the last tile is not full of.
+RESIDUAL_SHAPES = [(1, 32, 32, 5, 3, 16), (63, 128, 96, 5, 70, 32), (65, 64, 160, 33, 1, 16), (17, 96, 224, 8, 8, 32)]
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize(("m", "k", "n", "r", "q", "b"), RESIDUAL_SHAPES)
+@pytest.mark.parametrize("parts", ["branch", "blocks", "both"])
+@pytest.mark.parametrize("recomputed", [configs.FUSED_RECOMPUTED_MACS, -1], ids=["one-launch", "two-launches"])
+def test_residuals_are_exact_on_integers(monkeypatch, recomputed, parts, m, k, n, r, q, b, dtype):
+    monkeypatch.setattr(configs, "FUSED_RECOMPUTED_MACS", recomputed)
+    x, down, up = (integers(*shape, dtype=dtype, bound=1) for shape in ((m, k), (r, k), (n, r)))
+    branch = blocks = {}
+    if parts != "blocks":
+        branch = {"residual_down": integers(q, k, dtype=dtype, bound=1)}
+        branch["residual_up"] = integers(n, q, dtype=dtype, bound=1)
+    if parts != "branch":
+        blocks = dict(zip(("crow", "col", "values"), block_sparse(n, k, b, dtype), strict=True))
+    bias = integers(n, dtype=dtype)
+    actual = triton.lowrank_residual_linear(x, down, up, bias, **branch, **blocks)
+    assert torch.equal(actual, reference.lowrank_residual_linear(x, down, up, bias, **branch, **blocks))
+
+
+@needs_device
+@pytest.mark.parametrize("layout", [testing.every_other_row, testing.transposed, testing.slice_of_wider])
+def test_residuals_read_any_strides(layout):
+    shapes = {"x": (20, 32), "down": (9, 32), "up": (48, 9), "residual_down": (5, 32), "residual_up": (48, 5)}
+    operands = {name: integers(*shape, dtype=torch.float16, bound=1) for name, shape in shapes.items()}
+    blocks = dict(zip(("crow", "col", "values"), block_sparse(48, 32, 16, torch.float16), strict=True))
+    blocks |= {name: blocks[name].int() for name in ("crow", "col")}
+    expected = reference.lowrank_residual_linear(**operands, **blocks)
+    views = {name: layout(operand) for name, operand in operands.items()}
+    assert torch.equal(triton.lowrank_residual_linear(**views, **blocks), expected)
+
+
 @needs_device
 @pytest.mark.parametrize("layout", [testing.every_other_row, testing.transposed, testing.slice_of_wider])
 def test_lowrank_linear_reads_any_strides(layout):
@@ -180,6 +224,22 @@ def test_gram_reads_any_strides(layout, batched):
 
 
 @needs_device
+@pytest.mark.parametrize("master", [torch.float64, torch.float32], ids=identify)
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 127, 31), (127, 61, 130), (63, 64, 65), (700, 20, 12)])
+def test_cross_gram_is_exact_on_integers(m, k, n, dtype, master):
+    x, z = integers(m, k, dtype=dtype), integers(m, n, dtype=dtype)
+    cross = integers(k, n, dtype=master)
+    expected = cross.clone()
+    reference.cross_gram_accumulate_(expected, x, z)
+    triton.cross_gram_accumulate_(cross, x, z)
+    assert torch.equal(cross, expected)
+    triton.cross_gram_accumulate_(cross, testing.every_other_row(x), testing.slice_of_wider(z))
+    reference.cross_gram_accumulate_(expected, x, z)
+    assert torch.equal(cross, expected)
+
+
+@needs_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_gram_is_exactly_symmetric_and_repeatable(dtype, weighted):
@@ -222,14 +282,16 @@ def test_kernels_compile_ahead_of_time_for_sm_80_and_sm_90(tmp_path):
         r"^(lowrank-(fused|fused-rows16|up)-bf16-contiguous-bias|lowrank-(down|up)-(fp16|fp32)-contiguous"
         r"|lowrank-fused-fp16-transposed|gram-(narrow|wide)-bf16-contiguous-sum|gram-weighted-(bf16|fp16)-odd-weight-sum"
         r"|gram-any-fp32-contiguous|gram-reduce-wide-bf16-fp64-contiguous-sum"
-        r"|lowrank-(fused|down|up)-fp16-unit|gram-narrow-fp16-unit-sum|gram-reduce-narrow-fp16-fp64-unit-sum)$"
+        r"|lowrank-(fused|down|up)-fp16-unit|gram-narrow-fp16-unit-sum|gram-reduce-narrow-fp16-fp64-unit-sum"
+        r"|residual-(fused|up)-bf16-contiguous-branch|residual-(fused|up)-fp16-contiguous-(blocks16|branch-blocks32)"
+        r"|gram-wide-bf16-contiguous-cross|gram-reduce-wide-bf16-fp64-contiguous-cross)$"
     )
     result = compiled_process(
         "-m", "mixrank_kernels.triton.aot", "--select", select, "--out", str(tmp_path), "--json", str(tmp_path / "json")
     )
     assert result.returncode == 0, result.stdout + result.stderr
     records = json.loads((tmp_path / "json").read_text())
-    assert len(records) == 2 * 19
+    assert len(records) == 2 * 27
     for record in records:
         cubin = tmp_path / f"{record['name']}.{record['architecture']}.cubin"
         assert cubin.read_bytes()[:4] == b"\x7fELF"
