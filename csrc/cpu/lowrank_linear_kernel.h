@@ -1,12 +1,13 @@
 // The implementation of lowrank_linear.h for one instruction set.
 //
-// A row panel (a few row blocks of kRows rows) goes through everything at once: its rows of x are packed, multiplied
-// by all panels of down into the intermediate, which stays in L2, and this by all panels of up; the blocks of S read
-// the same packed rows and add to the same tile before it is rounded into y. A second low-rank term is part of the
-// packed factors, as further rows of down and columns of up.
+// A row panel (a few row blocks of at most kRows rows) goes through everything at once: its rows of x, packed unless
+// they can be read where they are, are multiplied by all panels of down into the intermediate, which stays in L2, and
+// this by all panels of up; the blocks of S read the same rows, always packed, and add to the same tile before it is
+// rounded into y. A second low-rank term is part of the packed factors, as further rows of down and columns of up.
 #pragma once
 
 #include "cpu/lowrank_linear.h"
+#include "cpu/packed_factors.h"
 
 namespace mixrank {
 namespace {
@@ -18,8 +19,7 @@ constexpr int64_t kPanelBytes = 448 << 10;
 constexpr int64_t kPanelBlocks = 8;
 // Rows at a multiple of this distance share the sets of an L1 cache.
 constexpr int64_t kPageBytes = 4096;
-// What is worth a thread of its own: multiply-adds, or for few rows of x the bytes of weights.
-constexpr int64_t kWorkPerThread = 1 << 18;
+// Bytes of weights that are worth a thread of their own where rows of x are few.
 constexpr int64_t kWeightsPerThread = 96 << 10;
 // Numbers of threads that divide rows evenly: the blocks of enough rows are a multiple of it.
 constexpr int64_t kEvenThreads = 4;
@@ -27,61 +27,6 @@ constexpr int64_t kEvenRows = 32;
 
 // An input or output beyond this comes from memory; a smaller one is still in the caches.
 constexpr int64_t kLarge = 1 << 20;
-
-// Where the parts of packed factors lie, and how they are made. S is the arithmetic of both products.
-template <class S, class T>
-struct PackedFactors {
-  using W = Stored<S, T>;
-  static constexpr int64_t kCols = kTileCols<S>;
-
-  const LowrankLinearParams& p;
-  const int64_t K = p.x.cols, N = p.up[0].rows, R = p.down[0].rows + p.down[1].rows;  // R with Q
-  const int64_t k_units = ceil_div(K, S::kPack), r_units = ceil_div(R, S::kPack);
-  const int64_t down_panels = ceil_div(R, kCols), up_panels = ceil_div(N, kCols);
-  const int64_t block_width = min_of(p.blocks.size, kCols);  // columns of a panel of one block
-  const int64_t block_units = p.blocks.size / S::kPack;
-
-  Arena arena{sizeof(PackedHeader)};
-  const int64_t down_at = arena.reserve<W>(down_panels * k_units * kCols);  // [down_panels][k_units][kCols]
-  const int64_t up_at = arena.reserve<W>(up_panels * r_units * kCols);      // [up_panels][r_units][kCols]
-  // [blocks.count][b / block_width][block_units][block_width]
-  const int64_t values_at = arena.reserve<W>(p.blocks.count * p.blocks.size * block_units);
-  const int64_t bytes = arena.bytes;
-
-  PackedHeader header() const {
-    PackedHeader header{{},       kIsa, p.dtype, K, N, p.down[0].rows, p.down[1].rows, p.blocks.size, p.blocks.count,
-                        p.sample, {}};
-    memcpy(header.magic, kPackedMagic, sizeof(header.magic));
-    return header;
-  }
-
-  void pack(void* base) const {
-    *static_cast<PackedHeader*>(base) = header();
-    const int64_t panels = down_panels + up_panels, all = panels + p.blocks.count;
-    const int64_t grain = max_of(1, min_of(all, all * kWorkPerThread / (32 * R * (K + N))));
-    parallel(all, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        if (j < down_panels) {
-          pack_panel<S, T>({p.down, true}, j * kCols, at_offset<W>(base, down_at) + j * k_units * kCols);
-        } else if (j < panels) {
-          const int64_t panel = j - down_panels;
-          pack_panel<S, T>({p.up, false}, panel * kCols, at_offset<W>(base, up_at) + panel * r_units * kCols);
-        } else {
-          pack_block(j - panels, base);
-        }
-      }
-    });
-  }
-
-  void pack_block(int64_t index, void* base) const {
-    const int64_t b = p.blocks.size;
-    const T* block = static_cast<const T*>(p.blocks.values) + index * b * b;
-    W* dst = at_offset<W>(base, values_at) + index * b * block_units;
-    for (int64_t n = 0; n < b; n += block_width) {
-      transpose_units<S>(block + n * b, b, b, block_width, dst + n * block_units);
-    }
-  }
-};
 
 // S is the arithmetic of both products, T the element type of the tensors. What all threads read has cache lines of its
 // own, away from what the first of them writes to its stack.
@@ -218,24 +163,8 @@ struct alignas(kLine) LowrankLinear {
     for (int64_t row = 0; row < rows; ++row) units[row * kRowStride<S>] &= 0xffff;
   }
 
-  // Fetches rows of x into the L2 cache, some lines of them with each tile, so that packing them later does not wait.
-  struct RowsAhead {
-    const MatrixView& x;
-    int64_t row, end;
-    int64_t share;  // cache lines at a time
-    int64_t column = 0;
-
-    void fetch() {
-      for (int64_t n = 0; n < share && row < end; ++n) {
-        __builtin_prefetch(row_of<T>(x, row) + column, 0, 2);
-        column += kLine / sizeof(T);
-        if (column >= x.cols) column = 0, ++row;
-      }
-    }
-  };
-
   // Row blocks [begin, end) for `tiles` tiles of other work.
-  RowsAhead rows_ahead(int64_t begin, int64_t end, int64_t tiles) const {
+  RowsAhead<T> rows_ahead(int64_t begin, int64_t end, int64_t tiles) const {
     const int64_t lines = ceil_div(K * static_cast<int64_t>(sizeof(T)), kLine);
     const bool pays = !x_as_it_is && p.x.col_stride == 1 && M * K * static_cast<int64_t>(sizeof(T)) > kLarge;
     const int64_t row = begin * block_rows, last = pays ? min_of(M, end * block_rows) : row;
@@ -243,7 +172,8 @@ struct alignas(kLine) LowrankLinear {
   }
 
   // Row blocks [begin, end) by columns of y, panels [first, last) of up.
-  void multiply_up(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel, RowsAhead ahead) const {
+  void multiply_up(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel,
+                   RowsAhead<T> ahead) const {
     const W* up = at_offset<W>(weights, packed.up_at);
     const bool large = M * N * static_cast<int64_t>(sizeof(T)) > kLarge;
     alignas(64) Acc sum[kRows * kCols];

@@ -59,6 +59,23 @@ inline void pack_rows(const MatrixView& x, int64_t row, int64_t rows, typename S
   }
 }
 
+// Fetches rows of x into the L2 cache, some lines of them with each tile, so that packing them later does not wait.
+template <class T>
+struct RowsAhead {
+  const MatrixView& x;
+  int64_t row, end;
+  int64_t share;  // cache lines at a time
+  int64_t column = 0;
+
+  void fetch() {
+    for (int64_t n = 0; n < share && row < end; ++n) {
+      __builtin_prefetch(row_of<T>(x, row) + column, 0, 2);
+      column += kLine / sizeof(T);
+      if (column >= x.cols) column = 0, ++row;
+    }
+  }
+};
+
 // What the right operand of a product is stored in: 16-bit weights stay as they are where widening is one instruction.
 template <class S, class T, bool kSixteenBit = sizeof(T) == 2 && S::kPack == 1 && S::kWidensFast>
 struct StoredAs {
