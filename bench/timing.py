@@ -10,7 +10,7 @@ from typing import TypeVar
 
 SETTLE_SECONDS = 0.002
 SETTLE_THREADS_SECONDS = 0.02
-"""ONNX Runtime's threads spin for about 10 ms after a call, on the processors that the next variant needs."""
+"""ONNX Runtime's threads spin for a while after a call, on the processors that the next variant needs."""
 FEWEST_ROUNDS = 3
 
 Name = TypeVar("Name")
