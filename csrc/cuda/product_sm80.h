@@ -1,0 +1,173 @@
+// c = a b^T + ... by mma.sync and cp.async, for every architecture from sm_80 on: see ProductParams.
+//
+// A block computes a tile of kRows x kCols with all its terms in one sum: the terms' depths follow each other as chunks of
+// kDepth elements (128 bytes), each of which two tiles of shared memory hold; kStages chunks are there or on their way.
+// Any shape, any row stride, any alignment of elements.
+#pragma once
+
+#include "cuda/operands.h"
+#include "cuda/params.h"
+#include "cuda/schedule.h"
+#include "cuda/sparse.h"
+
+namespace mixrank {
+
+// The chunk at `index` of the terms of one output: which term, and where in its depth.
+struct Chunk {
+  int term;
+  int depth;
+};
+
+MIXRANK_HOST_DEVICE Chunk chunk_at(const ProductParams& params, int output, int index, int depth_step) {
+  const int first = static_cast<int>(ceil_div(params.terms[0].depth, depth_step));
+  const bool second = params.output_count == 1 && index >= first;
+  return {output + (second ? 1 : 0), (second ? index - first : index) * depth_step};
+}
+
+MIXRANK_HOST_DEVICE int chunk_count(const ProductParams& params, int output, int depth_step) {
+  int count = 0;
+  for (int i = 0; i < params.term_count; ++i) {
+    count += static_cast<int>(ceil_div(params.terms[output + i].depth, depth_step));
+  }
+  return count;
+}
+
+// The tiles of both outputs side by side, and where the one of `index` is: which output, and its row and column of tiles.
+struct OutputTile {
+  int output;
+  Tile tile;
+};
+
+MIXRANK_HOST_DEVICE int tile_columns(const ProductParams& params, int cols) {
+  const int first = static_cast<int>(ceil_div(params.outputs[0].N, cols));
+  return params.output_count == 2 ? first + static_cast<int>(ceil_div(params.outputs[1].N, cols)) : first;
+}
+
+MIXRANK_HOST_DEVICE OutputTile output_tile(const ProductParams& params, int64_t index, int cols) {
+  Tile tile = rectangle_tile(index, tile_columns(params, cols));
+  const int first = static_cast<int>(ceil_div(params.outputs[0].N, cols));
+  if (tile.col < first) return {0, tile};
+  tile.col -= first;
+  return {1, tile};
+}
+
+// Tiles of Rows x Cols, divided among WarpRows x WarpCols warps.
+template <class OperandType, int Rows, int Cols, int WarpRows, int WarpCols, int Stages>
+struct ProductSm80 {
+  using Params = ProductParams;
+  using Operand = OperandType;
+  using Element = typename Operand::Element;
+
+  static constexpr int kRows = Rows, kCols = Cols, kStages = Stages;
+  static constexpr int kDepth = Operand::kDepth;
+  static constexpr int kArchitecture = 80;
+  static constexpr int kThreads = WarpRows * WarpCols * 32;
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kStageBytes = (Rows + Cols) * kBoxRowBytes;
+  static constexpr int kSharedBytes = Stages * kStageBytes;
+  static constexpr int kRowTiles = Rows / WarpRows / 16, kColTiles = Cols / WarpCols / 8;
+  static_assert(Rows % (WarpRows * 16) == 0 && Cols % (WarpCols * 16) == 0);
+  static_assert((Rows + Cols) * 8 % kThreads == 0);
+
+  static MIXRANK_DEVICE void copy_tile(char* to, const void* from, int64_t stride, int64_t first_row, int64_t rows,
+                                       int first, int depth, int access, int count) {
+    constexpr int kSize = sizeof(Element);
+    for (int i = static_cast<int>(threadIdx.x); i < count * 8; i += kThreads) {
+      const int row = i / 8, unit = i % 8, at = first + unit * (16 / kSize);
+      const bool inside = first_row + row < rows && at < depth;
+      const int64_t offset = inside ? (first_row + row) * stride + at : 0;
+      copy_unit(to + box_offset(row, unit * 8), static_cast<const char*>(from) + offset * kSize,
+                inside ? (depth - at < 16 ? (depth - at) * kSize : 16) : 0, access);
+    }
+  }
+
+  static MIXRANK_DEVICE void copy_chunk(const Params& params, const OutputTile& where, int index, char* stage) {
+    const Chunk chunk = chunk_at(params, where.output, index, kDepth);
+    const Term& term = params.terms[chunk.term];
+    copy_tile(stage, term.a, term.a_stride, static_cast<int64_t>(where.tile.row) * Rows, params.M, chunk.depth,
+              term.depth, term.a_access, Rows);
+    copy_tile(stage + Rows * kBoxRowBytes, term.b, term.b_stride, static_cast<int64_t>(where.tile.col) * Cols,
+              params.outputs[where.output].N, chunk.depth, term.depth, term.b_access, Cols);
+  }
+
+  static MIXRANK_DEVICE void multiply_chunk(float (&sum)[kRowTiles][kColTiles][4], const char* stage, int row, int col,
+                                            int lane) {
+    constexpr int kTerms = Operand::kTerms;
+#pragma unroll
+    for (int step = 0; step < kDepth / 16; ++step) {
+      uint32_t a[kRowTiles][kTerms][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) load_left<Operand>(a[i], stage, row + i * 16, step, lane);
+#pragma unroll
+      for (int j = 0; j < kColTiles; j += 2) {
+        uint32_t b[2][kTerms][2];
+        load_right<Operand>(b, stage + Rows * kBoxRowBytes, col + j * 8, step, lane);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          multiply_terms<Operand>(sum[i][j], a[i], b[0]);
+          multiply_terms<Operand>(sum[i][j + 1], a[i], b[1]);
+        }
+      }
+    }
+  }
+
+  static MIXRANK_DEVICE void store(const Params& params, const OutputTile& where, const float (&sum)[4], int64_t row,
+                                   int col, int lane) {
+    const Params::Output& output = params.outputs[where.output];
+    const auto* bias = static_cast<const Element*>(params.bias);
+    const int n = col + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t m = row + half * 8 + lane / 4;
+      if (m >= params.M) continue;
+      Element* c = static_cast<Element*>(output.c) + m * output.stride + n;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (n + i >= output.N) continue;
+        const float value = sum[half * 2 + i] + (bias != nullptr ? Operand::widen(bias[n + i]) : 0.0f);
+        if constexpr (sizeof(Element) == 2) {
+          c[i] = Operand::narrow(value);
+        } else {
+          c[i] = value;
+        }
+      }
+    }
+  }
+
+  static MIXRANK_DEVICE void run(const Params& params) {
+    char* memory = shared_memory();
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int row = warp / WarpCols * (kRowTiles * 16), col = warp % WarpCols * (kColTiles * 8);
+    const OutputTile where = output_tile(params, blockIdx.x, Cols);
+    const int chunks = chunk_count(params, where.output, kDepth);
+
+    float sum[kRowTiles][kColTiles][4] = {};
+#pragma unroll
+    for (int i = 0; i < Stages - 1; ++i) {
+      if (i < chunks) copy_chunk(params, where, i, memory + i * kStageBytes);
+      copy_commit();
+    }
+    for (int i = 0; i < chunks; ++i) {
+      copy_wait<Stages - 2>();
+      __syncthreads();  // the chunk is there for all, and all have read the one whose place the next takes
+      const int next = i + Stages - 1;
+      if (next < chunks) copy_chunk(params, where, next, memory + next % Stages * kStageBytes);
+      copy_commit();
+      multiply_chunk(sum, memory + i % Stages * kStageBytes, row, col, lane);
+    }
+    copy_wait<0>();
+
+    const int64_t first_row = static_cast<int64_t>(where.tile.row) * Rows + row;
+    const int first_col = where.tile.col * Cols + col;
+    if (params.sparse.size != 0) {
+      add_sparse<Operand>(sum, params.sparse, first_row, first_col, params.M, params.outputs[0].N, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColTiles; ++j) store(params, where, sum[i][j], first_row + i * 16, first_col + j * 8, lane);
+    }
+  }
+};
+
+}  // namespace mixrank
