@@ -6,12 +6,12 @@ The names of the implementations:
     C++ on the CPU with the best instruction set of this machine; ``cpu-avx512bf16``, ``cpu-avx512``, ``cpu-avx2``
     and ``cpu-portable`` force one of them.
 ``cuda``
-    CUDA C++ kernels on CUDA tensors; a call that they do not serve (float64, for one) is served by what is chosen for it.
+    CUDA C++ kernels on CUDA tensors; what they do not serve (float64, for one) is served by what is chosen for it.
 ``triton``
     Triton kernels on CUDA tensors, or on CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``).
 ``composite``
-    Calls of the vendor's libraries, everywhere. CUDA tensors are served by this, by ``triton`` or by ``cuda``, as a committed table
-    of measurements says for each operator, dtype and size (:mod:`mixrank_kernels.choice`).
+    Calls of the vendor's libraries, everywhere. CUDA tensors are served by this, by ``triton`` or by ``cuda``, as a
+    committed table of measurements says for each operator, dtype and size (:mod:`mixrank_kernels.choice`).
 ``reference``
     Plain PyTorch, everywhere.
 """

@@ -1,9 +1,9 @@
 """CUDA C++ implementations of the operators: bf16, fp16 (Gram matrices only) and fp32 tensors on a CUDA device.
 
-fp32 values are multiplied in terms of bf16 whose sum they are: in three (all 24 bits) where PyTorch computes fp32 products
-in full precision, in two (16 bits) where it has been told that less will do, by
-``torch.set_float32_matmul_precision("high")`` or the like. Sums are fp32 always. Importing this module loads nothing; the
-extension ``mixrank_kernels._cuda`` is loaded at the first question. Alphabet as in :mod:`mixrank_kernels.ops`.
+fp32 values are multiplied in terms of bf16 whose sum they are: in three (all 24 bits) where PyTorch computes fp32
+products in full precision, in two (16 bits) where it has been told that less will do, by
+``torch.set_float32_matmul_precision("high")`` or the like. Sums are fp32 always. Importing this module loads nothing;
+the extension ``mixrank_kernels._cuda`` is loaded at the first question. Alphabet as in :mod:`mixrank_kernels.ops`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def lowrank_residual_linear(
     values: Tensor | None = None,  # [nnz, b, b]
     packed: Tensor | None = None,  # [bytes], the layout of the CPU kernels: of no use here
 ) -> Tensor:  # [..., N]
-    """The same two launches, with every residual in the sum of the second; the arguments are checked, and not refused."""
+    """The same two launches, every residual in the sum of the second; the arguments are checked, and not refused."""
     shape = (*x.shape[:-1], up.shape[0])
     rows = _rows(x.reshape(-1, x.shape[-1]))
     if rows.shape[0] == 0:

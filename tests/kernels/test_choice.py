@@ -77,7 +77,7 @@ def fake_cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 @pytest.fixture
 def fake_device(monkeypatch):
-    """CUDA tensors without memory, on a device of compute capability 9.0, and the CUDA kernels as if they were built."""
+    """CUDA tensors without memory, a device of compute capability 9.0, and the CUDA kernels as if they were built."""
     monkeypatch.setattr(cuda, "obstacle", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with FakeTensorMode():
