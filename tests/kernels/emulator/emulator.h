@@ -5,7 +5,7 @@
 // which thread goes on: mostly one warp runs as far ahead as it can, so that a missing barrier shows.
 //
 // Asynchronous instructions take effect at once or, with `late`, as late as they may: copy_async when its thread waits for
-// the group; a box when every thread waits, or at a random switch, in any order; wgmma reads its operands when the first
+// the group; a box when every thread waits or, with two of three seeds, at a random switch, in any order; wgmma reads its operands when the first
 // warp waits for the group, and leaves NaN in each thread's sums until its own warp has waited; store_box reads at
 // store_wait and writes when the block ends; a launch that the next one overlaps runs when every thread of that one waits.
 // A correct kernel gives the same result either way and with every seed.

@@ -95,7 +95,8 @@ Machine::Machine(const Launch& launch, const Options& options, int depth)
       random(options.seed),
       previous_ran(launch.previous == nullptr),
       shared(pool(depth).shared),
-      depth_(depth) {
+      depth_(depth),
+      landing_(options.seed % 3 == 0 ? 0 : options.seed % 3 == 1 ? 16 : 256) {
   const auto [x, y, z] = launch.grid;
   if (x < 1 || x > 0x7fffffffu || y < 1 || y > 65535 || z < 1 || z > 65535) {
     fail("the grid was " + std::to_string(x) + " x " + std::to_string(y) + " x " + std::to_string(z) +
@@ -250,7 +251,7 @@ void Machine::run_block() {
       if (error) std::rethrow_exception(error);
       left -= next->ended;
     }
-    if (!loads.empty() && (next == nullptr || random() % 256 == 0)) {
+    if (!loads.empty() && (next == nullptr || (landing_ != 0 && random() % landing_ == 0))) {
       std::swap(loads[random() % loads.size()], loads.back());
       const Box box = loads.back();
       loads.pop_back();

@@ -155,6 +155,7 @@ class Machine {
   std::string where() const;
 
   const int depth_;
+  const int landing_;  // a box lands at one in so many switches, or at 0 when every thread waits
   uint3 block_{};
   std::vector<int> order_;  // of the warps, the first that can go on does
 };
