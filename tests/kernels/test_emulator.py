@@ -18,7 +18,7 @@ BOX = 64
 
 @pytest.fixture(scope="module")
 def run():
-    """Call a kernel of primitives.cpp: arrays by their address, floats as fp32, bools as bool, other numbers as int64."""
+    """Calls one of primitives.cpp: arrays by their address, floats as fp32, bools as bool, other numbers as int64."""
     library = emulator.build([emulator.SOURCES / "primitives.cpp"], "primitives")
 
     def call(name: str, *arguments, order=(False, 0)) -> None:
@@ -66,8 +66,8 @@ def test_matrices_are_loaded_and_multiplied(run, transposed, bf16, order):
     b = np.arange(-128, 128).reshape(16, 16)[::-1]
     out = np.full((16, 16), np.nan, np.float32)
     stored_a, stored_b = (a.T, b) if transposed else (a, b.T)
-    run("run_multiply", *(bits(np.ascontiguousarray(m), bf16) for m in (stored_a, stored_b)), out, transposed, bf16,
-        order=order)  # fmt: skip
+    operands = [bits(np.ascontiguousarray(stored), bf16) for stored in (stored_a, stored_b)]
+    run("run_multiply", *operands, out, transposed, bf16, order=order)
     assert np.array_equal(out, a @ b)
 
 
@@ -237,7 +237,7 @@ def test_warpgroups_multiply_boxes(run, n, across, bf16, order):
 
 
 def test_faults_of_warpgroup_products_show(run):
-    no_wait, early_read, no_fence, no_async_fence = 1, 2, 3, 4
+    no_wait, early_read, no_fence, no_async_fence, too_few_waited, different_operands = range(1, 7)
     for late in (False, True):
         with pytest.raises(RuntimeError, match="ended without group_wait"):
             group(run, 64, False, True, 1, no_wait, (late, 0))
@@ -245,12 +245,16 @@ def test_faults_of_warpgroup_products_show(run):
             group(run, 64, False, True, 1, no_fence, (late, 0))
         out, expected = group(run, 64, False, True, 1, no_async_fence, (late, 0))
         assert np.array_equal(out, expected), "plain stores are not seen without the fence"
+        with pytest.raises(RuntimeError, match="gave wgmma different operands"):
+            group(run, 64, False, True, 1, different_operands, (late, 0))
+        out, expected = group(run, 64, True, True, 3, too_few_waited, (late, 0))
+        assert np.array_equal(out, expected) != late, "operands are read as late as the wait allows"
     early, _ = group(run, 64, False, True, 1, early_read, (True, 0))
     assert np.isnan(early).sum() == 128
 
 
 MISTAKES = {
-    1: r"deadlock\. 32 threads wait in __syncthreads for 64 threads on barrier 0\. 32 threads have ended\.",
+    1: r"deadlock\. 32 threads wait in __syncthreads for 128 threads on barrier 0\. 96 threads have ended\.",
     2: "load_matrices got byte 8 of shared memory, which must be a multiple of 16",
     3: "copy_async got byte 8 of shared memory, which must be a multiple of 16",
     4: "copy_async got a source that does not lie on a multiple of its 8 bytes",
@@ -259,6 +263,12 @@ MISTAKES = {
     7: "came to .* while other threads of its warp are in",
     8: "load_box got a barrier without barrier_init_fence",
     9: "the barrier at byte 0 was overwritten",
+    10: "a descriptor of wgmma begins at byte 128 of shared memory, inside the pattern of the swizzle",
+    11: "a descriptor of wgmma begins at byte 32 of shared memory, inside the pattern of the swizzle",
+    12: "wgmma read at byte 1024 of shared memory, which has 1024",
+    13: "a barrier of 1 arrivals got another one in the same phase",
+    14: "named_barrier of .* threads met one of",
+    15: "named_barrier was passed by a part of a warp",
 }
 
 
@@ -273,24 +283,32 @@ def test_mistakes_are_reported_and_leave_the_emulator_usable(run, wrong, late):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_an_overlapping_launch_sees_the_previous_one_after_its_wait(run, order):
-    between, out = np.full(64, -5, np.int32), np.zeros(64, np.int32)
+    between, out = np.full(12 * 64, -5, np.int32), np.zeros(12 * 64, np.int32)
     run("run_dependent", between, out, NONE, order=order)
-    assert np.array_equal(out, np.arange(64) + 1)
+    assert np.array_equal(out, np.arange(12 * 64) + 1)
 
 
 def test_an_overlapping_launch_that_does_not_wait_shows(run):
     no_wait, read_before = 1, 2
-    between, out = np.full(64, -5, np.int32), np.zeros(64, np.int32)
+    between, out = np.full(12 * 64, -5, np.int32), np.zeros(12 * 64, np.int32)
     run("run_dependent", between, out, read_before, order=(True, 0))
-    assert (out == -4).all()
+    assert (out == -4).sum() == 64, "the first block reads what was there before"
     with pytest.raises(RuntimeError, match="ended without previous_launch_wait"):
         run("run_dependent", between, out, no_wait, order=(True, 0))
 
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("base", 8), ("cols", 0), ("rows", 2**32 + 1), ("batches", 0), ("row_bytes", 24), ("batch_bytes", 2**40), ("box_rows", 257)],
-)  # fmt: skip
+    [
+        ("base", 8),
+        ("cols", 0),
+        ("rows", 2**32 + 1),
+        ("batches", 0),
+        ("row_bytes", 24),
+        ("batch_bytes", 2**40),
+        ("box_rows", 257),
+    ],
+)
 def test_tensor_maps_are_refused_as_the_driver_refuses_them(run, name, bad):
     good = {"base": 128, "cols": 5, "rows": 6, "batches": 2, "row_bytes": 32, "batch_bytes": 192, "box_rows": 64}
     emulator.call(run.library.check_map, *map(c_int64, good.values()))
@@ -316,4 +334,4 @@ def test_what_does_not_compile_is_shown(tmp_path):
     source = tmp_path / "wrong.cpp"
     source.write_text("int wrong() { return nothing_of_this_name; }\n")
     with pytest.raises(RuntimeError, match="nothing_of_this_name"):
-        emulator.compile_library([source], tmp_path / "wrong.so")
+        emulator.build([source], "wrong")

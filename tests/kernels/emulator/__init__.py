@@ -1,4 +1,4 @@
-"""Builds kernels for the emulator of the GPU's instructions, see emulator.h: C++ without CUDA, called through ctypes."""
+"""Builds kernels for the emulator of the GPU's instructions (see emulator.h): C++ without CUDA, called by ctypes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ RUNTIME = [SOURCES / name for name in ("machine.cpp", "copies.cpp", "matrix.cpp"
 
 
 def build(sources: Sequence[Path], name: str) -> ctypes.CDLL:
-    """The library of ``sources`` and the emulator, from ``build/emulator``; compiled when anything is newer than it.
+    """The library of ``sources`` and the emulator, from ``build/emulator``; compiled when a source has changed.
 
     Its C functions return a message (``const char*``, null when all is well), which ``call`` raises.
     """
     library = ROOT / "build" / "emulator" / f"{name}.so"
     inputs = [*sources, *SOURCES.glob("*"), *(ROOT / "csrc" / "cuda").glob("*"), *(ROOT / "csrc" / "cpu").glob("*.h")]
-    newest = max(path.stat().st_mtime for path in inputs if path.is_file())
-    if not library.is_file() or library.stat().st_mtime <= newest:
-        compile_library([*sources, *RUNTIME], library)
+    newest = max(path.stat().st_mtime_ns for path in inputs if path.is_file())
+    if not library.is_file() or library.stat().st_mtime_ns != newest:
+        compile_library([*sources, *RUNTIME], library, newest)
     return ctypes.CDLL(str(library))
 
 
-def compile_library(sources: Sequence[Path], library: Path) -> None:
+def compile_library(sources: Sequence[Path], library: Path, time: int) -> None:
+    """Compile ``sources``. The library gets ``time`` (ns), that of its newest input: a later change of one shows."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         raise RuntimeError("the emulator needs a C++ compiler, but there is no c++ on the PATH")
@@ -46,6 +47,7 @@ def compile_library(sources: Sequence[Path], library: Path) -> None:
         )
         if done.returncode != 0:
             raise RuntimeError(f"{library.stem} does not compile for the emulator:\n{done.stderr}")
+        os.utime(whole, ns=(time, time))
         os.replace(whole, library)
 
 

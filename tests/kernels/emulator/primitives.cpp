@@ -238,7 +238,7 @@ struct Pipeline {
   }
 };
 
-enum class GroupFault { kNone, kNoWait, kEarlyRead, kNoFence, kNoAsyncFence };
+enum class GroupFault { kNone, kNoWait, kEarlyRead, kNoFence, kNoAsyncFence, kTooFewWaited, kDifferentOperands };
 
 // out [64, N] = a b over `steps` of 64 terms, a and b as rows of terms or, AcrossRows, as terms of rows. The first step
 // adds to the sums `start`.
@@ -281,13 +281,21 @@ struct Group {
         __syncthreads();
       }
       if (p.fault != GroupFault::kNoFence) group_fence();
-      for (int i = 0; i < 4; ++i) multiply(sum, shared_address(shared), i);
-      group_commit();
+      for (int i = 0; i < 4; ++i) {
+        multiply(sum, shared_address(shared), p.fault == GroupFault::kDifferentOperands && t < 32 ? 0 : i);
+        if (i % 2 == 1) group_commit();
+        if (i == 2) group_wait<1>();
+      }
       if (p.fault == GroupFault::kEarlyRead) early = sum[0];
-      if (p.fault != GroupFault::kNoWait) group_wait<0>();
+      if (p.fault == GroupFault::kTooFewWaited) {
+        group_wait<1>();
+      } else if (p.fault != GroupFault::kNoWait) {
+        group_wait<0>();
+      }
       group_fence_sums(sum);
       __syncthreads();
     }
+    if (p.fault == GroupFault::kTooFewWaited) group_wait<0>();
     if (p.fault == GroupFault::kEarlyRead) sum[0] = early;
     for (int i = 0; i < N / 2; ++i) {
       p.out[(t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8) * N + i / 4 * 8 + t % 4 * 2 + i % 2] = sum[i];
@@ -318,6 +326,11 @@ enum class Wrong {
   kBarrierWithoutFence,
   kOverwrittenBarrier,
   kInsideTheSwizzle,
+  kAcrossInsideTheSwizzle,
+  kOperandOutside,
+  kTooManyArrivals,
+  kDifferentBarriers,
+  kPartOfAWarp,
 };
 
 struct Mistake {
@@ -325,8 +338,16 @@ struct Mistake {
     Wrong wrong;
     const char* global;
   };
-  static constexpr int kThreads = 64;
+  static constexpr int kThreads = 128;
   static constexpr int kSharedBytes = 1024;
+
+  template <bool AcrossRows>
+  static MIXRANK_DEVICE void multiply_rows(float (&sum)[32], uint64_t rows) {
+    group_fence();
+    multiply_group_bf16<AcrossRows>(sum, rows, rows);
+    group_commit();
+    group_wait<0>();
+  }
 
   static MIXRANK_DEVICE void run(const Params& p) {
     char* shared = shared_memory();
@@ -357,10 +378,26 @@ struct Mistake {
       *barrier = 0x5555;
       barrier_arrive(barrier);
     }
+    if (is(Wrong::kTooManyArrivals) && first) {
+      barrier_init(barrier, 1);
+      barrier_expect(barrier, 16);
+      barrier_arrive(barrier);
+    }
+    if (is(Wrong::kDifferentBarriers)) named_barrier(1, threadIdx.x < 32 ? 64 : 128);
+    if (is(Wrong::kPartOfAWarp) && threadIdx.x % 64 < 48) named_barrier(1, 96);
+    float sum[32] = {};
+    if (is(Wrong::kInsideTheSwizzle)) multiply_rows<false>(sum, descriptor(128, 16, 1024));
+    if (is(Wrong::kAcrossInsideTheSwizzle)) multiply_rows<true>(sum, descriptor(32, 1024, 1024));
+    if (is(Wrong::kOperandOutside)) multiply_rows<false>(sum, descriptor(0, 16, 1024));
   }
 };
 
-// out [64]: values that the first launch writes, which the second one, overlapping it, adds one to.
+// out [blocks, 64]: values that the first launch writes, which the second one, overlapping it, adds one to.
+MIXRANK_DEVICE int global_index() {
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  return static_cast<int>(block * blockDim.x + threadIdx.x);
+}
+
 struct Write {
   struct Params {
     int* out;
@@ -370,7 +407,7 @@ struct Write {
 
   static MIXRANK_DEVICE void run(const Params& p) {
     next_launch_start();
-    p.out[threadIdx.x] = static_cast<int>(threadIdx.x);
+    p.out[global_index()] = global_index();
   }
 };
 
@@ -386,19 +423,18 @@ struct AddOne {
   static constexpr int kSharedBytes = 0;
 
   static MIXRANK_DEVICE void run(const Params& p) {
-    const int early = p.in[threadIdx.x];
+    const int i = global_index(), early = p.in[i];
     if (p.fault != LaunchFault::kNoWait) previous_launch_wait();
-    p.out[threadIdx.x] = 1 + (p.fault == LaunchFault::kReadBefore ? early : p.in[threadIdx.x]);
+    p.out[i] = 1 + (p.fault == LaunchFault::kReadBefore ? early : p.in[i]);
   }
 };
 
-template <class F>
-void with_group(int n, bool across_rows, bool bf16, F&& f) {
-  const auto of = [&]<int N>() {
-    if (across_rows) return bf16 ? f.template operator()<Group<N, true, true>>() : f.template operator()<Group<N, true, false>>();
-    return bf16 ? f.template operator()<Group<N, false, true>>() : f.template operator()<Group<N, false, false>>();
-  };
-  return n == 64 ? of.template operator()<64>() : of.template operator()<128>();
+template <int N, class Call>
+void with_group(bool across_rows, bool bf16, const Call& call) {
+  if (across_rows && bf16) call.template operator()<Group<N, true, true>>();
+  if (across_rows && !bf16) call.template operator()<Group<N, true, false>>();
+  if (!across_rows && bf16) call.template operator()<Group<N, false, true>>();
+  if (!across_rows && !bf16) call.template operator()<Group<N, false, false>>();
 }
 
 }  // namespace
@@ -459,10 +495,10 @@ const char* run_group(const uint16_t* a, const uint16_t* b, float* out, int n, f
       const int terms = 64 * steps, wide = across_rows ? rows : terms, high = across_rows ? terms : rows;
       return make_map(base, wide, high, 1, wide * 2, int64_t{high} * wide * 2, 64);
     };
-    with_group(n, across_rows, bf16, [&]<class Kernel>() {
-      launch<Kernel>(1, 1, 1, {map(a, 64), map(b, n), out, start, steps, static_cast<GroupFault>(fault)},
-                     {late, seed});
-    });
+    const auto call = [&]<class Kernel>() {
+      launch<Kernel>(1, 1, 1, {map(a, 64), map(b, n), out, start, steps, static_cast<GroupFault>(fault)}, {late, seed});
+    };
+    n == 64 ? with_group<64>(across_rows, bf16, call) : with_group<128>(across_rows, bf16, call);
   });
 }
 
@@ -473,8 +509,8 @@ const char* run_mistake(int wrong, const char* global, bool late, uint64_t seed)
 const char* run_dependent(int* between, int* out, int fault, bool late, uint64_t seed) {
   return message_of([&] {
     emulator::Queue queue({late, seed});
-    queue.launch<Write>(1, 1, 1, {between}, false);
-    queue.launch<AddOne>(1, 1, 1, {between, out, static_cast<LaunchFault>(fault)}, true);
+    queue.launch<Write>(3, 2, 2, {between}, false);
+    queue.launch<AddOne>(3, 2, 2, {between, out, static_cast<LaunchFault>(fault)}, true);
     queue.finish();
   });
 }
