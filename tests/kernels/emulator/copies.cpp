@@ -56,11 +56,11 @@ uint32_t Machine::address(const void* pointer, const char* instruction, int64_t 
 }
 
 const char* Machine::seen(uint32_t address, int bytes) const {
-  if (address + static_cast<uint64_t>(bytes) > visible.size()) {
+  if (address + static_cast<int64_t>(bytes) > launch.shared_bytes) {
     fail("wgmma read at byte " + std::to_string(address) + " of shared memory, which has " +
-         std::to_string(visible.size()));
+         std::to_string(launch.shared_bytes));
   }
-  return visible.data() + address;
+  return (stores_at_once_ ? shared : fenced.data()) + address;
 }
 
 void Machine::land(const Box& box) {
@@ -74,7 +74,7 @@ void Machine::land(const Box& box) {
     for (int unit = 0; unit < kRowBytes / 16; ++unit) {
       const uint32_t to = swizzled(box.shared + row * kRowBytes + unit * 16);
       memcpy(shared + to, values + unit * 8, 16);
-      memcpy(visible.data() + to, values + unit * 8, 16);
+      memcpy(fenced.data() + to, values + unit * 8, 16);
     }
   }
   Barrier& barrier = barriers.at(box.barrier);
@@ -85,7 +85,7 @@ void Machine::land(const Box& box) {
 std::vector<char> Machine::rows_of(const Box& box) const {
   std::vector<char> rows(box.map->box_rows * kRowBytes);
   for (size_t i = 0; i < rows.size(); i += 16) {
-    memcpy(rows.data() + i, visible.data() + swizzled(box.shared + static_cast<uint32_t>(i)), 16);
+    memcpy(rows.data() + i, seen(swizzled(box.shared + static_cast<uint32_t>(i)), 16), 16);
   }
   return rows;
 }
@@ -290,7 +290,7 @@ void store_wait() {
 
 void async_fence() {
   Machine& m = machine();
-  memcpy(m.visible.data(), m.shared, m.visible.size());
+  memcpy(m.fenced.data(), m.shared, m.fenced.size());
 }
 
 }  // namespace mixrank

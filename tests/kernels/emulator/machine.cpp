@@ -96,7 +96,8 @@ Machine::Machine(const Launch& launch, const Options& options, int depth)
       previous_ran(launch.previous == nullptr),
       shared(pool(depth).shared),
       depth_(depth),
-      landing_(options.seed % 3 == 0 ? 0 : options.seed % 3 == 1 ? 16 : 256) {
+      landing_(options.seed % 3 == 0 ? 0 : options.seed % 3 == 1 ? 16 : 256),
+      stores_at_once_(options.seed % 2 == 1) {
   const auto [x, y, z] = launch.grid;
   if (x < 1 || x > 0x7fffffffu || y < 1 || y > 65535 || z < 1 || z > 65535) {
     fail("the grid was " + std::to_string(x) + " x " + std::to_string(y) + " x " + std::to_string(z) +
@@ -174,7 +175,7 @@ void Machine::begin_block() {
   memset(shared - kMargin, kUntouched, kMargin);
   memset(shared, 0xFF, launch.shared_bytes);
   memset(shared + launch.shared_bytes, kUntouched, kMargin);
-  visible.assign(launch.shared_bytes, '\xFF');
+  fenced.assign(launch.shared_bytes, '\xFF');
 }
 
 void Machine::end_thread() {

@@ -122,6 +122,7 @@ class Machine {
   void compute(GroupProduct& product) const;
   void add(GroupProduct& product, int warp_of_group, int first_thread);
   void end_thread();
+  // What the tensor cores and the copy engine see.
   const char* seen(uint32_t address, int bytes) const;
 
   const Launch& launch;
@@ -138,7 +139,7 @@ class Machine {
   std::vector<Thread*> waiting_for_launch;
   bool previous_ran;
   char* shared;
-  std::vector<char> visible;  // shared memory as the tensor cores and the copy engine see it
+  std::vector<char> fenced;  // shared memory as it was at the last async_fence, and what boxes brought since
   std::exception_ptr error;
 
  private:
@@ -155,7 +156,8 @@ class Machine {
   std::string where() const;
 
   const int depth_;
-  const int landing_;  // a box lands at one in so many switches, or at 0 when every thread waits
+  const int landing_;        // a box lands at one in so many switches, or at 0 when every thread waits
+  const bool stores_at_once_;  // plain stores are seen without an async_fence
   uint3 block_{};
   std::vector<int> order_;  // of the warps, the first that can go on does
 };
@@ -163,8 +165,8 @@ class Machine {
 // The launch that runs.
 Machine& machine();
 
-// 128-byte swizzle, of tensor maps (CU_TENSOR_MAP_SWIZZLE_128B) and of wgmma alike: bits 4 to 6 of the address in shared
-// memory are those of the plain layout, XORed with bits 7 to 9 (PTX ISA, "Swizzling modes" of tensors; CuTe's
+// 128-byte swizzle, of tensor maps (CU_TENSOR_MAP_SWIZZLE_128B) and of wgmma alike: bits 4 to 6 of the address in
+// shared memory are those of the plain layout, XORed with bits 7 to 9 (PTX ISA, tensors, swizzling modes; CuTe's
 // Swizzle<3, 4, 3>).
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
 
