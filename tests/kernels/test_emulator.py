@@ -93,7 +93,7 @@ def test_a_missing_wait_for_copies_shows_when_they_are_late(run):
 @pytest.mark.parametrize("order", ORDERS[::5])
 def test_shuffles(run, order):
     out = np.full((128, 8), np.nan, np.float32)
-    run("run_shuffles", out, order=order)
+    run("run_shuffles", out, 1, order=order)
     t = np.arange(128)
     lane = t % 32
     expected = [
@@ -107,6 +107,11 @@ def test_shuffles(run, order):
         np.ones(128),
     ]
     assert np.array_equal(out, np.stack(expected, 1))
+
+
+def test_an_empty_grid_is_refused(run):
+    with pytest.raises(RuntimeError, match="the grid was 0 x 1 x 1, but must be"):
+        run("run_shuffles", np.zeros((128, 8), np.float32), 0)
 
 
 def test_named_barriers_hold_their_threads(run):

@@ -76,7 +76,7 @@ class Queue {
     push(make_launch<Kernel>(x, y, z, params), overlaps_previous);
   }
 
-  // Runs what has not run yet.
+  // Runs what has not run yet; nothing else does.
   void finish();
 
  private:

@@ -170,6 +170,7 @@ void Machine::begin_block() {
   order_.resize(warps.size());
   for (size_t i = 0; i < order_.size(); ++i) order_[i] = static_cast<int>(i);
   std::shuffle(order_.begin(), order_.end(), random);
+  period_ = 32 << random() % 6;
   barriers.clear();
   for (NamedBarrier& barrier : named) barrier = {};
   memset(shared - kMargin, kUntouched, kMargin);
@@ -199,7 +200,7 @@ void Machine::end_block() {
 }
 
 Thread* Machine::choose() {
-  if (random() % 64 == 0) std::shuffle(order_.begin(), order_.end(), random);
+  if (random() % period_ == 0) std::shuffle(order_.begin(), order_.end(), random);
   for (const int index : order_) {
     Warp& warp = warps[index];
     if (warp.ready == 0) continue;

@@ -156,10 +156,11 @@ class Machine {
   std::string where() const;
 
   const int depth_;
-  const int landing_;        // a box lands at one in so many switches, or at 0 when every thread waits
+  const int landing_;          // a box lands at one in so many switches, or at 0 when every thread waits
   const bool stores_at_once_;  // plain stores are seen without an async_fence
   uint3 block_{};
-  std::vector<int> order_;  // of the warps, the first that can go on does
+  std::vector<int> order_;  // of the warps: the first one that can go on does
+  int period_ = 1;          // switches between changes of the order, on average
 };
 
 // The launch that runs.

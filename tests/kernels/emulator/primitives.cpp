@@ -175,8 +175,8 @@ const char* run_copy_async(int bytes, const char* in, const int* valid, char* ou
   });
 }
 
-const char* run_shuffles(float* out, bool late, uint64_t seed) {
-  return message_of([&] { launch<Shuffles>(1, 1, 1, {out}, {late, seed}); });
+const char* run_shuffles(float* out, int blocks, bool late, uint64_t seed) {
+  return message_of([&] { launch<Shuffles>(blocks, 1, 1, {out}, {late, seed}); });
 }
 
 const char* run_named_barriers(int* out, bool waits, bool late, uint64_t seed) {
