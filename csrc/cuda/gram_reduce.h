@@ -27,6 +27,7 @@ struct GramReduce {
   }
 
   static MIXRANK_DEVICE void run(const Params& params) {
+    previous_launch_wait();
     auto* strip = reinterpret_cast<Master*>(shared_memory());
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t tiles = GramTile::tiles(params.K, params.N, params.cross);

@@ -155,6 +155,7 @@ struct GramSm80 {
   }
 
   static MIXRANK_DEVICE void run(const Params& params) {
+    next_launch_start();
     char* memory = shared_memory();
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int row = warp / kWarpCols * (kRowTiles * 16), col = warp % kWarpCols * (kColTiles * 8);

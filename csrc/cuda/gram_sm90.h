@@ -57,6 +57,7 @@ struct GramSm90 {
   }
 
   static MIXRANK_DEVICE void run(const Params& params) {
+    next_launch_start();
     const Stages stages(shared_memory());
     const GramTile where = GramTile::of(params.gram, blockIdx.x);
     const int chunks = static_cast<int>(ceil_div(where.last_row - where.first_row, kGramDepth));

@@ -92,9 +92,9 @@ void gram(Launcher& launcher, const GramArguments& call, const GramPlan& plan, f
     params.first_split = first;
     gram_partial(launcher, call.operand, params, tiles * reduce.splits);
     if (call.wide_master) {
-      launcher.template launch<GramReduce<double>>(tiles * GramReduce<double>::kStrips, reduce, false);
+      launcher.template launch<GramReduce<double>>(tiles * GramReduce<double>::kStrips, reduce, true);
     } else {
-      launcher.template launch<GramReduce<float>>(tiles * GramReduce<float>::kStrips, reduce, false);
+      launcher.template launch<GramReduce<float>>(tiles * GramReduce<float>::kStrips, reduce, true);
     }
   }
 }

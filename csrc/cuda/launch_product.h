@@ -55,16 +55,15 @@ inline bool boxes_reach(const ProductParams& params) {
 }
 
 template <class Kernel, class Launcher>
-void launch_tiles(Launcher& launcher, const typename Kernel::Params& params, const ProductParams& product, bool follows) {
+void launch_tiles(Launcher& launcher, const typename Kernel::Params& params, const ProductParams& product) {
   launcher.template launch<Kernel>(ceil_div(product.M, Kernel::kRows) * tile_columns(product, Kernel::kCols), params,
-                                   follows);
+                                   product.follows);
 }
 
 template <class Kernel, class Launcher>
-void launch_boxes(Launcher& launcher, const ProductParams& product, bool follows) {
+void launch_boxes(Launcher& launcher, const ProductParams& product) {
   ProductSm90Params params{};
   params.product = product;
-  params.follows = follows;
   for (int i = 0; i < 2; ++i) {
     const bool used = i < product.term_count || i < product.output_count;
     const Term& term = product.terms[used ? i : 0];
@@ -74,7 +73,7 @@ void launch_boxes(Launcher& launcher, const ProductParams& product, bool follows
     params.b[i] = launcher.map(term.b, term.depth, rows, 1, term.b_stride, 0, Kernel::kCols);
     params.c[i] = launcher.map(output.c, output.N, product.M, 1, output.stride, 0, Kernel::kGroupRows);
   }
-  launch_tiles<Kernel>(launcher, params, product, follows);
+  launch_tiles<Kernel>(launcher, params, product);
 }
 
 // From so many tiles of 128 x 128 on, large tiles fill a device.
@@ -82,31 +81,30 @@ constexpr int64_t kManyTiles = 132;
 // Up to so many rows a tile of 16 wastes least.
 constexpr int64_t kFewRows = 16;
 
-// `follows`: the a of this product is written by the last launch.
 template <class Launcher>
-void product(Launcher& launcher, LinearOperand operand, const ProductParams& params, bool follows) {
+void product(Launcher& launcher, LinearOperand operand, const ProductParams& params) {
   const bool many = ceil_div(params.M, 128) * tile_columns(params, 128) >= kManyTiles;
   if (operand == LinearOperand::kFloat32Two) {
-    launch_tiles<ProductSm80<Float32<2>, 64, 64, 2, 2, 4>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<Float32<2>, 64, 64, 2, 2, 4>>(launcher, params, params);
   } else if (operand == LinearOperand::kFloat32Three) {
-    launch_tiles<ProductSm80<Float32<3>, 64, 64, 2, 2, 4>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<Float32<3>, 64, 64, 2, 2, 4>>(launcher, params, params);
   } else if (params.M <= kFewRows) {
-    launch_tiles<ProductSm80<BFloat16, 16, 64, 1, 4, 6>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<BFloat16, 16, 64, 1, 4, 6>>(launcher, params, params);
   } else if (launcher.architecture() == 90 && boxes_reach(params)) {
     const bool sparse = params.sparse.size != 0;
     if (many && sparse) {
-      launch_boxes<ProductSm90<128, true>>(launcher, params, follows);
+      launch_boxes<ProductSm90<128, true>>(launcher, params);
     } else if (many) {
-      launch_boxes<ProductSm90<128, false>>(launcher, params, follows);
+      launch_boxes<ProductSm90<128, false>>(launcher, params);
     } else if (sparse) {
-      launch_boxes<ProductSm90<64, true>>(launcher, params, follows);
+      launch_boxes<ProductSm90<64, true>>(launcher, params);
     } else {
-      launch_boxes<ProductSm90<64, false>>(launcher, params, follows);
+      launch_boxes<ProductSm90<64, false>>(launcher, params);
     }
   } else if (many) {
-    launch_tiles<ProductSm80<BFloat16, 128, 128, 2, 4, 3>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<BFloat16, 128, 128, 2, 4, 3>>(launcher, params, params);
   } else {
-    launch_tiles<ProductSm80<BFloat16, 64, 64, 2, 2, 4>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<BFloat16, 64, 64, 2, 2, 4>>(launcher, params, params);
   }
 }
 
@@ -120,13 +118,13 @@ void linear(Launcher& launcher, const LinearArguments& call) {
   down.M = up.M = call.M;
   down.term_count = up.output_count = 1;
   down.output_count = up.term_count = count;
-  up.outputs[0] = {call.y, call.N, call.N};
+  up.outputs[0] = {call.y, call.N, call.N, access_of(call.y, call.N * size, size) == 16};
   up.bias = call.bias;
   up.sparse = call.sparse;
   for (int i = 0; i < count; ++i) {
     const LinearArguments::Factors& pair = call.factors[i];
     void* hidden = static_cast<char*>(call.hidden) + (i == 0 ? 0 : round_up(call.factors[0].rank, kHiddenStep)) * size;
-    down.outputs[i] = {hidden, stride, pair.rank};
+    down.outputs[i] = {hidden, stride, pair.rank, true};
     down.terms[i] = {call.x,
                      pair.down,
                      call.x_stride,
@@ -136,8 +134,9 @@ void linear(Launcher& launcher, const LinearArguments& call) {
                      access_of(pair.down, pair.down_stride * size, size)};
     up.terms[i] = {hidden, pair.up, stride, pair.up_stride, pair.rank, 16, access_of(pair.up, pair.up_stride * size, size)};
   }
-  product(launcher, call.operand, down, false);
-  product(launcher, call.operand, up, true);
+  up.follows = true;
+  product(launcher, call.operand, down);
+  product(launcher, call.operand, up);
 }
 
 }  // namespace mixrank

@@ -70,7 +70,7 @@ class Launcher {
     config.dynamicSmemBytes = Kernel::kSharedBytes;
     config.stream = stream_;
     config.attrs = &overlap;
-    config.numAttrs = overlaps ? 1 : 0;
+    config.numAttrs = overlaps && architecture() == 90 ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, entry<Kernel>, params), "cudaLaunchKernelEx");
   }
 
