@@ -25,7 +25,7 @@ struct GramSm90 {
 
   static constexpr int kBoxBytes = kGramDepth * kBoxRowBytes;
   static constexpr int kStages = 3;
-  using Stages = Pipeline<kStages, 4 * kBoxBytes>;
+  using Stages = WholePipeline<kStages, 4 * kBoxBytes>;
   static constexpr int kArchitecture = 90;
   static constexpr int kThreads = Stages::kThreads;
   static constexpr int kBlocksPerSm = 2;

@@ -2,9 +2,11 @@
 //
 //   int architecture();                             80 or 90, for the kernels of that architecture
 //   TensorMap map(base, cols, rows, batches, row_stride, batch_stride, box_rows);   strides in elements of 16 bits
-//   void launch<Kernel>(int64_t blocks, const Params&, bool overlaps);   overlaps: may begin before the last launch has ended
+//   void launch<Kernel>(int64_t blocks, const Params&, bool overlaps);   overlaps: may begin before the last launch has ended;
+//                                                   in clusters of Kernel::kCluster blocks where there is such a number
 #pragma once
 
+#include "cuda/linear_sm90.h"
 #include "cuda/product_sm80.h"
 #include "cuda/product_sm90.h"
 
@@ -28,7 +30,7 @@ struct LinearArguments {
   } factors[2];
   const void* bias;  // or null
   SparseTerm sparse;
-  void* hidden;  // scratch of hidden_elements(), on a boundary of 16 bytes
+  void* hidden;  // scratch for two launches: M rows of hidden_stride() elements on a boundary of 16 bytes
   void* y;       // [M, N], rows adjacent
 };
 
@@ -108,9 +110,53 @@ void product(Launcher& launcher, LinearOperand operand, const ProductParams& par
   }
 }
 
-// Two launches: the intermediate of both pairs of factors, then everything into one sum.
+inline int rank_boxes(const LinearArguments& call) {
+  return static_cast<int>(ceil_div(call.factors[0].rank, kRankBox) + ceil_div(call.factors[1].rank, kRankBox));
+}
+
+// From so many blocks on, clusters that hold 128 rows each fill a device.
+constexpr int64_t kManyBlocks = 96;
+
+// Blocks of a cluster of the one launch that does everything, or 0 where there is no such kernel.
+inline int cluster_of(const LinearArguments& call, int architecture) {
+  const auto reached = [](const void* base, int64_t stride) { return access_of(base, stride * 2, 2) == 16; };
+  bool reach = architecture == 90 && call.operand == LinearOperand::kBFloat16 && call.sparse.size == 0 &&
+               call.M < (int64_t{1} << 31) && reached(call.x, call.x_stride) && reached(call.y, call.N);
+  for (const LinearArguments::Factors& pair : call.factors) {
+    if (pair.rank > 0) reach = reach && reached(pair.down, pair.down_stride) && reached(pair.up, pair.up_stride);
+  }
+  const int boxes = rank_boxes(call);
+  return !reach || boxes > 8 ? 0 : boxes > 4 ? 4 : 2;
+}
+
+// How many launches serve a call best: 1 or 2.
+inline int launches_of(const LinearArguments& call, int architecture) {
+  const int cluster = cluster_of(call, architecture);
+  return cluster > 0 && ceil_div(call.M, 128) * cluster >= kManyBlocks ? 1 : 2;
+}
+
+// The intermediate stays in shared memory.
+template <int Cluster, class Launcher>
+void linear_in_one(Launcher& launcher, const LinearArguments& call) {
+  using Kernel = LinearSm90<Cluster>;
+  LinearSm90Params params{};
+  params.x = launcher.map(call.x, call.K, call.M, 1, call.x_stride, 0, Kernel::kRows);
+  for (int i = 0; i < 2; ++i) {
+    const LinearArguments::Factors& pair = call.factors[call.factors[i].rank > 0 ? i : 0];
+    params.boxes[i] = static_cast<int>(ceil_div(call.factors[i].rank, kRankBox));
+    params.down[i] = launcher.map(pair.down, call.K, pair.rank, 1, pair.down_stride, 0, kRankBox);
+    params.up[i] = launcher.map(pair.up, pair.rank, call.N, 1, pair.up_stride, 0, Kernel::kCols);
+  }
+  params.y = {call.y, call.N, call.N, true};
+  params.bias = call.bias;
+  params.M = call.M;
+  params.K = call.K;
+  launcher.template launch<Kernel>(ceil_div(call.M, Kernel::kRows) * Cluster, params, false);
+}
+
+// The intermediate of both pairs of factors goes through `hidden`, then everything into one sum.
 template <class Launcher>
-void linear(Launcher& launcher, const LinearArguments& call) {
+void linear_in_two(Launcher& launcher, const LinearArguments& call) {
   const int size = call.operand == LinearOperand::kBFloat16 ? 2 : 4;
   const int count = call.factors[1].rank > 0 ? 2 : 1;
   const int64_t stride = hidden_stride(call.factors[0].rank, call.factors[1].rank);
@@ -137,6 +183,18 @@ void linear(Launcher& launcher, const LinearArguments& call) {
   up.follows = true;
   product(launcher, call.operand, down);
   product(launcher, call.operand, up);
+}
+
+template <class Launcher>
+void linear(Launcher& launcher, const LinearArguments& call, int launches) {
+  const int cluster = cluster_of(call, launcher.architecture());
+  if (launches == 1 && cluster == 2) {
+    linear_in_one<2>(launcher, call);
+  } else if (launches == 1 && cluster == 4) {
+    linear_in_one<4>(launcher, call);
+  } else {
+    linear_in_two(launcher, call);
+  }
 }
 
 }  // namespace mixrank

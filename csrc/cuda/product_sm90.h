@@ -29,7 +29,7 @@ struct ProductSm90 {
   static constexpr int kRows = 128, kCols = Cols, kDepth = 64;
   static constexpr int kLeftBytes = kRows * kBoxRowBytes, kRightBytes = Cols * kBoxRowBytes;
   static constexpr int kStages = Cols == 128 ? 3 : 4;
-  using Stages = Pipeline<kStages, kLeftBytes + kRightBytes>;
+  using Stages = WholePipeline<kStages, kLeftBytes + kRightBytes>;
   static constexpr int kArchitecture = 90;
   static constexpr int kThreads = Stages::kThreads;
   static constexpr int kBlocksPerSm = HasSparse ? 1 : 2;
