@@ -59,7 +59,7 @@ struct GramSm90 {
   static MIXRANK_DEVICE void run(const Params& params) {
     next_launch_start();
     const Stages stages(shared_memory());
-    const GramTile where = GramTile::of(params.gram, blockIdx.x);
+    const GramTile where = GramTile::of(params.gram, blockIdx.x, kGramTile);
     const int chunks = static_cast<int>(ceil_div(where.last_row - where.first_row, kGramDepth));
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     if (warp == Stages::kConsumerWarps) {

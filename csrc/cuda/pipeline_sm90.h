@@ -6,8 +6,9 @@
 
 namespace mixrank {
 
-// Chunk i is in stage i % Stages, for the (i / Stages)th time. ConsumerWarps warps read every chunk.
-template <int Stages, int StageBytes, int ConsumerWarps>
+// Chunk i is in stage i % Stages, for the (i / Stages)th time. ConsumerWarps warps read every chunk; with a Cluster the warps of so many
+// blocks, each of its own stage, since every block writes to the stages of all.
+template <int Stages, int StageBytes, int ConsumerWarps, int Cluster = 1>
 struct Pipeline {
   static_assert(StageBytes % 1024 == 0);
   static constexpr int kBarriers = 2 * Stages;
@@ -22,7 +23,7 @@ struct Pipeline {
   MIXRANK_DEVICE void init() const {
     for (int i = 0; i < Stages; ++i) {
       barrier_init(full + i, 1);
-      barrier_init(empty + i, ConsumerWarps);
+      barrier_init(empty + i, ConsumerWarps * Cluster);
     }
   }
 
@@ -48,27 +49,36 @@ struct Pipeline {
   // All threads of a consumer warp, when they have read.
   MIXRANK_DEVICE void release(int chunk) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty + chunk % Stages);
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if constexpr (Cluster == 1) {
+      if (lane == 0) barrier_arrive(empty + chunk % Stages);
+    } else {
+      if (lane < Cluster) barrier_arrive_at(empty + chunk % Stages, lane);
+    }
   }
 };
 
 // One warp fills what the eight warps of two groups empty, and nothing else is in shared memory.
-template <int Stages, int StageBytes>
-struct WholePipeline : Pipeline<Stages, StageBytes, 8> {
-  using Base = Pipeline<Stages, StageBytes, 8>;
+template <int Stages, int StageBytes, int Cluster = 1>
+struct WholePipeline : Pipeline<Stages, StageBytes, 8, Cluster> {
+  using Base = Pipeline<Stages, StageBytes, 8, Cluster>;
   static constexpr int kConsumerWarps = 8;
   static constexpr int kConsumers = kConsumerWarps * 32;
   static constexpr int kThreads = kConsumers + 32;
   static constexpr int kSharedBytes = Stages * StageBytes + Base::kBarriers * 8;
 
-  // By all threads of the block, once.
+  // By all threads of the block, or of the cluster, once.
   MIXRANK_DEVICE explicit WholePipeline(char* memory)
       : Base(memory, reinterpret_cast<uint64_t*>(memory + Stages * StageBytes)) {
     if (threadIdx.x == 0) {
       Base::init();
       barrier_init_fence();
     }
-    __syncthreads();
+    if constexpr (Cluster == 1) {
+      __syncthreads();
+    } else {
+      cluster_barrier();
+    }
   }
 };
 

@@ -201,6 +201,29 @@ MIXRANK_DEVICE void copy_to_block(const void* shared, uint64_t* barrier, int byt
       : "memory");
 }
 
+// mbarrier.arrive on the barrier in the same place of the shared memory of block `rank` of the cluster.
+MIXRANK_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
+  MIXRANK_SM90(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// load_box to the same place in the shared memory of every block of the cluster whose bit of `blocks` is set, whose barriers in the
+// place of `barrier` it completes.
+MIXRANK_DEVICE void load_box_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z,
+                                       uint16_t blocks) {
+  MIXRANK_SM90(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(blocks)
+      : "memory");
+}
+
 // wgmma.fence, commit_group and wait_group, by all threads of a warpgroup.
 MIXRANK_DEVICE void group_fence() { MIXRANK_SM90("wgmma.fence.sync.aligned;" ::: "memory"); }
 MIXRANK_DEVICE void group_commit() { MIXRANK_SM90("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -85,7 +85,7 @@ GramArguments gram_arguments(const int64_t* sizes) {
 }
 
 GramPlan gram_plan(const int64_t* sizes) {
-  GramPlan plan = plan_gram(gram_arguments(sizes).params, sizes[15] != 0);
+  GramPlan plan = plan_gram(gram_arguments(sizes), static_cast<int>(sizes[0]), sizes[15] != 0);
   if (sizes[14] > 0 && sizes[14] < plan.rows.round_splits) plan.rows.round_splits = sizes[14];
   return plan;
 }
@@ -126,20 +126,21 @@ void schedule_rectangle(int64_t index, int64_t cols, int64_t* tile) {
   tile[0] = found.row, tile[1] = found.col;
 }
 
-void schedule_rows(int64_t rows, int64_t tiles, int64_t most, int64_t* schedule) {
-  const RowSchedule found = row_schedule(rows, tiles, most);
+void schedule_rows(int64_t rows, int64_t blocks, int64_t slots, int64_t most, int64_t* schedule) {
+  const RowSchedule found = row_schedule(rows, blocks, slots, most);
   schedule[0] = found.split_rows, schedule[1] = found.splits, schedule[2] = found.round_splits;
 }
 
-// Where block `block` of a Gram launch works: split, batch, tile, row and col of it, first and last row.
-void schedule_gram(const int64_t* sizes, int64_t split_rows, int64_t first_split, int64_t block, int64_t* where) {
+// Where block `block` of a Gram launch works: split, batch, row and col of squares of `size`, first and last row.
+void schedule_gram(const int64_t* sizes, int64_t size, int64_t split_rows, int64_t first_split, int64_t block,
+                   int64_t* where) {
   GramParams params = gram_arguments(sizes).params;
   params.split_rows = split_rows;
   params.first_split = first_split;
-  const GramTile found = GramTile::of(params, block);
-  const int64_t values[] = {found.split,    found.batch,     found.tile,    found.at.row,
+  const GramTile found = GramTile::of(params, block, static_cast<int>(size));
+  const int64_t values[] = {found.split,  found.batch,     found.at.row,
                             found.at.col, found.first_row, found.last_row};
-  for (int i = 0; i < 7; ++i) where[i] = values[i];
+  for (int i = 0; i < 6; ++i) where[i] = values[i];
 }
 
 // Output, row and column of tiles of block `block`, and the chunks of its sum as (term, depth) from `chunks` on; returns their
