@@ -271,7 +271,7 @@ MISTAKES = {
     10: "a descriptor of wgmma begins at byte 128 of shared memory, inside the pattern of the swizzle",
     11: "a descriptor of wgmma begins at byte 32 of shared memory, inside the pattern of the swizzle",
     12: "wgmma read at byte 1024 of shared memory, which has 1024",
-    13: "a barrier of 1 arrivals got another one in the same phase",
+    13: "a barrier of 1 arrivals got 1 when 0 were pending in its phase",
     14: "named_barrier of .* threads met one of",
     15: "named_barrier was passed by a part of a warp",
 }
@@ -300,6 +300,43 @@ def test_an_overlapping_launch_that_does_not_wait_shows(run):
     assert (out == -4).sum() == 64, "the first block reads what was there before"
     with pytest.raises(RuntimeError, match="ended without previous_launch_wait"):
         run("run_dependent", between, out, no_wait, order=(True, 0))
+
+
+def exchange(run, blocks: int, fault: int, order) -> tuple[np.ndarray, np.ndarray]:
+    """What the blocks of three clusters got from each other in three rounds, and what they have to get."""
+    tiles = np.random.default_rng(blocks).integers(1, 2**31, (3, blocks, 3, 256), dtype=np.int32)
+    out = np.zeros((3, blocks, 3, blocks, 256), np.int32)
+    run("run_exchange", tiles, out, 3, blocks, 3, fault, order=order)
+    return out, np.broadcast_to(tiles.swapaxes(1, 2)[:, None], out.shape)
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_of_a_cluster_exchange_tiles(run, blocks, order):
+    out, expected = exchange(run, blocks, NONE, order)
+    assert np.array_equal(out, expected)
+
+
+EXCHANGE_FAULTS = {
+    "no barrier first": (1, "where no barrier is"),
+    "no barrier between": (2, None),
+    "no barrier last": (3, "copies to or from the block were on their way when it ended"),
+    "a block ends at once": (4, "has ended|on their way when it ended|deadlock"),
+    "no fence": (5, None),
+    "changed too early": (6, None),
+    "not sent": (7, r"In block \(\d, 0, 0\): 64 threads wait in barrier_wait for parity 0 of the barrier at byte"),
+}
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize("fault", EXCHANGE_FAULTS)
+@pytest.mark.parametrize("late", [False, True])
+def test_faults_of_exchanges_show(run, blocks, fault, late):
+    number, message = EXCHANGE_FAULTS[fault]
+    if late or fault not in ("no barrier last", "changed too early"):
+        with pytest.raises((RuntimeError, AssertionError), match=message):
+            for seed in SEEDS:
+                assert np.array_equal(*exchange(run, blocks, number, (late, seed)))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,15 @@ std::string in_phase(int offset, int parity) {
   return " for parity " + std::to_string(parity) + " of the barrier at byte " + std::to_string(offset);
 }
 
+void count_arrivals(Machine& m, Barrier& barrier, int count) {
+  if (count > barrier.pending) {
+    m.fail("a barrier of " + std::to_string(barrier.expected) + " arrivals got " + std::to_string(count) + " when " +
+           std::to_string(barrier.pending) + " were pending in its phase");
+  }
+  barrier.pending -= count;
+  m.advance(barrier);
+}
+
 uint32_t check_box(const Machine& m, const void* shared, const TensorMap* map, const char* instruction) {
   if (map == nullptr || reinterpret_cast<uintptr_t>(map) % 64 != 0) {
     m.fail(std::string(instruction) + " got a tensor map that does not lie on a multiple of 64 bytes");
@@ -73,12 +82,20 @@ void Machine::land(const Box& box) {
     }
     for (int unit = 0; unit < kRowBytes / 16; ++unit) {
       const uint32_t to = swizzled(box.shared + row * kRowBytes + unit * 16);
-      memcpy(shared + to, values + unit * 8, 16);
-      memcpy(fenced.data() + to, values + unit * 8, 16);
+      bring(to, reinterpret_cast<const char*>(values + unit * 8), 16);
     }
   }
-  Barrier& barrier = barriers.at(box.barrier);
-  barrier.bytes -= box.map->box_rows * kRowBytes;
+  complete(box.barrier, box.map->box_rows * kRowBytes);
+}
+
+void Machine::bring(uint32_t to, const char* from, int bytes) {
+  memmove(shared + to, from, bytes);
+  memmove(fenced.data() + to, shared + to, bytes);
+}
+
+void Machine::complete(uint32_t offset, int bytes) {
+  Barrier& barrier = barriers.at(offset);
+  barrier.bytes -= bytes;
   advance(barrier);
 }
 
@@ -229,20 +246,23 @@ void barrier_init_fence() {
   for (auto& [offset, barrier] : m.barriers) barrier.fenced |= barrier.owner == m.thread().index;
 }
 
-void barrier_arrive(uint64_t* barrier) { barrier_expect(barrier, 0); }
+void barrier_arrive(uint64_t* barrier, int count) {
+  Machine& m = machine();
+  Barrier& found = m.barrier(barrier, "barrier_arrive");
+  if (count < 1 || count > kMaxPending) {
+    m.fail("count was " + std::to_string(count) + ", but must be 1 to 2^20 - 1");
+  }
+  count_arrivals(m, found, count);
+}
 
 void barrier_expect(uint64_t* barrier, int bytes) {
   Machine& m = machine();
-  Barrier& found = m.barrier(barrier, "barrier_arrive");
+  Barrier& found = m.barrier(barrier, "barrier_expect");
   if (bytes < 0 || bytes > kMaxPending) {
     m.fail("bytes was " + std::to_string(bytes) + ", but must be 0 to 2^20 - 1");
   }
-  if (found.pending == 0) {
-    m.fail("a barrier of " + std::to_string(found.expected) + " arrivals got another one in the same phase");
-  }
   found.bytes += bytes;
-  --found.pending;
-  m.advance(found);
+  count_arrivals(m, found, 1);
 }
 
 void barrier_wait(uint64_t* barrier, int parity) {
@@ -266,11 +286,7 @@ void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int x, int 
   const uint32_t to = check_box(m, shared, map, "load_box");
   if (!m.barrier(barrier, "load_box").fenced) m.fail("load_box got a barrier without barrier_init_fence");
   const Box box{map, to, static_cast<uint32_t>(*barrier), x, y, z};
-  if (m.options.late) {
-    m.loads.push_back(box);
-  } else {
-    m.land(box);
-  }
+  m.cluster.begin({&m, nullptr, [&m, box] { m.land(box); }});
 }
 
 void store_box(const TensorMap* map, const void* shared, int x, int y, int z) {

@@ -1,11 +1,12 @@
 // Launches kernels on the emulated instructions of ptx.h.
 //
-// A kernel is a struct with Params, kThreads, kSharedBytes and run(const Params&). The threads of a block are fibers,
-// which switch only where an instruction waits; blocks run one after the other. The seed chooses the order of the
-// blocks and which thread goes on: mostly one warp runs as far ahead as it can, so that a missing barrier shows.
+// A kernel is a struct with Params, kThreads, kSharedBytes, run(const Params&) and, if its blocks run in clusters, their
+// size kCluster. The threads of a block are fibers, which switch only where an instruction waits; the blocks of a cluster
+// run at the same time, clusters one after the other. The seed chooses the order of the clusters
+// and which thread goes on: mostly one warp of one block runs as far ahead as it can, so that a missing barrier shows.
 //
 // Asynchronous instructions take effect at once or, with `late`, as late as they may. copy_async: when its thread waits
-// for the group. Boxes: when every thread waits or, with two of three seeds, at a random switch, in any order. wgmma:
+// for the group. Boxes and copies to other blocks, which are read then: when every thread waits or, with two of three seeds, at a random switch, in any order. wgmma:
 // reads its operands when the first warp waits for the group, and leaves NaN in each thread's sums until its own warp
 // has waited. store_box: reads at store_wait, writes when the block ends. A launch that the next one overlaps: when
 // every thread of that one waits. A correct kernel gives the same result either way and with every seed.
@@ -46,6 +47,7 @@ struct Launch {
   dim3 grid;
   int threads;
   int shared_bytes;
+  int cluster;                             // blocks, next to each other in x
   std::function<void()> thread;            // what each thread does
   std::shared_ptr<const Launch> previous;  // has not run yet: runs when this launch waits for it
 };
@@ -57,7 +59,9 @@ Launch make_launch(int64_t x, int64_t y, int64_t z, const typename Kernel::Param
   const dim3 grid{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
   // Shared, because tensor maps have to be aligned and to stay where they are.
   const auto held = std::make_shared<const typename Kernel::Params>(params);
-  return {grid, Kernel::kThreads, Kernel::kSharedBytes, [held] { Kernel::run(*held); }, nullptr};
+  int cluster = 1;
+  if constexpr (requires { Kernel::kCluster; }) cluster = Kernel::kCluster;
+  return {grid, Kernel::kThreads, Kernel::kSharedBytes, cluster, [held] { Kernel::run(*held); }, nullptr};
 }
 
 template <class Kernel>
