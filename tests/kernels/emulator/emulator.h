@@ -1,15 +1,16 @@
 // Launches kernels on the emulated instructions of ptx.h.
 //
-// A kernel is a struct with Params, kThreads, kSharedBytes, run(const Params&) and, if its blocks run in clusters, their
-// size kCluster. The threads of a block are fibers, which switch only where an instruction waits; the blocks of a cluster
-// run at the same time, clusters one after the other. The seed chooses the order of the clusters
-// and which thread goes on: mostly one warp of one block runs as far ahead as it can, so that a missing barrier shows.
+// A kernel is a struct with Params, kThreads, kSharedBytes, run(const Params&) and, where blocks form clusters, their
+// number kCluster. The threads of a block are fibers, which switch only where an instruction waits; the blocks of a
+// cluster run at the same time, clusters one after the other. The seed chooses the order of the clusters and which
+// thread goes on: mostly one warp of one block runs as far ahead as it can, so that a missing barrier shows.
 //
 // Asynchronous instructions take effect at once or, with `late`, as late as they may. copy_async: when its thread waits
-// for the group. Boxes and copies to other blocks, which are read then: when every thread waits or, with two of three seeds, at a random switch, in any order. wgmma:
-// reads its operands when the first warp waits for the group, and leaves NaN in each thread's sums until its own warp
-// has waited. store_box: reads at store_wait, writes when the block ends. A launch that the next one overlaps: when
-// every thread of that one waits. A correct kernel gives the same result either way and with every seed.
+// for the group. Boxes and copies to blocks, which are read only then: when every thread waits or, with two of three
+// seeds, at a random switch, in any order. wgmma: reads its operands when the first warp waits for the group, and
+// leaves NaN in each thread's sums until its own warp has waited. store_box: reads at store_wait, writes when the block
+// ends. A launch that the next one overlaps: when every thread of that one waits. A correct kernel gives the same
+// result either way and with every seed.
 //
 // Shared memory is NaN when a block begins. The tensor cores and the copy engine see what plain stores and copy_async
 // wrote to it after an async_fence or, with every other seed, at once. Six seeds in a row have everything that depends
@@ -20,6 +21,7 @@
 // - accesses outside global tensors, and outside shared memory by more than kMargin bytes (machine.h) or only reading;
 // - two threads that use the same memory without a barrier, where every order that was tried gives the same result;
 // - sums used between wgmma and group_wait, other than by the NaN in them, and not at all unless `late`;
+// - a block that ends before its copy to another one has been read, where it was read in time: so change the seed;
 // - too early reads of what the previous launch writes in blocks after the first that waits for it: so change the seed.
 #pragma once
 

@@ -51,8 +51,8 @@ Pool& pool(int depth, int rank) {
   return pools[{depth, rank}];
 }
 
-Machine* running = nullptr;
-Pool* running_pool;
+Machine* active = nullptr;
+Pool* active_pool;
 // Saved without the signal mask, which swapcontext would save with a system call at each switch.
 jmp_buf scheduler;
 
@@ -62,12 +62,12 @@ jmp_buf scheduler;
 void fiber_main() {
   for (;;) {
     try {
-      running->launch.thread();
-      running->end_thread();
+      active->launch.thread();
+      active->end_thread();
     } catch (...) {
-      running->error = std::current_exception();
+      active->error = std::current_exception();
     }
-    Fiber& fiber = running_pool->fibers[running->thread().index];
+    Fiber& fiber = active_pool->fibers[active->thread().index];
     if (_setjmp(fiber.context) == 0) to_scheduler();
   }
 }
@@ -88,8 +88,8 @@ void fiber_main() {
 }  // namespace
 
 Machine& machine() {
-  if (running == nullptr) throw std::runtime_error("an instruction of a kernel was called outside a launch");
-  return *running;
+  if (active == nullptr) throw std::runtime_error("an instruction of a kernel was called outside a launch");
+  return *active;
 }
 
 Machine::Machine(Cluster& cluster, int depth, int rank)
@@ -212,14 +212,14 @@ Thread* Machine::choose() {
 
 void Machine::resume(Thread& thread) {
   current = &thread;
-  emulator::running = this;
-  running_pool = &pool_;
+  active = this;
+  active_pool = &pool_;
   threadIdx = {static_cast<unsigned>(thread.index), 0, 0};
   blockIdx = block_;
   if (_setjmp(scheduler) == 0) {
     enter(pool_.fibers[thread.index], pool_.stacks + thread.index * (kStack + kGuard) + kGuard);
   }
-  emulator::running = nullptr;
+  active = nullptr;
   current = nullptr;
   if (error) std::rethrow_exception(error);
 }

@@ -101,9 +101,8 @@ struct Load {
   std::function<void()> land;
 };
 
-struct Pool;
-
 class Cluster;
+struct Pool;
 
 // One block.
 class Machine {

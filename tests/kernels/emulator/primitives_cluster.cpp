@@ -1,4 +1,4 @@
-// Small kernels around the instructions of clusters, that test_emulator.py compares with numpy. Most can leave a step out.
+// Small kernels around the instructions of clusters, that test_emulator.py compares with numpy.
 #include "emulator/emulator.h"
 
 namespace mixrank {
@@ -18,7 +18,8 @@ enum class ExchangeFault {
   kNotSent,
 };
 
-// out [blocks, rounds, Blocks, 256] = in [blocks, rounds, 256] of all blocks of the cluster, which they send each other.
+// out [blocks, rounds, Blocks, 256] = in [blocks, rounds, 256] of all blocks of the cluster, which these send each
+// other. Can leave a step out.
 template <int Blocks>
 struct Exchange {
   struct Params {
@@ -158,7 +159,7 @@ const char* run_ranks(int* between, int* out, int x, int y, bool waits, bool lat
   return message_of([&] { launch<Ranks>(x, y, 1, {between, out, waits}, {late, seed}); });
 }
 
-const char* run_cluster_mistake(int mistake, bool late, uint64_t seed) {
+const char* run_cluster_mistake(int mistake, const char*, bool late, uint64_t seed) {
   return message_of([&] { launch<Mistaken>(2, 1, 1, {static_cast<ClusterMistake>(mistake)}, {late, seed}); });
 }
 }
