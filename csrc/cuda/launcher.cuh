@@ -6,6 +6,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+
 #include "common/checks.h"
 #include "cuda/ptx.h"
 
@@ -28,12 +30,11 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
 
 class Launcher {
  public:
-  explicit Launcher(const Tensor& like) : guard_(like.get_device_index()) {
-    const int device = like.get_device_index();
+  explicit Launcher(const Tensor& like) : device_(like.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    check(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "torch has no current stream for device ", device);
+    check(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "torch has no current stream for device ", device_);
     stream_ = static_cast<cudaStream_t>(stream);
-    check_cuda(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device_), "cudaDeviceGetAttribute");
   }
 
   int architecture() const { return major_ == 9 ? 90 : 80; }
@@ -57,9 +58,13 @@ class Launcher {
   template <class Kernel>
   void launch(int64_t blocks, const typename Kernel::Params& params, bool overlaps) const {
     check(blocks < (int64_t{1} << 31), "a launch has at most 2^31 - 1 blocks, but it needed ", blocks);
-    if (Kernel::kSharedBytes > 48 * 1024) {
+    // Once for each device, as it takes longer than a launch.
+    static std::atomic<uint64_t> raised{0};
+    const uint64_t bit = uint64_t{1} << (device_ % 64);
+    if (Kernel::kSharedBytes > 48 * 1024 && (device_ >= 64 || (raised.load() & bit) == 0)) {
       check_cuda(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes),
                  "cudaFuncSetAttribute");
+      raised |= bit;
     }
     cudaLaunchAttribute attributes[2];
     unsigned count = 0;
@@ -95,6 +100,7 @@ class Launcher {
     return found;
   }
 
+  int device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
   int major_ = 0;

@@ -1,6 +1,6 @@
-"""The operators on a CUDA device: gradients, compiled and captured, and what serves them.
+"""The operators on a CUDA device: values, gradients, compiled and captured, and what serves them.
 
-Values are tested in ``test_ops.py``, and the whole of ``test_triton.py`` runs on the device too, where there is one.
+The whole of ``test_triton.py`` runs on the device too, where there is one.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixrank_kernels import backend, ops, testing
+from mixrank_kernels import backend, cuda, ops, reference, testing
 from mixrank_kernels._schema import SCHEMAS
 
 pytestmark = pytest.mark.gpu
 
 LINEAR = ("lowrank_linear", "lowrank_residual_linear")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = ("cuda", "triton", "composite")
 
 
@@ -32,6 +33,69 @@ def no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("real_sizes", [False, True], ids=["small", "real"])
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_values_are_within_the_budget(op, real_sizes, dtype, implementation):
+    for sample in testing.sample_inputs(op, real_sizes=real_sizes):
+        arguments = on_device(sample.arguments(dtype))
+        exact = testing.run(getattr(reference, op), testing.exact(arguments))
+        plain = testing.run(testing.plain(op), arguments)
+        with backend.use(implementation):
+            ours = list(testing.run(getattr(ops, op), arguments))
+        for actual, reference64, yardstick in zip(ours, exact, plain, strict=True):
+            testing.assert_within_budget(actual, reference64, yardstick, dtype)
+
+
+def small_integers(*shape: int, dtype: torch.dtype, kept: int | None = None) -> torch.Tensor:
+    """Integers whose products and sums are exact; of a row only the first ``kept`` are not zero."""
+    made = torch.randint(-1, 2, shape, device="cuda")
+    if kept is not None:
+        made[..., kept:] = 0
+    return made.to(dtype)
+
+
+# Each kernel of the CUDA C++ implementation: few rows, tiles of 64 and of 128, ranks that fill boxes and that do not.
+LINEAR_SHAPES = [
+    (1, 768, 2304, 124), (16, 768, 768, 64), (197, 768, 3072, 248), (197, 761, 3001, 123), (1576, 768, 3072, 248),
+    (1576, 3072, 768, 248), (12608, 384, 1536, 128), (12608, 1024, 4096, 328), (12608, 768, 3072, 249),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=identify)
+@pytest.mark.parametrize(("m", "k", "n", "r"), LINEAR_SHAPES)
+def test_cuda_products_are_exact_on_integers(m, k, n, r, dtype, launches):
+    assert cuda.obstacle() is None
+    x, down = small_integers(m, k, dtype=dtype), small_integers(r, k, dtype=dtype, kept=64)
+    up, bias = small_integers(n, r, dtype=dtype, kept=3), small_integers(n, dtype=dtype)
+    factors = small_integers(40, k, dtype=dtype, kept=8), small_integers(n, 40, dtype=dtype, kept=1)
+    for residual in ((None, None), factors):
+        for terms in (2, 3):
+            y = torch.ops.mixrank_kernels._cuda_linear(x, down, up, bias, *residual, None, None, None, terms, launches)
+            wide = [None if t is None else t.double() for t in (x, down, up, bias, *residual)]
+            assert torch.equal(y.double(), reference.lowrank_residual_linear(*wide))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=identify)
+@pytest.mark.parametrize(
+    ("b", "m", "k"), [(1, 12608, 384), (1, 12608, 768), (12, 1576, 64), (3, 197, 1000), (1, 5000, 3072)]
+)
+def test_cuda_gram_matrices_are_exact_and_repeatable(b, m, k, dtype):
+    assert cuda.obstacle() is None
+    x = small_integers(b, m, k, dtype=dtype)
+    gram, column_sum = torch.zeros(b, k, k, device="cuda"), torch.zeros(b, k, device="cuda")
+    with backend.use("cuda"):
+        ops.gram_accumulate_(gram, x, None, column_sum)
+        assert torch.equal(gram.double(), x.double().mT @ x.double())
+        assert torch.equal(column_sum.double(), x.double().sum(1))
+        again = [torch.zeros_like(gram) for _ in range(2)]
+        for target in again:
+            ops.gram_accumulate_(target, x.normal_(generator=torch.Generator("cuda").manual_seed(0)))
+    assert torch.equal(*again)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
