@@ -78,21 +78,24 @@ void launch_boxes(Launcher& launcher, const ProductParams& product) {
   launch_tiles<Kernel>(launcher, params, product);
 }
 
-// From so many tiles of 128 x 128 on, large tiles fill a device.
-constexpr int64_t kManyTiles = 132;
+// Tiles that fill a device, or half of it: with fewer of one size a smaller one is better. Not measured.
+constexpr int64_t kManyTiles = 132, kSomeTiles = 66;
 // Up to so many rows a tile of 16 wastes least.
 constexpr int64_t kFewRows = 16;
 
 template <class Launcher>
 void product(Launcher& launcher, LinearOperand operand, const ProductParams& params) {
-  const bool many = ceil_div(params.M, 128) * tile_columns(params, 128) >= kManyTiles;
+  const auto tiles = [&](int rows, int cols) { return ceil_div(params.M, rows) * tile_columns(params, cols); };
+  const bool many = tiles(128, 128) >= kManyTiles, boxes = launcher.architecture() == 90 && boxes_reach(params);
   if (operand == LinearOperand::kFloat32Two) {
     launch_tiles<ProductSm80<Float32<2>, 64, 64, 2, 2, 4>>(launcher, params, params);
   } else if (operand == LinearOperand::kFloat32Three) {
     launch_tiles<ProductSm80<Float32<3>, 64, 64, 2, 2, 4>>(launcher, params, params);
   } else if (params.M <= kFewRows) {
-    launch_tiles<ProductSm80<BFloat16, 16, 64, 1, 4, 6>>(launcher, params, params);
-  } else if (launcher.architecture() == 90 && boxes_reach(params)) {
+    launch_tiles<ProductSm80<BFloat16, 16, 32, 1, 2, 8>>(launcher, params, params);
+  } else if (tiles(boxes ? 128 : 64, 64) < kSomeTiles) {
+    launch_tiles<ProductSm80<BFloat16, 32, 32, 2, 2, 6>>(launcher, params, params);
+  } else if (boxes) {
     const bool sparse = params.sparse.size != 0;
     if (many && sparse) {
       launch_boxes<ProductSm90<128, true>>(launcher, params);
