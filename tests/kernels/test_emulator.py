@@ -2,54 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_bool, c_float, c_int64, c_uint32, c_uint64
+from ctypes import c_bool, c_float, c_int64, c_uint32
 
 import numpy as np
 import pytest
 
 from . import emulator
+from .emulator.primitives import NONE, ORDERS, SEEDS, aligned, check_mistake, load
 
-NONE = 0
-SEEDS = range(6)
-ORDERS = [(late, seed) for late in (False, True) for seed in SEEDS]
 BOX = 64
 
 
 @pytest.fixture(scope="module")
 def run():
-    """Calls one of primitives.cpp: arrays by their address, floats as fp32, bools as bool, other numbers as int64."""
-    library = emulator.build(sorted(emulator.SOURCES.glob("primitives*.cpp")), "primitives")
-
-    def call(name: str, *arguments, order=(False, 0)) -> None:
-        late, seed = order
-        emulator.call(getattr(library, name), *map(converted, arguments), c_bool(late), c_uint64(seed))
-
-    call.library = library
-    return call
-
-
-def converted(value):
-    if isinstance(value, np.ndarray):
-        return ctypes.c_void_p(value.ctypes.data)
-    kinds = {bool: c_bool, float: c_float}
-    return kinds.get(type(value), c_int64)(value)
+    return load()
 
 
 def bits(values: np.ndarray, bf16: bool) -> np.ndarray:
     """The 16-bit patterns of values that are exact in 16 bits."""
     narrow = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return narrow if bf16 else values.astype(np.float16).view(np.uint16)
-
-
-def aligned(shape: tuple[int, ...], dtype, fill) -> np.ndarray:
-    """An array on a multiple of 128 bytes."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 128, np.uint8)
-    begin = -memory.ctypes.data % 128
-    array = memory[begin : begin + size].view(dtype).reshape(shape)
-    array[...] = fill
-    return array
 
 
 def unswizzled(stored: np.ndarray) -> np.ndarray:
@@ -258,44 +230,29 @@ def test_faults_of_warpgroup_products_show(run):
     assert np.isnan(early).sum() == 128
 
 
-MISTAKES = {
-    "run_mistake": [
-        r"deadlock\. 32 threads wait in __syncthreads for 128 threads on barrier 0\. 96 threads have ended\.",
-        "load_matrices got byte 8 of shared memory, which must be a multiple of 16",
-        "copy_async got byte 8 of shared memory, which must be a multiple of 16",
-        "copy_async got a source that does not lie on a multiple of its 8 bytes",
-        "copy_async got 16 bytes from byte 1024 of shared memory on, which has 1024",
-        "memory behind the 1024 bytes of shared memory was written",
-        "came to .* while other threads of its warp are in",
-        "load_box got a barrier without barrier_init_fence",
-        "the barrier at byte 0 was overwritten",
-        "a descriptor of wgmma begins at byte 128 of shared memory, inside the pattern of the swizzle",
-        "a descriptor of wgmma begins at byte 32 of shared memory, inside the pattern of the swizzle",
-        "wgmma read at byte 1024 of shared memory, which has 1024",
-        "a barrier of 1 arrivals got 1 when 0 were pending in its phase",
-        "named_barrier of .* threads met one of",
-        "named_barrier was passed by a part of a warp",
-    ],
-    "run_cluster_mistake": [
-        r"block \(\d, 0, 0\), thread 0: rank was 2, but must be 0 to 1",
-        "bytes was 24, but must be a positive multiple of 16",
-        "copy_to_block got byte 8 of shared memory, which must be a multiple of 16",
-        "copy_to_block got 32 bytes from byte 1008 of shared memory on, which has 1024",
-        r"block \(1, 0, 0\): copy_to_block got a barrier without barrier_init_fence",
-        r"In block \(1, 0, 0\): 32 threads wait in __syncthreads .* 32 threads wait in cluster_barrier\.",
-        "a barrier of 3 arrivals got 4 when 3 were pending in its phase",
-        "count was 0, but must be 1 to 2",
-    ],
-}
+MISTAKES = [
+    r"deadlock\. 32 threads wait in __syncthreads for 128 threads on barrier 0\. 96 threads have ended\.",
+    "load_matrices got byte 8 of shared memory, which must be a multiple of 16",
+    "copy_async got byte 8 of shared memory, which must be a multiple of 16",
+    "copy_async got a source that does not lie on a multiple of its 8 bytes",
+    "copy_async got 16 bytes from byte 1024 of shared memory on, which has 1024",
+    "memory behind the 1024 bytes of shared memory was written",
+    "came to .* while other threads of its warp are in",
+    "load_box got a barrier without barrier_init_fence",
+    "the barrier at byte 0 was overwritten",
+    "a descriptor of wgmma begins at byte 128 of shared memory, inside the pattern of the swizzle",
+    "a descriptor of wgmma begins at byte 32 of shared memory, inside the pattern of the swizzle",
+    "wgmma read at byte 1024 of shared memory, which has 1024",
+    "a barrier of 1 arrivals got another one in the same phase",
+    "named_barrier of .* threads met one of",
+    "named_barrier was passed by a part of a warp",
+]
 
 
-@pytest.mark.parametrize(("kernel", "wrong"), [(name, i) for name in MISTAKES for i in range(len(MISTAKES[name]))])
+@pytest.mark.parametrize("wrong", range(len(MISTAKES)))
 @pytest.mark.parametrize("late", [False, True])
-def test_mistakes_are_reported_and_leave_the_emulator_usable(run, kernel, wrong, late):
-    memory = aligned((128,), np.uint8, 0)
-    with pytest.raises(RuntimeError, match=MISTAKES[kernel][wrong]):
-        run(kernel, 1 + wrong, memory, order=(late, 0))
-    run(kernel, NONE, memory, order=(late, 0))
+def test_mistakes_are_reported_and_leave_the_emulator_usable(run, wrong, late):
+    check_mistake(run, "run_mistake", 1 + wrong, MISTAKES[wrong], late)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -312,51 +269,6 @@ def test_an_overlapping_launch_that_does_not_wait_shows(run):
     assert (out == -4).sum() == 64, "the first block reads what was there before"
     with pytest.raises(RuntimeError, match="ended without previous_launch_wait"):
         run("run_dependent", between, out, no_wait, order=(True, 0))
-
-
-def exchange(run, blocks: int, fault: int, late: bool) -> None:
-    """The blocks of three clusters send each other their tiles, in three rounds; asserts that all get all of them."""
-    tiles = np.random.default_rng(blocks).integers(1, 2**31, (3, blocks, 3, 256), dtype=np.int32)
-    for seed in SEEDS:
-        out = np.zeros((3, blocks, 3, blocks, 256), np.int32)
-        run("run_exchange", tiles, out, 3, blocks, 3, fault, order=(late, seed))
-        assert (out == tiles.swapaxes(1, 2)[:, None]).all()
-
-
-@pytest.mark.parametrize(("blocks", "late"), [(2, False), (2, True), (4, False), (4, True)])
-def test_blocks_of_a_cluster_exchange_tiles(run, blocks, late):
-    exchange(run, blocks, NONE, late)
-
-
-EXCHANGE_FAULTS = {
-    "no barrier first": (1, False, "where no barrier is"),
-    "no barrier between": (2, False, "assert"),
-    "no barrier last": (3, True, "copies to or from the block were on their way when it ended"),
-    "a block ends at once": (4, False, "has ended|on their way when it ended|deadlock"),
-    "no fence": (5, False, "assert"),
-    "changed too early": (6, True, "assert"),
-    "not sent": (7, False, r"In block \(\d, 0, 0\): 64 threads wait in cluster_barrier\. In block \(\d, 0, 0\): 64"),
-}
-
-
-@pytest.mark.parametrize("blocks", [2, 4])
-@pytest.mark.parametrize("fault", EXCHANGE_FAULTS)
-def test_faults_of_exchanges_show(run, blocks, fault):
-    number, only_late, message = EXCHANGE_FAULTS[fault]
-    for late in {only_late, True}:
-        with pytest.raises((RuntimeError, AssertionError), match=message):
-            exchange(run, blocks, number, late)
-
-
-def test_the_barrier_of_a_cluster_waits_for_all_threads_that_have_not_ended(run):
-    expected = np.tile(np.where(np.arange(64) < [[64], [32]], 10, 0), (12, 1))
-    for order in ORDERS:
-        for waits in (True, False):
-            out = np.zeros((24, 64), np.int32)
-            run("run_ranks", np.zeros(24, np.int32), out, 8, 3, waits, order=order)
-            assert np.array_equal(out, expected) == waits
-    with pytest.raises(RuntimeError, match="the grid's x was 6, but must be a multiple of the 4 blocks of a cluster"):
-        run("run_ranks", np.zeros(6, np.int32), np.zeros((6, 64), np.int32), 6, 1, True)
 
 
 @pytest.mark.parametrize(

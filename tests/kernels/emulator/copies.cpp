@@ -33,12 +33,11 @@ std::string in_phase(int offset, int parity) {
   return " for parity " + std::to_string(parity) + " of the barrier at byte " + std::to_string(offset);
 }
 
-void count_arrivals(Machine& m, Barrier& barrier, int count) {
-  if (count > barrier.pending) {
-    m.fail("a barrier of " + std::to_string(barrier.expected) + " arrivals got " + std::to_string(count) + " when " +
-           std::to_string(barrier.pending) + " were pending in its phase");
+void arrive(Machine& m, Barrier& barrier) {
+  if (barrier.pending == 0) {
+    m.fail("a barrier of " + std::to_string(barrier.expected) + " arrivals got another one in the same phase");
   }
-  barrier.pending -= count;
+  --barrier.pending;
   m.advance(barrier);
 }
 
@@ -47,6 +46,26 @@ uint32_t check_box(const Machine& m, const void* shared, const TensorMap* map, c
     m.fail(std::string(instruction) + " got a tensor map that does not lie on a multiple of 64 bytes");
   }
   return m.address(shared, instruction, map->box_rows * kRowBytes, 1024);
+}
+
+// The block of this rank of the cluster, which has to be there still.
+Machine& block_at(Machine& m, int rank, const char* instruction) {
+  const int blocks = static_cast<int>(m.cluster.blocks.size());
+  if (rank < 0 || rank >= blocks) {
+    m.fail("rank was " + std::to_string(rank) + ", but must be 0 to " + std::to_string(blocks - 1));
+  }
+  Machine& block = m.cluster.blocks[rank];
+  if (block.running == 0) m.fail(std::string(instruction) + " was called for " + block.name() + ", which has ended");
+  return block;
+}
+
+// The place of a barrier that the copy engine and the other blocks may tell: `barrier`, but in block `to`.
+uint32_t told_barrier(const Machine& m, Machine& to, const uint64_t* barrier, const char* instruction) {
+  const uint32_t at = m.address(barrier, instruction, sizeof(*barrier), alignof(uint64_t));
+  if (!to.barrier(reinterpret_cast<const uint64_t*>(to.shared + at), instruction).fenced) {
+    to.fail(std::string(instruction) + " got a barrier without barrier_init_fence");
+  }
+  return at;
 }
 
 }  // namespace
@@ -246,13 +265,15 @@ void barrier_init_fence() {
   for (auto& [offset, barrier] : m.barriers) barrier.fenced |= barrier.owner == m.thread().index;
 }
 
-void barrier_arrive(uint64_t* barrier, int count) {
+void barrier_arrive(uint64_t* barrier) {
   Machine& m = machine();
-  Barrier& found = m.barrier(barrier, "barrier_arrive");
-  if (count < 1 || count > kMaxPending) {
-    m.fail("count was " + std::to_string(count) + ", but must be 1 to 2^20 - 1");
-  }
-  count_arrivals(m, found, count);
+  arrive(m, m.barrier(barrier, "barrier_arrive"));
+}
+
+void barrier_arrive_at(uint64_t* barrier, int rank) {
+  Machine& m = machine();
+  Machine& to = block_at(m, rank, "barrier_arrive_at");
+  arrive(to, to.barriers.at(told_barrier(m, to, barrier, "barrier_arrive_at")));
 }
 
 void barrier_expect(uint64_t* barrier, int bytes) {
@@ -262,7 +283,7 @@ void barrier_expect(uint64_t* barrier, int bytes) {
     m.fail("bytes was " + std::to_string(bytes) + ", but must be 0 to 2^20 - 1");
   }
   found.bytes += bytes;
-  count_arrivals(m, found, 1);
+  arrive(m, found);
 }
 
 void barrier_wait(uint64_t* barrier, int parity) {
@@ -283,10 +304,40 @@ void prefetch_map(const TensorMap* map) {
 
 void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z) {
   Machine& m = machine();
-  const uint32_t to = check_box(m, shared, map, "load_box");
-  if (!m.barrier(barrier, "load_box").fenced) m.fail("load_box got a barrier without barrier_init_fence");
-  const Box box{map, to, static_cast<uint32_t>(*barrier), x, y, z};
+  const uint32_t at = check_box(m, shared, map, "load_box");
+  const Box box{map, at, told_barrier(m, m, barrier, "load_box"), x, y, z};
   m.cluster.begin({&m, nullptr, [&m, box] { m.land(box); }});
+}
+
+void load_box_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z, uint16_t blocks) {
+  Machine& m = machine();
+  constexpr auto kName = "load_box_to_blocks";
+  const int all = (1 << m.cluster.blocks.size()) - 1;
+  if (blocks == 0 || blocks > all) {
+    m.fail("blocks was " + std::to_string(blocks) + ", but must be 1 to " + std::to_string(all));
+  }
+  const uint32_t at = check_box(m, shared, map, kName);
+  for (int rank = 0; blocks >> rank != 0; ++rank) {
+    if ((blocks >> rank) % 2 == 0) continue;
+    Machine& to = block_at(m, rank, kName);
+    const Box box{map, at, told_barrier(m, to, barrier, kName), x, y, z};
+    m.cluster.begin({&to, nullptr, [&to, box] { to.land(box); }});
+  }
+}
+
+void copy_to_block(const void* shared, uint64_t* barrier, int bytes, int rank) {
+  Machine& m = machine();
+  constexpr auto kName = "copy_to_block";
+  Machine& to = block_at(m, rank, kName);
+  if (bytes < 16 || bytes % 16 != 0) {
+    m.fail("bytes was " + std::to_string(bytes) + ", but must be a positive multiple of 16");
+  }
+  const uint32_t at = m.address(shared, kName, bytes, 16);
+  const uint32_t told = told_barrier(m, to, barrier, kName);
+  m.cluster.begin({&to, &m, [=, &m, &to] {
+                     to.bring(at, m.seen(at, bytes), bytes);
+                     to.complete(told, bytes);
+                   }});
 }
 
 void store_box(const TensorMap* map, const void* shared, int x, int y, int z) {

@@ -195,27 +195,4 @@ void cluster_barrier() {
   m.wait("cluster_barrier");
 }
 
-void copy_to_block(const void* shared, uint64_t* barrier, int bytes, int rank) {
-  Machine& m = machine();
-  constexpr auto kName = "copy_to_block";
-  const int blocks = static_cast<int>(m.cluster.blocks.size());
-  if (rank < 0 || rank >= blocks) {
-    m.fail("rank was " + std::to_string(rank) + ", but must be 0 to " + std::to_string(blocks - 1));
-  }
-  if (bytes < 16 || bytes % 16 != 0) {
-    m.fail("bytes was " + std::to_string(bytes) + ", but must be a positive multiple of 16");
-  }
-  const uint32_t at = m.address(shared, kName, bytes, 16);
-  const uint32_t told = m.address(barrier, kName, sizeof(*barrier), alignof(uint64_t));
-  Machine& to = m.cluster.blocks[rank];
-  if (to.running == 0) m.fail("copy_to_block was called for " + to.name() + ", which has ended");
-  if (!to.barrier(reinterpret_cast<uint64_t*>(to.shared + told), kName).fenced) {
-    to.fail("copy_to_block got a barrier without barrier_init_fence");
-  }
-  m.cluster.begin({&to, &m, [=, &m, &to] {
-                     to.bring(at, m.seen(at, bytes), bytes);
-                     to.complete(told, bytes);
-                   }});
-}
-
 }  // namespace mixrank

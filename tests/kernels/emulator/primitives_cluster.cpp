@@ -1,4 +1,5 @@
-// Small kernels around the instructions of clusters, that test_emulator.py compares with numpy.
+// Small kernels around the instructions of clusters, that test_emulator_cluster.py compares with numpy.
+#include "cuda/tiles.h"
 #include "emulator/emulator.h"
 
 namespace mixrank {
@@ -43,7 +44,7 @@ struct Exchange {
     const auto is = [&](ExchangeFault fault) { return p.fault == fault; };
     if (t == 0) {
       barrier_init(full, 1);
-      barrier_init(filled, kThreads);
+      barrier_init(filled, kThreads / 32);
       barrier_init_fence();
     }
     __syncthreads();
@@ -54,7 +55,7 @@ struct Exchange {
       memcpy(own + t * 16, p.in + tile * kTile + t * 4, 16);
       if (!is(ExchangeFault::kNoFence)) async_fence();
       __syncwarp();
-      if (t % 32 == 0) barrier_arrive(filled, 32);
+      if (t % 32 == 0) barrier_arrive(filled);
       if (t == 0) {
         barrier_wait(filled, round % 2);
         barrier_expect(full, (Blocks - 1) * kTileBytes);
@@ -98,20 +99,104 @@ struct Ranks {
   }
 };
 
+enum class SharedFault { kNone, kReleasedToItself, kPeerNotReleased, kNotShared, kNoFirstBarrier, kNoLastBarrier };
+
+// out [2 * batches, 64, 128] = the sum of `tiles` tiles [64, 128] below each other, by both blocks of a cluster for each
+// batch. Each block brings half of every tile to both, into one of two stages that both have released.
+struct SharedPipeline {
+  struct Params {
+    TensorMap map;
+    int32_t* out;
+    int tiles;
+    SharedFault fault;
+  };
+  static constexpr int kCluster = 2;
+  static constexpr int kStages = 2;
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = 32 * (kConsumers + 1);
+  static constexpr int kBoxBytes = 64 * kBoxRowBytes;
+  static constexpr int kTileBytes = kCluster * kBoxBytes;
+  static constexpr int kSharedBytes = kStages * (kTileBytes + 16);
+
+  static MIXRANK_DEVICE void run(const Params& p) {
+    char* shared = shared_memory();
+    auto* full = reinterpret_cast<uint64_t*>(shared + kStages * kTileBytes);
+    uint64_t* empty = full + kStages;
+    const int t = static_cast<int>(threadIdx.x);
+    if (t == 0) {
+      const int blocks = p.fault == SharedFault::kReleasedToItself ? 1 : kCluster;
+      for (int i = 0; i < kStages; ++i) {
+        barrier_init(full + i, 1);
+        barrier_init(empty + i, kConsumers * blocks);
+      }
+      barrier_init_fence();
+    }
+    __syncthreads();
+    if (p.fault != SharedFault::kNoFirstBarrier) cluster_barrier();
+    if (t < 32 * kConsumers) {
+      read(p, shared, full, empty);
+    } else if (t == 32 * kConsumers) {
+      fill(p, shared, full, empty);
+    }
+    if (p.fault != SharedFault::kNoLastBarrier) cluster_barrier();
+  }
+
+  static MIXRANK_DEVICE void read(const Params& p, const char* shared, uint64_t* full, uint64_t* empty) {
+    const int row = static_cast<int>(threadIdx.x), lane = row % 32;
+    const bool to_itself = p.fault == SharedFault::kReleasedToItself || p.fault == SharedFault::kPeerNotReleased;
+    int32_t sum[kCluster * 64] = {};
+    for (int i = 0; i < p.tiles; ++i) {
+      const int stage = i % kStages;
+      barrier_wait(full + stage, i / kStages % 2);
+      for (int col = 0; col < kCluster * 64; ++col) {
+        int16_t value;
+        const char* box = shared + stage * kTileBytes + col / 64 * kBoxBytes;
+        memcpy(&value, box + box_offset(row, col % 64), sizeof(value));
+        sum[col] += value;
+      }
+      __syncwarp();
+      if (lane < kCluster && (!to_itself || lane == cluster_rank())) barrier_arrive_at(empty + stage, lane);
+    }
+    memcpy(p.out + (static_cast<int64_t>(blockIdx.x) * 64 + row) * kCluster * 64, sum, sizeof(sum));
+  }
+
+  static MIXRANK_DEVICE void fill(const Params& p, char* shared, uint64_t* full, uint64_t* empty) {
+    const int rank = cluster_rank(), batch = static_cast<int>(blockIdx.x) / kCluster;
+    const auto blocks = static_cast<uint16_t>(p.fault == SharedFault::kNotShared ? 1 << rank : (1 << kCluster) - 1);
+    for (int i = 0; i < p.tiles; ++i) {
+      const int stage = i % kStages;
+      barrier_wait(empty + stage, i / kStages % 2 ^ 1);
+      barrier_expect(full + stage, kTileBytes);
+      load_box_to_blocks(shared + stage * kTileBytes + rank * kBoxBytes, &p.map, full + stage, 64 * rank, 64 * i, batch,
+                         blocks);
+    }
+  }
+};
+
 enum class ClusterMistake {
   kNothing,
-  kRankOutside,
+  kCopyOutside,
   kPartOfSixteen,
-  kMisaligned,
+  kMisalignedCopy,
   kOutsideSharedMemory,
-  kNoInitFence,
+  kCopyWithoutInitFence,
+  kCopyToEnded,
+  kArriveOutside,
+  kArriveWithoutInitFence,
+  kArriveAtEnded,
+  kArriveTooOften,
+  kArriveAtNone,
+  kNoBlocks,
+  kBlocksOutside,
+  kMisalignedBox,
+  kBoxWithoutInitFence,
+  kBoxToEnded,
   kHalfOfABlockWaits,
-  kTooManyArrivals,
-  kNoArrivals,
 };
 
 struct Mistaken {
   struct Params {
+    TensorMap map;
     ClusterMistake mistake;
   };
   static constexpr int kCluster = 2;
@@ -122,23 +207,36 @@ struct Mistaken {
     char* shared = shared_memory();
     auto* barrier = reinterpret_cast<uint64_t*>(shared + 1008);
     const bool first = threadIdx.x == 0;
-    const auto is = [&](ClusterMistake mistake) { return p.mistake == mistake; };
+    const int rank = cluster_rank();
+    const auto is = [&](auto... mistakes) { return ((p.mistake == mistakes) || ...); };
+    using enum ClusterMistake;
     if (first) {
       barrier_init(barrier, 3);
-      if (!is(ClusterMistake::kNoInitFence)) barrier_init_fence();
+      if (!is(kCopyWithoutInitFence, kArriveWithoutInitFence, kBoxWithoutInitFence)) barrier_init_fence();
+      if (is(kArriveTooOften)) barrier_expect(barrier, 16);
     }
     cluster_barrier();
-    if (first && cluster_rank() == 0) {
-      if (is(ClusterMistake::kRankOutside)) copy_to_block(shared, barrier, 16, 2);
-      if (is(ClusterMistake::kPartOfSixteen)) copy_to_block(shared, barrier, 24, 1);
-      if (is(ClusterMistake::kMisaligned)) copy_to_block(shared + 8, barrier, 16, 1);
-      if (is(ClusterMistake::kOutsideSharedMemory)) copy_to_block(shared + 1008, barrier, 32, 1);
-      if (is(ClusterMistake::kNoInitFence)) copy_to_block(shared, barrier, 16, 1);
-      if (is(ClusterMistake::kTooManyArrivals)) barrier_arrive(barrier, 4);
-      if (is(ClusterMistake::kNoArrivals)) barrier_arrive(barrier, 0);
+    if (is(kCopyToEnded, kArriveAtEnded, kBoxToEnded)) {
+      if (rank == 1) return;
+      cluster_barrier();
     }
-    if (is(ClusterMistake::kHalfOfABlockWaits) && (cluster_rank() == 0 || threadIdx.x < 32)) cluster_barrier();
-    if (is(ClusterMistake::kHalfOfABlockWaits)) __syncthreads();
+    if (first && rank == 0) {
+      if (is(kCopyOutside)) copy_to_block(shared, barrier, 16, 2);
+      if (is(kPartOfSixteen)) copy_to_block(shared, barrier, 24, 1);
+      if (is(kMisalignedCopy)) copy_to_block(shared + 8, barrier, 16, 1);
+      if (is(kOutsideSharedMemory)) copy_to_block(shared + 1008, barrier, 32, 1);
+      if (is(kCopyWithoutInitFence, kCopyToEnded)) copy_to_block(shared, barrier, 16, 1);
+      if (is(kArriveOutside)) barrier_arrive_at(barrier, -1);
+      if (is(kArriveWithoutInitFence, kArriveAtEnded)) barrier_arrive_at(barrier, 1);
+      for (int i = 0; i < 3 && is(kArriveTooOften); ++i) barrier_arrive_at(barrier, 1);
+      if (is(kArriveAtNone)) barrier_arrive_at(barrier + 1, 1);
+      if (is(kNoBlocks)) load_box_to_blocks(shared, &p.map, barrier, 0, 0, 0, 0);
+      if (is(kBlocksOutside)) load_box_to_blocks(shared, &p.map, barrier, 0, 0, 0, 5);
+      if (is(kMisalignedBox)) load_box_to_blocks(shared + 128, &p.map, barrier, 0, 0, 0, 3);
+      if (is(kBoxWithoutInitFence, kBoxToEnded)) load_box_to_blocks(shared, &p.map, barrier, 0, 0, 0, 2);
+    }
+    if (is(kHalfOfABlockWaits) && (rank == 0 || threadIdx.x < 32)) cluster_barrier();
+    if (is(kHalfOfABlockWaits)) __syncthreads();
   }
 };
 
@@ -159,8 +257,20 @@ const char* run_ranks(int* between, int* out, int x, int y, bool waits, bool lat
   return message_of([&] { launch<Ranks>(x, y, 1, {between, out, waits}, {late, seed}); });
 }
 
-const char* run_cluster_mistake(int mistake, const char*, bool late, uint64_t seed) {
-  return message_of([&] { launch<Mistaken>(2, 1, 1, {static_cast<ClusterMistake>(mistake)}, {late, seed}); });
+const char* run_shared_pipeline(const int16_t* in, int batches, int tiles, int32_t* out, int fault, bool late,
+                                uint64_t seed) {
+  return message_of([&] {
+    const TensorMap map = make_map(in, 128, 64 * tiles, batches, 256, int64_t{256} * 64 * tiles, 64);
+    launch<SharedPipeline>(2 * batches, 1, 1, {map, out, tiles, static_cast<SharedFault>(fault)}, {late, seed});
+  });
+}
+
+// global: a row of 128 bytes.
+const char* run_cluster_mistake(int mistake, const char* global, bool late, uint64_t seed) {
+  return message_of([&] {
+    const TensorMap map = make_map(global, 64, 1, 1, 128, 128, 1);
+    launch<Mistaken>(2, 1, 1, {map, static_cast<ClusterMistake>(mistake)}, {late, seed});
+  });
 }
 }
 

@@ -109,7 +109,7 @@ void named_barrier(int id, int threads);
 
 void barrier_init(uint64_t* barrier, int arrivals);
 void barrier_init_fence();
-void barrier_arrive(uint64_t* barrier, int count = 1);
+void barrier_arrive(uint64_t* barrier);
 void barrier_expect(uint64_t* barrier, int bytes);
 void barrier_wait(uint64_t* barrier, int parity);
 
@@ -125,6 +125,8 @@ void next_launch_start();
 int cluster_rank();
 void cluster_barrier();
 void copy_to_block(const void* shared, uint64_t* barrier, int bytes, int rank);
+void barrier_arrive_at(uint64_t* barrier, int rank);
+void load_box_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z, uint16_t blocks);
 
 void group_fence();
 void group_commit();
