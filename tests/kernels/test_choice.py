@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixrank_kernels import _register, backend, choice, cuda
+from mixrank_kernels._load import load_cuda_extension
 from mixrank_kernels._schema import SCHEMAS
 
 OPERANDS = ("half", "fp32", "fp64")
@@ -95,6 +96,20 @@ def test_cuda_kernels_refuse_what_they_have_no_kernel_for(fake_device):
     blocks = (None,) * 5 + (fake_cuda(1, 8, 8),)
     refusal = cuda.refusal("lowrank_residual_linear", fake_cuda(3, 32), fake_cuda(4, 32), fake_cuda(8, 4), *blocks)
     assert refusal == "it takes blocks of a multiple of 16, and values has blocks of 8"
+
+
+def test_without_the_cuda_extension_everything_else_serves(monkeypatch):
+    monkeypatch.setattr(cuda, "obstacle", cuda.obstacle.__wrapped__)
+    monkeypatch.setattr(cuda, "load_cuda_extension", lambda: None)
+    assert "mixrank_kernels._cuda is not built" in cuda.refusal("lowrank_linear", *linear(torch.bfloat16))
+    assert backend.available("cuda", "lowrank_linear") == ("composite", "triton", "reference")
+    with pytest.raises(RuntimeError, match="implementation cuda cannot run here"), backend.use("cuda"):
+        pass
+
+
+def test_a_torch_without_cuda_does_not_load_the_extension(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert load_cuda_extension() is None
 
 
 def test_old_devices_are_refused(fake_device, monkeypatch):
