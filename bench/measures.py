@@ -12,6 +12,7 @@ from mixrank_bench.ceilings import Ceilings
 # Names of variants in the rows.
 SERVED, UNPACKED = "as served", "without packing"
 SSYRK, ADDMM = "scipy ssyrk", "torch addmm_ in fp32"
+OUT_DTYPE = "torch.mm to fp32, then add_"
 
 
 @dataclass(frozen=True)
