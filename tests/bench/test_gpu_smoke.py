@@ -16,7 +16,7 @@ def test_everything_is_called_and_right_on_the_cpu():
     wrong = {what: reason for what, reason in found.items() if reason and "Triton's interpreter" not in reason}
     assert not wrong
     for op in SCHEMAS:
-        for implementation in backend.available("cpu", op):
+        for implementation in set(backend.available("cpu", op)) - {"reference"}:
             for dtype in ("bfloat16", "float16", "float32", "float64"):
                 assert any(what.split()[::2] == [op, dtype] and what.endswith(f" {implementation}") for what in found)
 
