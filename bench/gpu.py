@@ -38,7 +38,7 @@ from mixrank_bench.timing import Turn, interleaved
 from mixrank_kernels import backend
 from mixrank_kernels._schema import SCHEMAS
 
-MOST_COPIES = 32
+FEWEST_COPIES, MOST_COPIES = 4, 32
 TURN_SECONDS, CASE_SECONDS = 0.003, 4.0
 SMALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PARTS = ("ceilings", "cases", "model")
@@ -81,7 +81,7 @@ def implementations(device: str, op: str) -> tuple[str, ...]:
 
 def copies(case: Case) -> int:
     """Sets of operands that a call finds none of in the cache when it comes to them again."""
-    return max(2, min(MOST_COPIES, FLUSH_BYTES // case.bytes))
+    return max(FEWEST_COPIES, min(MOST_COPIES, FLUSH_BYTES // case.bytes))
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
@@ -101,7 +101,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> Iterator[dict[str,
         "forced": implementations(device.type, case.op),
         "rounded": True,
     }
-    fields = [peers.field(case, _copy(first), **options) for _ in range(copies(case))]
+    fields = [peers.field(case, copied(first), **options) for _ in range(copies(case))]
     verdicts = peers.verdicts(case, fields[0], first)
     refused = {key: reason for key, reason in verdicts.items() if reason}
     row = {"kind": "op", "device": device.type, "threads": None} | case.to_json() | {"absent": fields[0].absent}
@@ -140,18 +140,16 @@ def measure(case: Case, device: torch.device, rounds: int) -> Iterator[dict[str,
         yield timed("eager", turn, alone, 1)
 
 
-def _copy(arguments: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+@torch.inference_mode(False)
+def copied(arguments: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The same values elsewhere, never in tensors of inference mode, whose indices are read again at each call."""
     return {name: None if tensor is None else tensor.clone() for name, tensor in arguments.items()}
 
 
 def _compiled(case: Case) -> bool:
     """Whether ``torch.compile`` is among the peers of a case."""
-    model = case.layer.split()[0]
-    return (
-        case.m in gpu_cases.COMPILED_ROWS
-        and (model, case.dtype) == ("vit-b", gpu_cases.BAR_DTYPE)
-        and case.keep == KEEPS[0]
-    )
+    of_bars = (case.dtype, case.keep) == (gpu_cases.BAR_DTYPE, KEEPS[0])
+    return of_bars and case.m in gpu_cases.COMPILED_ROWS and case.layer in gpu_cases.COMPILED_LAYERS
 
 
 def rows(options: Options) -> Iterator[list[dict[str, Any]]]:

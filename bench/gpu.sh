@@ -125,9 +125,9 @@ run_build() {
 
 run_tests() {
     local workers=()
-    if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8 --dist worksteal); fi
+    if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "$(nproc)" --dist worksteal); fi
     stage "every operator once" 60 tests.log "$python" -m mixrank_bench.gpu_smoke --device "$device"
-    stage "tests on the device" 120 tests.log "$python" -m pytest -q -m gpu "${workers[@]}" tests/kernels tests/bench
+    stage "tests on the device" 150 tests.log "$python" -m pytest -q -m gpu "${workers[@]}" tests/kernels tests/bench
     stage "tests of Triton" 60 tests.log "$python" -m pytest -q "${workers[@]}" tests/kernels/test_triton.py
 }
 

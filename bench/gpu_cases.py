@@ -15,8 +15,8 @@ GRAM_WIDTHS = (384, 768, 1024, 3072)
 NARROW_WIDTH = 192
 LAYERS_AT_ONCE = 12
 BAR_DTYPE = torch.bfloat16
-COMPILED_ROWS = (1, TOKENS, ROWS[-1])
-"""Rows at which ``torch.compile`` is among the peers: it takes seconds for each shape."""
+COMPILED_ROWS, COMPILED_LAYERS = (1, TOKENS, ROWS[-1]), ("vit-b proj", "vit-b fc1")
+"""Where ``torch.compile`` is among the peers: it takes seconds for each shape."""
 
 
 def bar_cases() -> Iterator[Case]:

@@ -75,7 +75,7 @@ def compared(
         exact = list(testing.run(getattr(reference, case.op), testing.exact(arguments)))
         yardstick = list(testing.run(testing.plain(case.op), arguments))
         count = gpu.copies(case) if device.type == "cuda" else 1
-        sets = [{n: t if t is None else t.clone() for n, t in arguments.items()} for _ in range(count)]
+        sets = [gpu.copied(arguments) for _ in range(count)]
         calls = [lambda given=given, op=case.op: getattr(ops, op)(**given) for given in sets]
         play = {}
         for value in (value for value in values if value not in out):
