@@ -4,9 +4,10 @@
 #   bench/gpu.sh [OUT [STAGE...]]
 #
 # OUT (default: $OUT, else bench/results/gpu-run) gets a log of each stage, gpu.jsonl with the results, added to line by
-# line, and summary.txt. The stages, in this order unless some are named: build, tests, sanitize, timing. A stage that
-# fails stops no other but makes the exit status 1. PYTHON (default python3) must have torch; nothing is installed and no
-# index is asked. Without a CUDA device it is a rehearsal on the CPU, and fails.
+# line, and summary.txt. The stages, in this order unless some are named: build, tests, sanitize, timing. Only when named:
+# tune, which rewrites the block sizes of the Triton kernels and leaves a copy of them in OUT. A stage that fails stops no
+# other but makes the exit status 1. PYTHON (default python3) must have torch; nothing is installed and no index is asked.
+# Without a CUDA device it is a rehearsal on the CPU, and fails.
 #
 # MIXRANK_GPU_SECONDS  when the whole has to end, 540 by default
 # MIXRANK_WHEELS       a folder of wheels from which missing packages are unpacked for this run
@@ -22,9 +23,9 @@ stages=("$@")
 [ ${#stages[@]} -gt 0 ] || stages=(build tests sanitize timing)
 for stage in "${stages[@]}"; do
     case $stage in
-        build | tests | sanitize | timing) ;;
+        build | tests | sanitize | timing | tune) ;;
         *)
-            echo "STAGE must be one of build, tests, sanitize, timing, but it was '$stage'" >&2
+            echo "STAGE must be one of build, tests, sanitize, timing, tune, but it was '$stage'" >&2
             exit 2
             ;;
     esac
@@ -153,6 +154,16 @@ run_timing() {
     stage timing "$(left)" timing.log "$python" -m mixrank_bench.gpu --device "$device" --save "$out/gpu.jsonl" \
         --seconds $(($(left) > 60 ? $(left) - 30 : $(left) / 2)) "${options[@]}"
     grep -E 'at least .*x, |^failed|left out' "$out/timing.log" | tee -a "$out/summary.txt"
+}
+
+run_tune() {
+    if [ "$device" = cpu ]; then
+        say "tune: left out, there is no CUDA device"
+        return
+    fi
+    stage tune "$(left)" tune.log "$python" -m mixrank_bench.tune triton --write --seconds $(($(left) * 3 / 4))
+    cp mixrank_kernels/triton/config.py "$out"
+    grep -E '^(LOWRANK|GRAM|FUSED)' "$out/tune.log" | tee -a "$out/summary.txt"
 }
 
 for stage in "${stages[@]}"; do

@@ -153,6 +153,58 @@ def test_copied_indices_are_read_once_and_not_at_each_call():
     assert "crow" in made
 
 
+class Device:
+    """CUDA's events on a clock made by hand: only calls and flushes take time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.calls, device = 0.0, 0, self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: object) -> None:
+                self.time = device.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, other: Event) -> float:
+                return other.time - self.time
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+
+    def call(self) -> None:
+        self.now += 0.25
+        self.calls += 1
+
+    def sum(self) -> None:
+        self.now += 100.0
+
+    device = CPU
+
+
+def test_between_events_are_as_many_calls_as_fill_the_time(monkeypatch):
+    device = Device(monkeypatch)
+    assert gpu_timing._between_events(CPU, device.call, 0.003) == 0.25
+    assert device.calls == 1 + 13, "one to learn how long it takes, and 3 ms of them with a tenth more"
+    device.calls = 0
+    assert gpu_timing._between_events(CPU, device.call, 0.0) == 0.25
+    assert device.calls == 1
+    monkeypatch.setattr(gpu_timing, "_LAUNCHES", 4)
+    assert gpu_timing._between_events(CPU, device.call, 10.0) == 0.25
+    assert device.calls == 1 + 1 + 4
+
+
+def test_flushes_take_no_part_in_the_time_of_a_call(monkeypatch):
+    device = Device(monkeypatch)
+    assert gpu_timing._after_flushes(device, device.call, 0.003) == 0.25
+    assert device.calls == 12
+    assert gpu_timing._after_flushes(device, device.call, 0.0) == 0.25
+    assert device.calls == 13
+
+
 def test_a_recording_makes_every_call_in_order_within_what_it_is_given():
     log = []
 

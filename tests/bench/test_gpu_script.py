@@ -25,10 +25,11 @@ def run(out: Path, *stages: str, **variables: str) -> subprocess.CompletedProces
 
 
 def test_a_rehearsal_times_small_cases_and_says_that_it_is_none(tmp_path):
-    done = run(tmp_path, "timing", MIXRANK_COMMIT="abc+", MIXRANK_GPU_SECONDS="120")
+    done = run(tmp_path, "timing", "tune", MIXRANK_COMMIT="abc+", MIXRANK_GPU_SECONDS="120")
     assert done.returncode == 1
     assert done.stdout == (tmp_path / "summary.txt").read_text()
     assert "no CUDA device was found: this is a rehearsal" in done.stdout
+    assert "tune: left out, there is no CUDA device" in done.stdout
     assert "timing: passed in" in done.stdout, (tmp_path / "timing.log").read_text()
     assert "at least 1.8x, as served: not measured" in done.stdout
     rows = read(tmp_path / "gpu.jsonl")
@@ -52,7 +53,7 @@ def test_an_unknown_stage_is_refused(tmp_path):
     done = run(tmp_path, "profile")
     assert (done.returncode, done.stderr) == (
         2,
-        "STAGE must be one of build, tests, sanitize, timing, but it was 'profile'\n",
+        "STAGE must be one of build, tests, sanitize, timing, tune, but it was 'profile'\n",
     )
 
 
