@@ -109,7 +109,11 @@ if torch.cuda.is_available():
 Path(sys.argv[1]).write_text(f"{device} {architecture}")
 END
 } 2>&1 | tee -a "$out/summary.txt"
-read -r device architecture <"$site/device" || [ -n "$device" ] || exit 1
+if [ ! -s "$site/device" ]; then
+    say "$python cannot import torch: name one that can in PYTHON"
+    exit 1
+fi
+read -r device architecture < <(cat "$site/device" && echo)
 if [ "$device" = cpu ]; then
     say "no CUDA device was found: this is a rehearsal, and its numbers mean nothing"
     failed=1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,13 @@ def test_a_stage_that_fails_stops_no_other(tmp_path):
     assert "tests on the device: passed" in done.stdout
 
 
+def test_a_python_without_torch_is_refused(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    done = run(tmp_path / "out", "timing", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout.endswith(f"{sys.executable} cannot import torch: name one that can in PYTHON\n")
+
+
 def test_an_unknown_stage_is_refused(tmp_path):
     done = run(tmp_path, "profile")
     assert (done.returncode, done.stderr) == (
@@ -57,12 +66,35 @@ def test_an_unknown_stage_is_refused(tmp_path):
     )
 
 
-def test_a_stage_without_time_and_what_is_missing_are_said(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
+def hide(folder: Path, package: str) -> str:
+    """A PYTHONPATH with which an installed package is not found, but one from elsewhere is."""
+    (folder / "sitecustomize.py").write_text(
         "import importlib.util as u\nfind = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'hypothesis' else find(name, *rest)\n"
+        "def spec(name, *rest):\n"
+        "    found = find(name, *rest)\n"
+        f"    hidden = name == {package!r} and found and 'site-packages' in found.origin\n"
+        "    return None if hidden else found\n"
+        "u.find_spec = spec\n"
     )
-    done = run(tmp_path / "out", "timing", MIXRANK_GPU_SECONDS="1", PYTHONPATH=str(tmp_path))
+    return str(folder)
+
+
+def test_a_stage_without_time_and_what_is_missing_are_said(tmp_path):
+    done = run(tmp_path / "out", "timing", MIXRANK_GPU_SECONDS="1", PYTHONPATH=hide(tmp_path, "hypothesis"))
     assert done.returncode == 1
     assert "timing: left out for lack of time" in done.stdout
     assert "missing: hypothesis; put their wheels into a folder and name it in MIXRANK_WHEELS" in done.stdout
+
+
+@pytest.mark.skipif(find_spec("pip") is None, reason="pip unpacks the wheels")
+def test_what_is_missing_comes_from_a_folder_of_wheels(tmp_path):
+    with zipfile.ZipFile(tmp_path / "hypothesis-0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("hypothesis/__init__.py", "")
+        folder = "hypothesis-0.dist-info"
+        wheel.writestr(f"{folder}/METADATA", "Metadata-Version: 2.1\nName: hypothesis\nVersion: 0\n")
+        wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{folder}/RECORD", "")
+    variables = {"PYTHONPATH": hide(tmp_path, "hypothesis"), "MIXRANK_WHEELS": str(tmp_path)}
+    done = run(tmp_path / "out", "timing", MIXRANK_GPU_SECONDS="1", **variables)
+    assert "missing:" not in done.stdout
+    assert "no wheel of it" not in done.stdout
