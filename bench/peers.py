@@ -173,8 +173,9 @@ def nested(flat: dict[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
 
 
 def in_words(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    """The kind of an error and the first line of what it says, or two of them where the first one is a heading."""
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return f"{type(error).__name__}: {' '.join([first, *others[:1]]) if first.endswith(':') else first}"
 
 
 def ours(
