@@ -36,6 +36,7 @@ from mixrank_bench.measures import SERVED
 from mixrank_bench.ops import KEEPS, Case
 from mixrank_bench.timing import Turn, interleaved
 from mixrank_kernels import backend
+from mixrank_kernels._register import bind
 from mixrank_kernels._schema import SCHEMAS
 
 FEWEST_COPIES, MOST_COPIES = 4, 32
@@ -98,7 +99,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> Iterator[dict[str,
         "compiling": _compiled(case),
         "unpacked": False,
         "engines": peers.DEVICE_ENGINES,
-        "forced": implementations(device.type, case.op),
+        "forced": serving(case, first, device),
         "rounded": True,
     }
     fields = [peers.field(case, copied(first), **options) for _ in range(copies(case))]
@@ -138,6 +139,16 @@ def measure(case: Case, device: torch.device, rounds: int) -> Iterator[dict[str,
                 return turns(device)(variant.call, seconds)
 
         yield timed("eager", turn, alone, 1)
+
+
+def serving(case: Case, arguments: dict[str, Tensor | None], device: torch.device) -> list[str]:
+    """Those of our implementations that serve these very arguments, and do not leave them to another one."""
+    found = []
+    for name in implementations(device.type, case.op):
+        with backend.use(name):
+            if backend.explain(case.op, *bind(case.op, **arguments)).chosen == name:
+                found.append(name)
+    return found
 
 
 @torch.inference_mode(False)

@@ -124,8 +124,11 @@ else
 fi
 
 run_build() {
-    stage build 150 build.log env MIXRANK_CUDA=auto MAX_JOBS="$(nproc)" "$python" setup.py build_ext --inplace
-    stage "what was built" 30 build.log "$python" -c 'from mixrank_kernels import _C; print(_C.build_info())'
+    stage build 240 build.log env MIXRANK_CUDA=auto MAX_JOBS="$(nproc)" "$python" setup.py build_ext --inplace
+    stage "what was built" 30 build.log "$python" -c 'from mixrank_kernels import _C, backend
+print(_C.build_info())
+print("implementations for CUDA tensors:", *backend.available("cuda"))'
+    grep '^implementations' "$out/build.log" | tee -a "$out/summary.txt"
 }
 
 run_tests() {

@@ -40,15 +40,15 @@ def measure(
 def _product_seconds(name: str, side: int, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, generator=generator, device=device).to(MATMULS[name]) for _ in range(2))
-    out, before = torch.empty_like(left), torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    out, before = torch.empty_like(left), torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
     try:
         timing = interleaved(
             {name: recorded([lambda: torch.mm(left, right, out=out)], device)},
             rounds=5, turn_seconds=0.02, settle_seconds=0.0, turn=turns(device),
         )[name]  # fmt: skip
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
     return 1e-3 * timing.median
 
 

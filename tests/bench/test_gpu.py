@@ -67,6 +67,15 @@ def test_one_row_of_tokens_is_also_timed_eagerly_and_compiled():
         assert set(row["milliseconds"]["factors"]) == {"torch eager", "torch.compile"}
 
 
+def test_an_implementation_that_leaves_a_case_to_another_one_has_no_number(monkeypatch):
+    case = samples.tiny_cases(torch.float32)[2]
+    assert gpu.serving(case, case.arguments(), CPU) == ["composite"]
+    real = backend.explain
+    unfit = dataclasses.replace(real("lowrank_linear", *(torch.ones(2, 2),) * 3), chosen="reference")
+    monkeypatch.setattr(backend, "explain", lambda op, *arguments: real(op, *arguments) and unfit)
+    assert gpu.serving(case, case.arguments(), CPU) == []
+
+
 def test_what_fails_is_left_out_with_its_reason(monkeypatch, tmp_path, capsys):
     def fail(*_, **__):
         raise ValueError("no such tile\nand more")
