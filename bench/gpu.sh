@@ -42,7 +42,11 @@ export PYTHONPATH="$site:$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBU
 
 failed=0
 say() { echo "$*" | tee -a "$out/summary.txt"; }
-left() { echo $((seconds - SECONDS)); }
+left() { echo $((seconds - SECONDS - reserved)); }
+
+# Two fifths of the time are for the timings, whatever comes before them.
+reserved=0
+case " ${stages[*]} " in *" timing "*) reserved=$((seconds * 2 / 5)) ;; esac
 
 # stage NAME LIMIT LOG COMMAND...: run a command for at most LIMIT seconds, fewer where less time is left.
 stage() {
@@ -154,6 +158,7 @@ run_sanitize() {
 }
 
 run_timing() {
+    reserved=0
     local options=()
     [ -z "${MIXRANK_COMMIT:-}" ] || options+=(--commit "$MIXRANK_COMMIT")
     [ "$device" = cuda ] || options+=(--rounds 1)
