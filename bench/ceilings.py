@@ -28,14 +28,14 @@ class Ceilings:
     """The limits of the machine for a number of threads.
 
     Attributes:
-        threads: threads that worked at once.
+        threads: threads that worked at once, None on a GPU.
         flops: floating-point operations per second by dtype; a dtype is missing where the processor has no
             instruction for it.
         bandwidth: bytes per second by bytes of the working set, ascending.
         call: seconds of a call of our operator for a single number.
     """
 
-    threads: int
+    threads: int | None
     flops: dict[str, float]
     bandwidth: dict[int, float]
     call: float

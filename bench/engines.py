@@ -20,6 +20,7 @@ from mixrank_bench import affinity
 
 Chain = list[tuple[Tensor, Tensor | None]]
 Program = list[Chain]
+Engine = Callable[[Tensor, Program], Callable[[], Tensor]]
 
 
 class Unavailable(Exception):
@@ -48,6 +49,21 @@ def compiled(x: Tensor, program: Program) -> Callable[[], Tensor]:
     """``torch.compile`` for this very shape, with the weights frozen into the graph."""
     call = torch.compile(_Sum(program), dynamic=False, options={"freezing": True})
     return lambda: call(x)
+
+
+def compiled_sum(x: Tensor, program: Program) -> Callable[[], Tensor]:
+    """``torch.compile`` for this very shape, which takes the weights as arguments: one program for many weights."""
+    call = _compiled_sum()
+    return lambda: call(x, program)
+
+
+@functools.cache
+def _compiled_sum() -> Callable[[Tensor, Program], Tensor]:
+    return torch.compile(_sum, dynamic=False)
+
+
+def _sum(x: Tensor, program: Program) -> Tensor:
+    return eager(x, program)()
 
 
 def zentorch(x: Tensor, program: Program) -> Callable[[], Tensor]:

@@ -11,10 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mixrank.cli_output import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+_SETTINGS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit")
 BUSY_SHARE = 0.1
 """The largest share of the processors that others may use while something is timed."""
 
@@ -24,17 +27,41 @@ def in_checkout() -> bool:
     return (ROOT / "pyproject.toml").is_file() and (ROOT / "bench" / "environment.py").is_file()
 
 
-def environment() -> dict[str, Any]:
+def environment(commit: str | None = None) -> dict[str, Any]:
     """Return the header of a row of results.
 
     ``commit`` ends in ``+`` where tracked files other than results and documents differ from it, and is ``unknown``
-    outside a checkout.
+    outside a checkout and without git, unless it is given.
     """
     return versions() | {
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "load": round(os.getloadavg()[0], 2),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def gpu_environment() -> dict[str, Any]:
+    """What has to stand beside a number of a GPU: the card, its driver, CUDA, and its settings if they can be read."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "blas": str(torch.backends.cuda.preferred_blas_library()),
+    } | gpu_settings()
+
+
+def gpu_settings() -> dict[str, str]:
+    """Driver, clocks, power and temperature as ``nvidia-smi`` tells them; empty where it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SETTINGS)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = done.stdout.splitlines()[0].split(", ")
+    return dict(zip(_SETTINGS, values, strict=True))
 
 
 def peer_versions() -> dict[str, str]:
@@ -56,7 +83,10 @@ def _commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 
@@ -103,6 +133,8 @@ def append_all(path: Path, rows: list[dict[str, Any]], header: dict[str, Any]) -
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row | {"environment": header}, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from mixrank_bench.ceilings import Ceilings
 # Names of variants in the rows.
 SERVED, UNPACKED = "as served", "without packing"
 SSYRK, ADDMM = "scipy ssyrk", "torch addmm_ in fp32"
+OUT_DTYPE = "torch.mm to fp32, then add_"
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,13 @@ def measures(rows: Iterable[dict[str, Any]]) -> list[Measure]:
     return [Measure(row, ceilings.get(row["threads"])) for row in rows if row["kind"] == "op"]
 
 
-def newest_runs(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the run that was recorded last, for each number of threads."""
+def newest_runs(
+    rows: Iterable[dict[str, Any]], by: Callable[[dict[str, Any]], object] = lambda row: row.get("threads")
+) -> list[dict[str, Any]]:
+    """The rows of the run that was recorded last, for each number of threads or whatever else ``by`` tells apart."""
     rows = [row for row in rows if "run" in row]
-    newest = {row.get("threads"): row["run"] for row in rows}
-    return [row for row in rows if row["run"] == newest[row.get("threads")]]
+    newest = {by(row): row["run"] for row in rows}
+    return [row for row in rows if row["run"] == newest[by(row)]]
 
 
 def geometric_mean(values: Iterable[float]) -> float:

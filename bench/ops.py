@@ -41,6 +41,7 @@ class Case:
         keep: the share of the dense parameters that the factors have, 0 where there are none.
         residual: one of ``RESIDUALS``, or empty.
         batch: number of Gram matrices, 0 for one that is not batched.
+        master: dtype of the Gram matrix, which a linear operator does not have.
     """
 
     op: str
@@ -53,17 +54,19 @@ class Case:
     keep: float = 0.0
     residual: str = ""
     batch: int = 0
+    master: torch.dtype = torch.float64
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return _dtype_name(self.dtype)
 
     @property
     def name(self) -> str:
         """What tells this case from the others of its operator and dtype."""
         sizes = {"B": self.batch, "M": self.m, "K": self.k, "N": self.n, "R": self.rank}
         parts = [self.layer, *(f"{letter}={size}" for letter, size in sizes.items() if size)]
-        return " ".join(parts + ([self.residual] if self.residual else []))
+        master = "" if self.master == torch.float64 else f"{_dtype_name(self.master)} master"
+        return " ".join([*parts, *filter(None, (self.residual, master))])
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -93,34 +96,34 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Bytes that have to be read and written once: operands in their dtype, Gram matrices in fp64, both ways."""
-        size = self.dtype.itemsize
+        """Bytes that have to be read and written once: operands in their dtype, Gram matrices in theirs, both ways."""
+        size, both_ways = self.dtype.itemsize, 2 * self.master.itemsize
         if self.op == "gram_accumulate_":
-            return max(1, self.batch) * (size * self.m * self.k + 16 * self.k * self.k)
+            return max(1, self.batch) * (size * self.m * self.k + both_ways * self.k * self.k)
         if self.op == "cross_gram_accumulate_":
-            return size * self.m * (self.k + self.n) + 16 * self.k * self.n
+            return size * self.m * (self.k + self.n) + both_ways * self.k * self.n
         side, count = self.blocks
         rank = self.rank + (RESIDUAL_RANK if self.residual == "branch" else 0)
         weights = rank * (self.k + self.n) + count * side * side + self.n
         return size * (weights + self.m * (self.k + self.n))
 
     @torch.inference_mode(False)
-    def arguments(self) -> dict[str, Tensor | None]:
-        """Make the operator's arguments by name, with the same values each time.
+    def arguments(self, device: str | torch.device = "cpu") -> dict[str, Tensor | None]:
+        """Make the operator's arguments by name, with the same values each time on one kind of device.
 
         They are never tensors of inference mode, whose changes cannot be seen and which a layer would not pack.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(self.dtype)
+            return (torch.randn(*shape, generator=generator, device=device) * scale).to(self.dtype)
 
         if self.op == "gram_accumulate_":
             lead = (self.batch,) if self.batch else ()
-            gram = torch.zeros(*lead, self.k, self.k, dtype=torch.float64)
+            gram = torch.zeros(*lead, self.k, self.k, dtype=self.master, device=device)
             return {"gram": gram, "x": normal(*lead, self.m, self.k), "row_weight": None, "column_sum": None}
         if self.op == "cross_gram_accumulate_":
-            cross = torch.zeros(self.k, self.n, dtype=torch.float64)
+            cross = torch.zeros(self.k, self.n, dtype=self.master, device=device)
             return {"cross": cross, "x": normal(self.m, self.k), "z": normal(self.m, self.n)}
         made = {
             "x": normal(self.m, self.k),
@@ -133,7 +136,8 @@ class Case:
             made["residual_up"] = normal(self.n, RESIDUAL_RANK, scale=RESIDUAL_RANK**-0.5)
         elif self.residual:
             side, count = self.blocks
-            places = torch.randperm((self.n // side) * (self.k // side), generator=generator)[:count].sort().values
+            number = (self.n // side) * (self.k // side)
+            places = torch.randperm(number, generator=generator, device=device)[:count].sort().values
             counts = torch.bincount(places // (self.k // side), minlength=self.n // side)
             made["crow"] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             made["col"] = places % (self.k // side)
@@ -144,11 +148,16 @@ class Case:
         """The description as a part of a row of results."""
         return dataclasses.asdict(self) | {
             "dtype": self.dtype_name,
+            "master": _dtype_name(self.master),
             "case": self.name,
             "flops": self.flops,
             "equivalent_flops": self.equivalent_flops,
             "bytes": self.bytes,
         }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def rank_of(keep: float, k: int, n: int) -> int:
@@ -160,10 +169,10 @@ def cases() -> Iterator[Case]:
     """Every case of the suite."""
     for dtype in DTYPES:
         for model, layer, m, keep in itertools.product(WIDTHS, LAYERS, ROWS, KEEPS):
-            yield _linear(model, layer, m, keep, dtype)
+            yield linear(model, layer, m, keep, dtype)
         for model, layer, m in itertools.product(("vit-ti", "vit-s", "vit-b"), ("proj", "fc1"), (1, *ROWS[2:])):
             for residual in RESIDUALS if model == "vit-b" else RESIDUALS[:2]:
-                yield _linear(model, layer, m, KEEPS[0], dtype, residual)
+                yield linear(model, layer, m, KEEPS[0], dtype, residual)
         for k, m in itertools.product(GRAM_WIDTHS, (ROWS[-1], 8 * ROWS[-1])):
             yield Case("gram_accumulate_", f"width {k}", dtype, m, k)
         yield Case("gram_accumulate_", "heads of vit-b", dtype, ROWS[-1], HEAD_WIDTH, batch=HEADS)
@@ -176,11 +185,11 @@ def quick_cases() -> Iterator[Case]:
     """A few cases of every operator, for a look in a few minutes."""
     for dtype in DTYPES:
         for m in ROWS:
-            yield _linear("vit-b", "fc1", m, KEEPS[0], dtype)
+            yield linear("vit-b", "fc1", m, KEEPS[0], dtype)
         for m in (1, TOKENS):
-            yield _linear("vit-ti", "proj", m, KEEPS[0], dtype)
+            yield linear("vit-ti", "proj", m, KEEPS[0], dtype)
         for residual in RESIDUALS[:2]:
-            yield _linear("vit-b", "proj", TOKENS, KEEPS[0], dtype, residual)
+            yield linear("vit-b", "proj", TOKENS, KEEPS[0], dtype, residual)
         for k in (192, 768):
             yield Case("gram_accumulate_", f"width {k}", dtype, ROWS[-1], k)
         yield Case("cross_gram_accumulate_", "vit-s proj", dtype, ROWS[-1], *_features("vit-s", "proj"))
@@ -190,7 +199,8 @@ def _features(model: str, layer: str) -> tuple[int, int]:
     return tuple(WIDTHS[model] * widths for widths in LAYERS[layer])
 
 
-def _linear(model: str, layer: str, m: int, keep: float, dtype: torch.dtype, residual: str = "") -> Case:
+def linear(model: str, layer: str, m: int, keep: float, dtype: torch.dtype, residual: str = "") -> Case:
+    """The case of one linear layer, of the operator that serves it."""
     k, n = _features(model, layer)
     op = "lowrank_residual_linear" if residual else "lowrank_linear"
     return Case(op, f"{model} {layer}", dtype, m, k, n, rank_of(keep, k, n), keep, residual)

@@ -10,40 +10,60 @@
     one dense layer that does the same.
 ``gram``
     other ways to the same sum of products.
+``rounded``
+    the same sum rounded to the dtype of half-precision operands: no equal, and outside the error budget.
+
+A case is served where its arguments are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixrank_bench import engines
-from mixrank_bench.engines import Program, Unavailable
-from mixrank_bench.measures import ADDMM, SERVED, SSYRK, UNPACKED
+from mixrank_bench import engines as libraries
+from mixrank_bench.engines import Engine, Program, Unavailable
+from mixrank_bench.measures import ADDMM, OUT_DTYPE, SERVED, SSYRK, UNPACKED
 from mixrank_bench.ops import TOKENS, Case
-from mixrank_kernels import ops, packing, reference, testing
+from mixrank_kernels import backend, ops, packing, reference, testing
 
 ENGINES = {
-    "torch eager": engines.eager,
-    "oneDNN prepacked": engines.onednn,
-    "torch.compile": engines.compiled,
-    "ONNX Runtime": engines.onnx_runtime,
-    "zentorch": engines.zentorch,
+    "torch eager": libraries.eager,
+    "oneDNN prepacked": libraries.onednn,
+    "torch.compile": libraries.compiled,
+    "ONNX Runtime": libraries.onnx_runtime,
+    "zentorch": libraries.zentorch,
 }
+DEVICE_ENGINES = {"torch eager": libraries.eager, "torch.compile": libraries.compiled_sum}
 COMPILING = ("torch.compile", "zentorch")
+ROUNDED = "rounded"
 _PEER_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to serve a case: the call that is timed, and how its first result becomes a comparable tensor."""
+    """One way to serve a case.
+
+    Attributes:
+        call: what is timed.
+        answer: how its first result becomes a comparable tensor.
+        within: what the call is made in, which takes no part in its time.
+    """
 
     call: Callable[[], Tensor | None]
     answer: Callable[[Tensor], Tensor] = lambda result: result
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def __call__(self) -> Tensor | None:
+        with self.within():
+            return self.call()
 
 
 @dataclass(frozen=True)
@@ -54,15 +74,29 @@ class Field:
     absent: dict[str, dict[str, str]]
 
 
-def field(case: Case, *, compiling: bool = True, unpacked: bool = True) -> Field:
+def field(
+    case: Case,
+    arguments: dict[str, Tensor | None] | None = None,
+    *,
+    compiling: bool = True,
+    unpacked: bool = True,
+    engines: dict[str, Engine] | None = None,
+    forced: Iterable[str] = (),
+    rounded: bool = False,
+) -> Field:
     """Build every variant of a case for torch's present number of threads.
 
     Args:
         case: what is to be served.
+        arguments: the case's arguments, on the device that serves it; by default made anew on the CPU.
         compiling: also build the peers that compile each shape, which takes seconds for each.
         unpacked: also time our operator on weights that are not packed.
+        engines: what serves the programs, by name; by default ``ENGINES``.
+        forced: names of our implementations to time beside the default one.
+        rounded: also time sums of halves that are rounded to halves.
     """
-    arguments = case.arguments()
+    arguments = case.arguments() if arguments is None else arguments
+    on_cpu = arguments["x"].device.type == "cpu"
     found = Field({}, {})
 
     def offer(group: str, name: str, build: Callable[[], Variant]) -> None:
@@ -73,17 +107,18 @@ def field(case: Case, *, compiling: bool = True, unpacked: bool = True) -> Field
         except Unavailable as reason:
             found.absent.setdefault(group, {})[name] = str(reason)
 
-    for name, variant in ours(case, arguments, unpacked=unpacked).items():
+    for name, variant in ours(case, arguments, unpacked=unpacked, forced=forced).items():
         offer("ours", name, lambda variant=variant: variant)
     if "gram" in case.op:
         for name, build in _gram_peers(case, arguments).items():
             offer("gram", name, build)
+        if rounded and case.dtype.itemsize == 2:
+            offer(ROUNDED, f"torch addmm_ in {case.dtype_name}", lambda: _rounded_gram(case, arguments))
         return found
-    torch.compiler.reset()
     for group, program in _programs(case, arguments).items():
-        for name, engine in ENGINES.items():
+        for name, engine in (ENGINES if engines is None else engines).items():
             offer(group, name, lambda e=engine, p=program: Variant(e(arguments["x"], p)))
-    if case.residual.startswith("blocks"):
+    if on_cpu and case.residual.startswith("blocks"):
         offer("add", "torch eager, sparse BSR", lambda: Variant(_sparse_add(case, arguments)))
     return found
 
@@ -93,32 +128,85 @@ def gate(case: Case, variants: Field) -> None:
 
     Peers may err several times as much as ours; one that computes something else is no peer.
     """
-    arguments = case.arguments()
+    for (group, name), reason in verdicts(case, variants).items():
+        if reason:
+            raise AssertionError(f"{group}, {name}: {reason}")
+
+
+def verdicts(
+    case: Case, variants: Field, arguments: dict[str, Tensor | None] | None = None
+) -> dict[tuple[str, str], str | None]:
+    """By group and name, why a variant has no place beside the others, or None.
+
+    Args:
+        case: what is served.
+        variants: who serves it; Gram matrices must be zero still.
+        arguments: the case's arguments, on the device that serves it; by default made anew on the CPU.
+    """
+    arguments = case.arguments() if arguments is None else arguments
     true = next(testing.run(getattr(reference, case.op), testing.exact(arguments)))
     yardstick = next(testing.run(testing.plain(case.op), arguments))
+    found: dict[tuple[str, str], str | None] = {}
     for group, named in variants.variants.items():
         factor = 1.0 if group == "ours" else _PEER_FACTOR
         for name, variant in named.items():
-            answer = variant.answer(variant.call()).to(yardstick.dtype)
+            found[group, name] = None
             try:
-                testing.assert_within_budget(
-                    answer, true, yardstick, case.dtype, max_factor=2 * factor, rms_factor=factor
-                )
+                answer = variant.answer(variant()).to(yardstick.dtype)
+                if group != ROUNDED:
+                    testing.assert_within_budget(
+                        answer, true, yardstick, case.dtype, max_factor=2 * factor, rms_factor=factor
+                    )
             except AssertionError as error:
-                raise AssertionError(f"{group}, {name}: {error}") from None
+                found[group, name] = str(error)
+            except Exception as error:  # compilers and launches fail with exceptions of many kinds
+                found[group, name] = in_words(error)
+    return found
 
 
-def ours(case: Case, arguments: dict[str, Tensor | None], *, unpacked: bool = False) -> dict[str, Variant]:
-    """Our operator on these arguments, as the layer serves it, and with ``unpacked`` also without packed weights."""
+def nested(flat: dict[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
+    """What is told by group and name, by group and then by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for (group, name), value in flat.items():
+        found.setdefault(group, {})[name] = value
+    return found
+
+
+def in_words(error: Exception) -> str:
+    """The kind of an error and the first line of what it says, or two of them where the first one is a heading."""
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return f"{type(error).__name__}: {' '.join([first, *others[:1]]) if first.endswith(':') else first}"
+
+
+def ours(
+    case: Case, arguments: dict[str, Tensor | None], *, unpacked: bool = False, forced: Iterable[str] = ()
+) -> dict[str, Variant]:
+    """Our operator on these arguments, as the layer serves it.
+
+    With ``unpacked`` also without packed weights, and by each of the implementations ``forced``.
+    """
     operator = getattr(ops, case.op)
     if "gram" in case.op:
-        return {SERVED: Variant(lambda: operator(**arguments), lambda _: next(iter(arguments.values())).clone())}
+        return {SERVED: _accumulating(case, arguments)} | {
+            name: _accumulating(case, arguments, functools.partial(backend.use, name)) for name in forced
+        }
     weights = {name: tensor for name, tensor in arguments.items() if name not in ("x", "bias")}
     packed = packing.packed(**weights)
     made = {SERVED: Variant(lambda: operator(**arguments, packed=packed))}
     if unpacked and packed is not None:
         made[UNPACKED] = Variant(lambda: operator(**arguments))
+    for name in forced:
+        made[name] = Variant(lambda: operator(**arguments), within=functools.partial(backend.use, name))
     return made
+
+
+def _accumulating(
+    case: Case, arguments: dict[str, Tensor | None], within: Callable = contextlib.nullcontext
+) -> Variant:
+    """Our operator with a Gram matrix of its own."""
+    operator, (name, total) = getattr(ops, case.op), next(iter(arguments.items()))
+    own = arguments | {name: total.clone()}
+    return Variant(lambda: operator(**own), lambda _: own[name].clone(), within)
 
 
 def _programs(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Program]:
@@ -133,7 +221,7 @@ def _programs(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Prog
         joined = [(torch.cat([down, branch[0]]), None), (torch.cat([up, branch[1]], dim=1), bias)]
         programs = {"factors": [joined]}
     else:
-        residual = _bsr(case, arguments).to_dense()
+        residual = testing.densified(arguments["crow"], arguments["col"], arguments["values"], case.k)
         apart, programs = [(residual, None)], {}
     merged = (weight + residual.float()).to(case.dtype)
     return programs | {"add": [factors, apart], "dense": [[(merged, bias)]]}
@@ -148,7 +236,7 @@ def _bsr(case: Case, arguments: dict[str, Tensor | None]) -> Tensor:
 def _sparse_add(case: Case, arguments: dict[str, Tensor | None]) -> Callable[[], Tensor]:
     x = arguments["x"]
     residual = _bsr(case, arguments)
-    dense = engines.eager(x, [[(arguments["down"], None), (arguments["up"], arguments["bias"])]])
+    dense = libraries.eager(x, [[(arguments["down"], None), (arguments["up"], arguments["bias"])]])
     try:
         residual @ x.mT
     except RuntimeError as error:
@@ -159,10 +247,14 @@ def _sparse_add(case: Case, arguments: dict[str, Tensor | None]) -> Callable[[],
 def _gram_peers(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Callable[[], Variant]]:
     x = arguments["x"]
     z = arguments.get("z", x)
-    lead = (case.batch,) if case.batch else ()
 
     def zeros(extra: int = 0) -> Tensor:
-        return torch.zeros(*lead, case.k + extra, (case.n or case.k) + extra)
+        return _zeros(case, x.device, extra=extra)
+
+    def out_dtype() -> Variant:
+        """What a user would take who knows of it; there is no such form that adds."""
+        total, product = zeros(), torch.bmm if case.batch else torch.mm
+        return Variant(lambda: total.add_(product(x.mT, z, out_dtype=torch.float32)), Tensor.clone)
 
     def addmm() -> Variant:
         total = zeros()
@@ -198,7 +290,7 @@ def _gram_peers(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Ca
     def scipy() -> Variant:
         total = zeros()
         parts = [(x, total)] if not case.batch else list(zip(x, total, strict=True))
-        calls = [engines.ssyrk(rows, matrix) for rows, matrix in parts]
+        calls = [libraries.ssyrk(rows, matrix) for rows, matrix in parts]
 
         def call() -> Tensor:
             for part in calls:
@@ -208,10 +300,26 @@ def _gram_peers(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Ca
         return Variant(call, lambda result: result.tril() + result.tril(-1).mT)
 
     found = {ADDMM: addmm}
+    if x.is_cuda and case.dtype.itemsize == 2:
+        found[OUT_DTYPE] = out_dtype
     if not case.batch:
         found["batched matmul, then sum"] = images
     if case.op == "gram_accumulate_":
-        found[SSYRK] = scipy
+        if x.device.type == "cpu":
+            found[SSYRK] = scipy
         if not case.batch:
             found["as kronfluence does"] = kronfluence
     return found
+
+
+def _rounded_gram(case: Case, arguments: dict[str, Tensor | None]) -> Variant:
+    x = arguments["x"]
+    total = _zeros(case, x.device, dtype=case.dtype)
+    add, z = total.baddbmm_ if case.batch else total.addmm_, arguments.get("z", x)
+    return Variant(lambda: add(x.mT, z), Tensor.clone)
+
+
+def _zeros(case: Case, device: torch.device, *, extra: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A Gram matrix to add to, with so many columns and rows more."""
+    lead = (case.batch,) if case.batch else ()
+    return torch.zeros(*lead, case.k + extra, (case.n or case.k) + extra, dtype=dtype, device=device)

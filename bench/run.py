@@ -89,6 +89,7 @@ def measure(case: ops.Case, threads: int, options: Options) -> dict[str, Any]:
         A row of results. ``milliseconds`` holds the timings by group and name, ``absent`` the reason of each peer that
         is missing, and ``gate`` is None, or says why there are no timings.
     """
+    torch.compiler.reset()  # it compiles a function for a few shapes only, and gives up then
     field = peers.field(case, compiling=case.m == ops.TOKENS, unpacked=options.full)
     row = {"kind": "op", "threads": threads} | case.to_json() | {"absent": field.absent, "gate": None}
     try:
@@ -104,10 +105,7 @@ def measure(case: ops.Case, threads: int, options: Options) -> dict[str, Any]:
             settle_seconds=SETTLE_SECONDS if threads == 1 else SETTLE_THREADS_SECONDS,
             limit_seconds=CASE_SECONDS,
         )
-    nested: dict[str, dict[str, Any]] = {}
-    for (group, name), timing in timings.items():
-        nested.setdefault(group, {})[name] = dataclasses.asdict(timing)
-    return row | {"milliseconds": nested}
+    return row | {"milliseconds": peers.nested({key: dataclasses.asdict(timing) for key, timing in timings.items()})}
 
 
 def run(options: Options) -> bool:

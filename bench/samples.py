@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from mixrank_bench.gpu_cases import bar_cases
+from mixrank_bench.measures import ADDMM, OUT_DTYPE, SERVED
 from mixrank_bench.ops import TOKENS, Case
 
 
@@ -25,7 +27,8 @@ def tiny_cases(dtype: torch.dtype) -> list[Case]:
 
 
 def _timing(median: float) -> dict[str, float]:
-    return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "rounds": 5}
+    shares = {"low": 0.9 * median, "high": 1.1 * median, "quartiles": (0.95 * median, 1.05 * median)}
+    return {"median": median, "rounds": 5} | shares
 
 
 def op_row(case: Case, milliseconds: dict[str, dict[str, float]], **fields: Any) -> dict[str, Any]:
@@ -41,3 +44,16 @@ def ceiling_row(float32: float = 1e11, bfloat16: float = 2e11, **fields: Any) ->
     bandwidth = {"524288": 1e11, "268435456": 1e10}
     limits = {"flops": flops, "bandwidth": bandwidth, "call": 0.0}
     return {"kind": "ceiling", "run": "r1", "full": True, "threads": 1} | limits | fields
+
+
+def gpu_rows(ours: float, implementation: str = SERVED) -> list[dict[str, Any]]:
+    """A run of the bars on a GPU in which ours takes ``ours`` milliseconds wherever the fastest peer takes two."""
+    fields = {"timed": "cold", "device": "cuda", "threads": None, "refused": {}}
+    linear = {"ours": {implementation: ours}, "factors": {"torch eager": 2.0}}
+    gram = {"ours": {implementation: ours}, "gram": {ADDMM: 8.0, OUT_DTYPE: 2.0}}
+    gram |= {"rounded": {"torch addmm_ in bfloat16": 1.0}}
+    cases = list(bar_cases())
+    rows = [op_row(case, gram if "gram" in case.op else linear, **fields) for case in cases]
+    model = {"kind": "model", "timed": "compiled", "case": "vit_base_patch16_224", "batch": 64}
+    times = {"dense": {"dense": 2.0}, "ours": {implementation: ours}}
+    return [*rows, op_row(cases[0], times, **fields) | model]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 SETTLE_SECONDS = 0.002
@@ -14,6 +15,8 @@ SETTLE_THREADS_SECONDS = 0.02
 FEWEST_ROUNDS = 3
 
 Name = TypeVar("Name")
+Turn = Callable[[Callable[[], object], float], float]
+"""How a turn is timed: the milliseconds of one call, from as many calls as fit into some seconds, at least one."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,15 @@ class Timing:
     low: float
     high: float
     rounds: int
+    quartiles: tuple[float, float]
+
+    def divided(self, calls: int) -> Timing:
+        """The timing of one of so many calls that were timed as one."""
+        low, high = self.quartiles
+        quartiles = (low / calls, high / calls)
+        return replace(
+            self, median=self.median / calls, low=self.low / calls, high=self.high / calls, quartiles=quartiles
+        )
 
 
 def interleaved(
@@ -33,6 +45,7 @@ def interleaved(
     turn_seconds: float = 0.02,
     settle_seconds: float = SETTLE_SECONDS,
     limit_seconds: float = float("inf"),
+    turn: Turn | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[Name, Timing]:
@@ -43,16 +56,21 @@ def interleaved(
     that fill a turn alone do without the latter. Where all rounds would take longer than ``limit_seconds``, there are
     fewer of them, but not below three.
 
+    ``turn`` times the calls of a turn; by default ``clock`` is read around them.
+
     Raises:
         ValueError: ``rounds`` is below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, but it was {rounds}")
+    if not variants:
+        return {}
+    turn = turn or functools.partial(clocked, clock=clock)
     samples: dict[Name, list[float]] = {name: [] for name in variants}
     once: dict[Name, float] = {}
     for name, call in variants.items():
         call()
-        once[name] = _turn(call, 0.0, clock) / 1e3
+        once[name] = turn(call, 0.0) / 1e3
     long = {name for name, seconds in once.items() if seconds >= turn_seconds}
     round_seconds = sum(max(seconds, turn_seconds) for seconds in once.values())
     fitting = int(min(rounds, limit_seconds / round_seconds))
@@ -62,14 +80,17 @@ def interleaved(
             sleep(settle_seconds)
             if name not in long:
                 variants[name]()
-            samples[name].append(_turn(variants[name], turn_seconds, clock))
-    return {
-        name: Timing(statistics.median(values), min(values), max(values), rounds) for name, values in samples.items()
-    }
+            samples[name].append(turn(variants[name], turn_seconds))
+    return {name: _summary(values) for name, values in samples.items()}
 
 
-def _turn(call: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
-    """Milliseconds of one call, over as many calls as fit into ``seconds``, at least one."""
+def _summary(values: list[float]) -> Timing:
+    ordered = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return Timing(statistics.median(values), min(values), max(values), len(values), (ordered[0], ordered[2]))
+
+
+def clocked(call: Callable[[], object], seconds: float, *, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Milliseconds of one call by ``clock``, over as many calls as fit into ``seconds``, at least one."""
     calls, start = 0, clock()
     while True:
         call()

@@ -82,7 +82,7 @@ def test_the_images_of_a_small_batch_are_the_first_of_a_large_one():
 
 
 def test_rates_are_images_per_second():
-    assert models.rates(Timing(median=100.0, low=50.0, high=200.0, rounds=3), 8) == {
+    assert models.rates(Timing(median=100.0, low=50.0, high=200.0, rounds=3, quartiles=(75.0, 150.0)), 8) == {
         "images_per_second": 80.0,
         "low": 40.0,
         "high": 160.0,

@@ -58,6 +58,26 @@ def test_median_and_spread_over_the_rounds():
     times = (0.1, 0.1, 0.1, 0.5, 0.2)
     found = time(clock, {"a": clock.variant("a", *times)}, rounds=3, turn_seconds=0.01)
     assert (found["a"].low, found["a"].median, found["a"].high) == pytest.approx((100, 200, 500))
+    assert found["a"].quartiles == pytest.approx((150, 350))
+
+
+def test_a_timing_is_divided_among_the_calls_that_were_timed_as_one():
+    clock = Clock()
+    found = time(clock, {"a": clock.variant("a", 0.004)}, rounds=1, turn_seconds=0.001)["a"].divided(4)
+    assert (found.low, found.median, found.high, *found.quartiles) == pytest.approx((1.0,) * 5)
+    assert found.rounds == 1
+
+
+def test_a_turn_is_timed_as_the_caller_wants():
+    clock = Clock()
+    times = {clock.variant("a", 0.001): 3.0, clock.variant("b", 0.001): 5.0}
+    variants = dict(zip("ab", times, strict=True))
+    found = time(clock, variants, rounds=3, turn=lambda call, seconds: times[call])
+    assert (found["a"].median, found["b"].median) == (3.0, 5.0)
+
+
+def test_nothing_to_time_takes_no_time():
+    assert interleaved({}) == {}
 
 
 def test_order_turns_around_every_round_and_long_calls_are_not_repeated():
