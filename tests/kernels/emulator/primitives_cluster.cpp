@@ -109,6 +109,7 @@ struct LoadToBlocks {
     uint16_t* out;
     int x, y, sender;
     uint16_t blocks;
+    int expected;  // bytes, by each block
     bool all_wait;
   };
   static constexpr int kCluster = 4;
@@ -126,7 +127,7 @@ struct LoadToBlocks {
     }
     cluster_barrier();
     if (first && rank == p.sender) load_box_to_blocks(shared, &p.map, full, p.x, p.y, 0, p.blocks);
-    if (first && gets) barrier_expect(full, kBoxBytes);
+    if (first && gets) barrier_expect(full, p.expected);
     if (gets && (p.all_wait || rank == p.sender)) barrier_wait(full, 0);
     cluster_barrier();
     memcpy(p.out + (rank * kThreads + threadIdx.x) * 64, shared + threadIdx.x * kBoxRowBytes, kBoxRowBytes);
@@ -291,10 +292,11 @@ const char* run_ranks(int* between, int* out, int x, int y, bool waits, bool lat
 }
 
 const char* run_load_to_blocks(const uint16_t* in, int cols, int rows, uint16_t* out, int x, int y, int sender,
-                               int blocks, bool all_wait, bool late, uint64_t seed) {
+                               int blocks, int expected, bool all_wait, bool late, uint64_t seed) {
   return message_of([&] {
     const TensorMap map = make_map(in, cols, rows, 1, cols * 2, int64_t{2} * cols * rows, 64);
-    launch<LoadToBlocks>(4, 1, 1, {map, out, x, y, sender, static_cast<uint16_t>(blocks), all_wait}, {late, seed});
+    const auto mask = static_cast<uint16_t>(blocks);
+    launch<LoadToBlocks>(4, 1, 1, {map, out, x, y, sender, mask, expected, all_wait}, {late, seed});
   });
 }
 
