@@ -1,8 +1,8 @@
 """Gradients of the operators: each backward is made of differentiable operations, so it has gradients too.
 
 The gradients of factors are contractions over the rows. Where Triton serves the operator, they are calls of the private
-operator ``_factor_grad(x, down, grad)``, ``[..., K], [R, K], [..., N]`` to ``[R, N]``, which is ``(x @ down^T)^T @ grad``
-over all rows: the gradient of up^T in ``y = (x @ down^T) @ up^T``. It is an operator to have gradients itself and to be
+operator ``_factor_grad(x, down, grad)``, ``[..., K], [R, K], [..., N]`` to ``[R, N]``: ``(x @ down^T)^T @ grad`` over
+all rows, the gradient of up^T in ``y = (x @ down^T) @ up^T``. It is an operator to have gradients itself and to be
 traced. Elsewhere they are products of the libraries.
 """
 

@@ -126,6 +126,24 @@ def trace_rule(launch: Callable, serves: Callable[..., bool]) -> Callable:
     return rule
 
 
+def _name_kernels_to_caches(op: str, *arguments: Tensor | None) -> None:
+    """Make the sources of the kernels that a call is going to be traced into a part of what caches know it by.
+
+    torch looks compiled graphs up by the graph with the operator in it, before it is traced into anything. Of what an
+    operator is made of it knows through a table of its own, which :func:`torch.library.triton_op` fills.
+    """
+    if arguments[0].device.type != "cuda" or not HAS_TRITON:
+        return
+    from torch._library.triton import triton_ops_to_kernels
+
+    kernels = []
+    if served_by_triton(op, *arguments):
+        from mixrank_kernels import triton
+
+        kernels = [] if triton.is_interpreted() else list(triton.KERNELS)
+    triton_ops_to_kernels[f"{NAMESPACE}::{op}"] = kernels
+
+
 def fake(name: str) -> Callable:
     """The fake of the operator ``name``: its checks, and the output as memory without contents."""
     check = getattr(_checks, name)
@@ -133,6 +151,7 @@ def fake(name: str) -> Callable:
     def call(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor | None:
         arguments = bind(name, *args, **kwargs)
         check(*arguments)
+        _name_kernels_to_caches(name, *arguments)
         if name.endswith("_"):
             return None
         x, _down, up = arguments[:3]

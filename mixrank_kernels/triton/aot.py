@@ -27,9 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mixrank_kernels.triton import is_interpreted
-from mixrank_kernels.triton.gram import gram_partial_kernel, gram_reduce_kernel
-from mixrank_kernels.triton.lowrank_linear import lowrank_down_kernel, lowrank_up_kernel
+from mixrank_kernels.triton import KERNELS, is_interpreted
 from mixrank_kernels.triton.variants import LAYOUTS, Variant, cover, variants
 
 ARCHITECTURES = (80, 90)
@@ -41,10 +39,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 # where registers are left; without aligned rows every element has an address of its own, which fills them.
 STACK_LIMIT = {"contiguous": 32, "transposed": 32, "odd": 512, "strided": 512, "unit": 512}
 
-KERNELS = {
-    kernel.__name__: kernel
-    for kernel in (lowrank_down_kernel, lowrank_up_kernel, gram_partial_kernel, gram_reduce_kernel)
-}
+NAMED_KERNELS = {kernel.__name__: kernel for kernel in KERNELS}
 
 # Arguments that are zero, a multiple of 16, where an operand is absent.
 ABSENT = {
@@ -57,7 +52,7 @@ ABSENT = {
 
 def _source(variant: Variant) -> ASTSource:
     """The kernel as Triton specialises it at a launch: None and 1 become constants, multiples of 16 are marked."""
-    kernel = KERNELS[variant.kernel]
+    kernel = NAMED_KERNELS[variant.kernel]
     zeros = set().union(*(names for flag, names in ABSENT.items() if variant.constants.get(flag) is False))
     ones, multiples = LAYOUTS[variant.layout][0] - zeros, LAYOUTS[variant.layout][1] | zeros
     signature, constants, attributes = {}, dict(variant.constants), {}

@@ -1,8 +1,8 @@
 """(x @ down^T)^T @ grad, the gradient of up^T in y = (x @ down^T) @ up^T; that of down is the same with swapped roles.
 
 Shapes: x [..., K] and grad [..., N] of M rows each, down [R, K], product [R, N] contiguous; any strides of the
-operands, which have one dtype: bf16, fp16, fp32 or fp64. ``lowrank_down_kernel`` writes x @ down^T, and the Gram kernels
-contract it with grad over ranges of rows whose sums they add in order: the result does not depend on timing.
+operands, which have one dtype: bf16, fp16, fp32 or fp64. ``lowrank_down_kernel`` writes x @ down^T, and the Gram
+kernels contract it with grad over ranges of rows whose sums they add in order: the result does not depend on timing.
 """
 
 from __future__ import annotations
