@@ -59,7 +59,7 @@ def implementation(request):
         yield request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def without_interpreter() -> Callable[..., subprocess.CompletedProcess]:
     """Run a fresh Python in which Triton compiles."""
 
