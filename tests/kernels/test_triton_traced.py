@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+
+from mixrank_kernels import backend, ops
 
 LAUNCH = "triton_kernel_wrapper_functional"
 
@@ -76,3 +79,20 @@ def test_inductor_schedules_the_backward_pass_without_copies(traced):
 def test_caches_of_compiled_graphs_tell_apart_what_serves(traced):
     kernels = ["lowrank_down_kernel", "lowrank_up_kernel", "gram_partial_kernel", "gram_reduce_kernel"]
     assert traced["caches"] == {"triton": kernels, "composite": []}
+
+
+@pytest.mark.parametrize("op", ["lowrank_linear", "gram_accumulate_"])
+def test_compiled_calls_are_compiled_anew_when_another_implementation_is_forced(op):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(module, _inputs):
+        graphs.append(module)
+        return module.forward
+
+    arguments = [torch.ones(shape) for shape in ((4, 4), (3, 4), (5, 3))[: 3 if op == "lowrank_linear" else 2]]
+    compiled = torch.compile(lambda: getattr(ops, op)(*arguments), backend=count, fullgraph=True)
+    for expected, name in ((1, "reference"), (2, "composite"), (2, "reference"), (2, "composite")):
+        with backend.use(name):
+            compiled()
+        assert len(graphs) == expected
