@@ -117,6 +117,7 @@ def trace_rule(launch: Callable, serves: Callable[..., bool]) -> Callable:
             or custom_triton_ops_decomposition_disabled()
             or arguments[0].device.type != "cuda"
             or not serves(*arguments)
+            or _interpreted()
         )
         if kept:
             return mode.__torch_dispatch__(op, types, args, kwargs)
@@ -136,12 +137,16 @@ def _name_kernels_to_caches(op: str, *arguments: Tensor | None) -> None:
         return
     from torch._library.triton import triton_ops_to_kernels
 
-    kernels = []
-    if served_by_triton(op, *arguments):
-        from mixrank_kernels import triton
+    kernels = ()
+    if served_by_triton(op, *arguments) and not _interpreted():
+        from mixrank_kernels.triton import KERNELS as kernels
+    triton_ops_to_kernels[f"{NAMESPACE}::{op}"] = list(kernels)
 
-        kernels = [] if triton.is_interpreted() else list(triton.KERNELS)
-    triton_ops_to_kernels[f"{NAMESPACE}::{op}"] = kernels
+
+def _interpreted() -> bool:
+    from mixrank_kernels import triton
+
+    return triton.is_interpreted()
 
 
 def fake(name: str) -> Callable:

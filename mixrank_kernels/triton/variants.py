@@ -29,7 +29,8 @@ LAYOUTS = {
 GRAM_LAYOUTS = ("contiguous", "odd", "strided", "unit")
 REDUCE_LAYOUTS = ("contiguous", "unit")
 
-# The layouts of which residual kernels are compiled too: what differs between them is the same in the plain kernels.
+# The layouts of which residual kernels are compiled too, always with a bias: what differs between them is the same in
+# the plain kernels.
 RESIDUAL_LAYOUTS = ("contiguous", "odd")
 
 
@@ -119,7 +120,9 @@ def _lowrank() -> Iterator[Variant]:
             form = "bias" if bias else "plain"
             full_name = f"lowrank-{name}" + "-bias" * bias
             yield Variant(full_name, "lowrank_up_kernel", *place, form, pointers, forms, *options)
-        for branch, b in ((True, 0), (False, 16), (False, 32), (True, 32)) if layout in RESIDUAL_LAYOUTS else ():
+        for branch, b in (
+            ((True, 0), (False, 16), (False, 32), (True, 16), (True, 32)) if layout in RESIDUAL_LAYOUTS else ()
+        ):
             pointers = needed | {"bias_ptr": dtype}
             pointers |= {"residual_up_ptr": dtype} if branch else {}
             pointers |= {"residual_down_ptr": dtype} if branch and fused else {}
@@ -147,7 +150,7 @@ def _gram() -> Iterator[Variant]:
             yield Variant(
                 name, "gram_partial_kernel", *place, layout, form, pointers, constants, tensor_cores, *options
             )
-        for form, layout in product(("plain", "sum", "cross", "stored"), REDUCE_LAYOUTS):
+        for form, layout in product(_reduce_forms(shape, dtype), REDUCE_LAYOUTS):
             for gram in (dtype,) if form == "stored" else ("fp32", "fp64"):
                 pointers = {"gram_ptr": gram, "partial_ptr": _wide(dtype)}
                 pointers |= {"column_sum_ptr": gram, "partial_sum_ptr": _wide(dtype)} if form == "sum" else {}
@@ -164,3 +167,10 @@ def _gram_forms(shape: str, dtype: str) -> tuple[str, ...]:
     if shape == "weighted":
         return (*weighted, "wide-cross") if dtype == "fp16" else weighted
     return ("plain", "plain-sum", "cross", *(weighted if shape == "any" else ()))
+
+
+def _reduce_forms(shape: str, dtype: str) -> tuple[str, ...]:
+    """How the partial tiles that the configuration ``shape`` makes are reduced."""
+    crossed = [form for form in _gram_forms(shape, dtype) if "cross" in form]
+    stored = "wide-cross" in crossed or (crossed and dtype != "fp16")
+    return ("plain", "sum", *(["cross"] if "cross" in crossed else []), *(["stored"] if stored else []))
