@@ -54,8 +54,8 @@ def served_by(op: str, without: tuple[str, ...]) -> list[str]:
 
 @pytest.fixture
 def implementation(request):
-    # What was compiled for one implementation is cached under the operator, and must not be tested for another.
-    with torch.compiler.config.patch(force_disable_caches=True), backend.use(request.param):
+    # This cache knows what was compiled for one implementation by the operator, and would give it to another.
+    with torch._functorch.config.patch(enable_autograd_cache=False), backend.use(request.param):
         yield request.param
 
 
