@@ -19,6 +19,7 @@ from mixrank_bench import (
     tables_ladder,
     tables_models,
     tables_ops,
+    tables_triton,
     tables_vit,
 )
 from mixrank_bench.environment import ROOT, in_checkout
@@ -53,6 +54,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "gpu-fusing": tables_gpu_roofline.fusing,
         "gpu-roofline": tables_gpu_roofline.roofline,
     },
+    "docs/kernels/triton.md": {"triton-resources": tables_triton.triton_resources},
 }
 
 

@@ -1,4 +1,10 @@
-"""Gradients of the operators: each backward is made of differentiable operations, so it has gradients too."""
+"""Gradients of the operators: each backward is made of differentiable operations, so it has gradients too.
+
+The gradients of factors are contractions over the rows. Where Triton serves the operator, they are calls of the private
+operator ``_factor_grad(x, down, grad)``, ``[..., K], [R, K], [..., N]`` to ``[R, N]``: ``(x @ down^T)^T @ grad`` over
+all rows, the gradient of up^T in ``y = (x @ down^T) @ up^T``. It is an operator to have gradients itself and to be
+traced. Elsewhere they are products of the libraries.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +24,11 @@ def lowrank_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down, up and bias."""
     x, down, up = ctx.saved_tensors
     needed = _needed(ctx, 5)
-    rows, grad_rows = _as_rows(x), _as_rows(grad)
+    by_triton = _served_by_triton("lowrank_linear", x, down, up)
     grads = (
         overload("lowrank_linear")(grad, up.mT, down.mT) if needed[0] else None,
-        *_factor_grads(rows, grad_rows, down, up, needed[1:3]),
-        grad_rows.sum(0) if needed[3] else None,
+        *_factor_grads(by_triton, x, grad, down, up, needed[1:3]),
+        _as_rows(grad).sum(0) if needed[3] else None,
         None,
     )
     return grads[: len(ctx.needs_input_grad)]
@@ -38,18 +44,20 @@ def lowrank_residual_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down, up, bias, residual_down, residual_up and values."""
     x, down, up, residual_down, residual_up, crow, col, values = ctx.saved_tensors
     needed = _needed(ctx, 10)
-    rows, grad_rows = _as_rows(x), _as_rows(grad)
+    by_triton = _served_by_triton(
+        "lowrank_residual_linear", x, down, up, None, residual_down, residual_up, crow, col, values
+    )
     residual_grads, values_grad = (None, None), None
     if residual_down is not None:
-        residual_grads = _factor_grads(rows, grad_rows, residual_down, residual_up, needed[4:6])
+        residual_grads = _factor_grads(by_triton, x, grad, residual_down, residual_up, needed[4:6])
     if needed[8]:
         b = values.shape[-1]
         row = block_rows(crow, col.shape[0])
-        values_grad = _taken_blocks(grad_rows, row, b).mT @ _taken_blocks(rows, col, b)
+        values_grad = _taken_blocks(_as_rows(grad), row, b).mT @ _taken_blocks(_as_rows(x), col, b)
     grads = (
         _residual_input_grad(grad, *ctx.saved_tensors) if needed[0] else None,
-        *_factor_grads(rows, grad_rows, down, up, needed[1:3]),
-        grad_rows.sum(0) if needed[3] else None,
+        *_factor_grads(by_triton, x, grad, down, up, needed[1:3]),
+        _as_rows(grad).sum(0) if needed[3] else None,
         *residual_grads,
         None,
         None,
@@ -85,16 +93,45 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _served_by_triton(op: str, *arguments: Tensor | None) -> bool:
+    from mixrank_kernels._register import served_by_triton  # which imports this module
+
+    return served_by_triton(op, *arguments)
+
+
 def _factor_grads(
-    rows: Tensor,  # [M, K]
-    grad_rows: Tensor,  # [M, N]
+    by_triton: bool,
+    x: Tensor,  # [..., K]
+    grad: Tensor,  # [..., N]
     down: Tensor,  # [R, K]
     up: Tensor,  # [N, R]
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
+    if by_triton:
+        factor_grad = overload("_factor_grad")
+        return (
+            factor_grad(grad, up.mT, x) if needed[0] else None,
+            factor_grad(x, down, grad).mT if needed[1] else None,
+        )
+    rows, grad_rows = _as_rows(x), _as_rows(grad)
     return (
         (grad_rows @ up).mT @ rows if needed[0] else None,
         grad_rows.mT @ (rows @ down.mT) if needed[1] else None,
+    )
+
+
+def save_factor_grad(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Keep what :func:`factor_grad` reads."""
+    ctx.save_for_backward(*inputs)
+
+
+def factor_grad(ctx, product_grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, down and grad in ``_factor_grad``."""
+    x, down, grad = ctx.saved_tensors
+    return (
+        overload("lowrank_linear")(grad, product_grad, down.mT) if ctx.needs_input_grad[0] else None,
+        overload("_factor_grad")(grad, product_grad, x) if ctx.needs_input_grad[1] else None,
+        overload("lowrank_linear")(x, down, product_grad.mT) if ctx.needs_input_grad[2] else None,
     )
 
 

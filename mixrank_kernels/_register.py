@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from mixrank_kernels import _autograd, _checks, choice, composite, cuda, reference
 from mixrank_kernels._load import load_extension
@@ -101,6 +105,65 @@ def chosen(op: str, *arguments: Tensor | None) -> choice.Choice:
     return found
 
 
+def served_by_triton(op: str, *arguments: Tensor | None) -> bool:
+    """Whether a call of ``op`` on these arguments is served by Triton, by choice or because it is forced."""
+    # Most calls on the CPU are answered by this: there Triton is loaded only to be forced.
+    if not HAS_TRITON or (arguments[0].device.type == "cpu" and "mixrank_kernels.triton" not in sys.modules):
+        return False
+    from mixrank_kernels import backend  # which imports this module
+
+    return backend.explain(op, *arguments).chosen == "triton"
+
+
+def trace_rule(launch: Callable, serves: Callable[..., bool]) -> Callable:
+    """How AOTAutograd records a call: as the Triton kernels of ``launch`` where Triton ``serves`` it, else as it is.
+
+    Triton's kernels are then nodes of the graph, among which Inductor plans memory and order. The choice is made when
+    the graph is, as are the checks, but for those of an argument's contents. Exported programs keep the operator.
+    """
+
+    def rule(mode: FunctionalTensorMode, op: torch._ops.OpOverload, types: tuple, args: tuple, kwargs: dict) -> object:
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        arguments = bind(op._schema.name.split("::")[1], *args, **(kwargs or {}))
+        kept = (
+            not {FunctionalTensor}.issubset(types)
+            or not {FunctionalTensor, FakeTensor, Tensor}.issuperset(types)
+            or custom_triton_ops_decomposition_disabled()
+            or arguments[0].device.type != "cuda"
+            or not serves(*arguments)
+            or _interpreted()
+        )
+        if kept:
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return launch(*arguments)
+
+    return rule
+
+
+def _name_kernels_to_caches(op: str, *arguments: Tensor | None) -> None:
+    """Make the sources of the kernels that a call is going to be traced into a part of what caches know it by.
+
+    torch looks compiled graphs up by the graph with the operator in it, before it is traced into anything. Of what an
+    operator is made of it knows through a table of its own, which :func:`torch.library.triton_op` fills.
+    """
+    if arguments[0].device.type != "cuda" or not HAS_TRITON:
+        return
+    from torch._library.triton import triton_ops_to_kernels
+
+    kernels = ()
+    if served_by_triton(op, *arguments) and not _interpreted():
+        from mixrank_kernels.triton import KERNELS as kernels
+    triton_ops_to_kernels[f"{NAMESPACE}::{op}"] = list(kernels)
+
+
+def _interpreted() -> bool:
+    from mixrank_kernels import triton
+
+    return triton.is_interpreted()
+
+
 def fake(name: str) -> Callable:
     """The fake of the operator ``name``: its checks, and the output as memory without contents."""
     check = getattr(_checks, name)
@@ -108,6 +171,7 @@ def fake(name: str) -> Callable:
     def call(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor | None:
         arguments = bind(name, *args, **kwargs)
         check(*arguments)
+        _name_kernels_to_caches(name, *arguments)
         if name.endswith("_"):
             return None
         x, _down, up = arguments[:3]
@@ -135,10 +199,36 @@ def _autocast(name: str, device_type: str) -> Callable:
     return kernel
 
 
+def _factor_grad(x: Tensor, down: Tensor, grad: Tensor) -> Tensor:
+    from mixrank_kernels.triton import factor_grad
+
+    return factor_grad(x, down, grad)
+
+
+def _fake_factor_grad(x: Tensor, down: Tensor, grad: Tensor) -> Tensor:
+    return grad.new_empty((down.shape[0], grad.shape[-1]))
+
+
 for _name in SCHEMAS:
     library.impl(_name, checked(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", fake(_name), lib=library)
     library.impl(_name, checked(_name, chosen_implementation(_name)), "CUDA")
+    torch.library.register_torch_dispatch(
+        f"{NAMESPACE}::{_name}",
+        FunctionalTensorMode,
+        trace_rule(triton_implementation(_name), functools.partial(served_by_triton, _name)),
+        lib=library,
+    )
+
+# The operands are those of a backward pass, which the forward pass has checked.
+library.impl("_factor_grad", _factor_grad, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::_factor_grad", _fake_factor_grad, lib=library)
+torch.library.register_autograd(
+    f"{NAMESPACE}::_factor_grad", _autograd.factor_grad, setup_context=_autograd.save_factor_grad, lib=library
+)
+torch.library.register_torch_dispatch(
+    f"{NAMESPACE}::_factor_grad", FunctionalTensorMode, trace_rule(_factor_grad, lambda *_: True), lib=library
+)
 
 for _name in ("lowrank_linear", "lowrank_residual_linear"):
     torch.library.register_autograd(

@@ -20,8 +20,11 @@ SCHEMAS = {
     "cross_gram_accumulate_": "(Tensor(a!) cross, Tensor x, Tensor z) -> ()",
 }
 
+# What backward passes are made of where Triton serves: no public function, no choice among implementations.
+PRIVATE_SCHEMAS = {"_factor_grad": "(Tensor x, Tensor down, Tensor grad) -> Tensor"}
+
 library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _signature in SCHEMAS.items():
+for _name, _signature in (SCHEMAS | PRIVATE_SCHEMAS).items():
     library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 

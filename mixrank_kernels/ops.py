@@ -6,15 +6,23 @@ Shapes use one alphabet: ``M`` rows (tokens), ``K`` in features, ``N`` out featu
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from mixrank_kernels import _register  # noqa: F401  (registers the operators)
+from mixrank_kernels import backend
 from mixrank_kernels._schema import overload
 
 _lowrank_linear = overload("lowrank_linear")
 _lowrank_residual_linear = overload("lowrank_residual_linear")
 _gram_accumulate_ = overload("gram_accumulate_")
 _cross_gram_accumulate_ = overload("cross_gram_accumulate_")
+
+
+def _follow_the_choice() -> None:
+    # torch.compile keeps a graph as long as what was read to make it is the same. What Triton serves is traced into
+    # its kernels, so what is forced must be read.
+    if torch.compiler.is_compiling() and backend._forced:
+        _ = backend._forced[-1]
 
 
 def lowrank_linear(
@@ -48,6 +56,7 @@ def lowrank_linear(
         >>> lowrank_linear(x, down, up)[0, 0].item()
         24.0
     """
+    _follow_the_choice()
     return _lowrank_linear(x, down, up, bias, packed)
 
 
@@ -100,6 +109,7 @@ def lowrank_residual_linear(
         >>> lowrank_residual_linear(x, down, up, crow=crow, col=col, values=values)[0, 0].item()
         112.0
     """
+    _follow_the_choice()
     return _lowrank_residual_linear(x, down, up, bias, residual_down, residual_up, crow, col, values, packed)
 
 
@@ -130,6 +140,7 @@ def gram_accumulate_(
         >>> gram[0, 3].item()
         10.0
     """
+    _follow_the_choice()
     _gram_accumulate_(gram, x, row_weight, column_sum)
 
 
@@ -155,4 +166,5 @@ def cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
         >>> cross[0, 2].item()
         10.0
     """
+    _follow_the_choice()
     _cross_gram_accumulate_(cross, x, z)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 @triton.jit
@@ -44,6 +46,27 @@ def is_interpreted() -> bool:
     return not isinstance(accumulate_wide_product, triton.JITFunction)
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether a call on ``x`` is being recorded into a graph by AOTAutograd and no memory stands behind it."""
+    return isinstance(x, FunctionalTensor)
+
+
+def launchable(kernel: triton.JITFunction, x: Tensor) -> Any:
+    """``kernel``, as what is recorded into the graph where the launch for ``x`` is traced."""
+    # A wrapped kernel takes a millisecond to launch, so an eager call does without.
+    return torch.library.wrap_triton(kernel) if is_traced(x) else kernel
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` [..., K] as rows [M, K], copied only if they are not evenly spaced."""
+    if is_traced(x) and x.is_contiguous() and x.storage_offset() == 0:
+        # Inductor would compute what is not in memory yet once for each kernel that reads it, but what is read with
+        # given strides lies in memory.
+        k = x.shape[-1]
+        return x.as_strided((x.numel() // k, k), (k, 1), 0)
+    return x.reshape(-1, x.shape[-1])
+
+
 def launch_guard(op: str, x: Tensor) -> contextlib.AbstractContextManager:
     """Refuse tensors that the kernels cannot serve; else the context that makes the device of ``x`` current.
 
@@ -59,4 +82,5 @@ def launch_guard(op: str, x: Tensor) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     if not x.is_cuda:
         raise RuntimeError(f"{op}: x must be on a CUDA device for the Triton kernel, but it was on {x.device}")
-    return torch.cuda.device(x.device)
+    # The compiled graph makes the device current by itself.
+    return contextlib.nullcontext() if is_traced(x) else torch.cuda.device(x.device)

@@ -2,7 +2,7 @@
 
 Shapes: x [B, M, K] and z [B, M, N] with any strides, row_weight [B, M] with any strides, gram [B, K, K] and
 column_sum [B, K] contiguous and of one dtype, fp64 or fp32; cross [K, N] alike. x and z are of one dtype: bf16, fp16,
-fp32 or fp64; the sizes are positive.
+fp32 or fp64; only for a product that is stored and not added may x be fp32 beside a z of fp16. The sizes are positive.
 
 ``gram_partial_kernel`` computes tiles, each over one range of rows (a split), in fp32 (fp64 for fp64 x): those of the
 lower triangle only, unless there is a z. ``gram_reduce_kernel`` adds the splits in their order in gram's dtype, so that
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixrank_kernels.triton import config as configs
-from mixrank_kernels.triton._common import accumulate_wide_product, launch_guard
+from mixrank_kernels.triton._common import accumulate_wide_product, as_rows, launch_guard, launchable
 
 
 @triton.jit
@@ -83,6 +83,7 @@ def gram_partial_kernel(
     K,
     N,  # K unless HAS_Z
     splits,
+    first_split,  # the splits before it are other launches'
     split_rows,
     stride_xb,
     stride_xm,
@@ -104,7 +105,7 @@ def gram_partial_kernel(
     i_part = tl.program_id(0) // tiles
     i_row, i_col = _tile(tl.program_id(0) % tiles, blocks, col_blocks, HAS_Z)
     i_b = i_part // splits
-    start = (i_part % splits) * split_rows
+    start = (first_split + i_part % splits) * split_rows
     stop = tl.minimum(start + split_rows, M)
 
     o_i = i_row * BK + tl.arange(0, BK)
@@ -140,6 +141,8 @@ def gram_partial_kernel(
             b_weight = tl.load(p_weight, mask=m_m, other=0.0).to(wide)
             b_gram = accumulate_wide_product(tl.trans(b_i.to(wide) * b_weight[:, None]), b_j, b_gram)
             p_weight += step * stride_wm
+        elif b_i.dtype != b_j.dtype:
+            b_gram = accumulate_wide_product(tl.trans(b_i), b_j, b_gram)
         else:
             b_gram = tl.dot(tl.trans(b_i), b_j, b_gram, input_precision="ieee", out_dtype=wide)
         p_i += step * stride_xm
@@ -150,7 +153,7 @@ def gram_partial_kernel(
 
 @triton.jit
 def gram_reduce_kernel(
-    gram_ptr,  # [B, K, K], or [B, K, N] if HAS_Z
+    gram_ptr,  # [B, K, K], or [B, K, N] if HAS_Z; of any dtype if STORED
     column_sum_ptr,  # [B, K], unused unless HAS_SUM
     partial_ptr,  # [B, splits, tiles, BK, BK]
     partial_sum_ptr,  # [B, splits, blocks, BK], unused unless HAS_SUM
@@ -159,10 +162,11 @@ def gram_reduce_kernel(
     splits,
     HAS_Z: tl.constexpr,
     HAS_SUM: tl.constexpr,
+    STORED: tl.constexpr,  # gram is written, not added to
     BK: tl.constexpr,
     BS: tl.constexpr,
 ):
-    master: tl.constexpr = gram_ptr.dtype.element_ty
+    master: tl.constexpr = partial_ptr.dtype.element_ty if STORED else gram_ptr.dtype.element_ty
     parts: tl.constexpr = BK // BS
     blocks, col_blocks = tl.cdiv(K, BK), tl.cdiv(N, BK)
     tiles = blocks * col_blocks if HAS_Z else blocks * (blocks + 1) // 2
@@ -186,7 +190,11 @@ def gram_reduce_kernel(
         m_lower = (o_i < K)[:, None] & (o_j < N)[None, :]
     else:
         m_lower = (o_i < K)[:, None] & (o_j[None, :] <= o_i[:, None])
-    tl.store(p_lower, tl.load(p_lower, mask=m_lower) + b_update, mask=m_lower)
+    if STORED:
+        b_lower = b_update.to(gram_ptr.dtype.element_ty)
+    else:
+        b_lower = tl.load(p_lower, mask=m_lower) + b_update
+    tl.store(p_lower, b_lower, mask=m_lower)
     if not HAS_Z:
         p_upper = gram_ptr + i_b * K * K + o_j[:, None] * K + o_i[None, :]
         m_upper = (o_i < K)[None, :] & (o_j[:, None] < o_i[None, :])
@@ -203,13 +211,18 @@ def gram_reduce_kernel(
             tl.store(p_sum, tl.load(p_sum, mask=o_i < K) + b_sum, mask=o_i < K)
 
 
-def row_schedule(m: int, tiles: int, scratch_splits: int) -> tuple[int, int]:
-    """How ``m`` rows are divided when a split has ``tiles`` tiles: rows of a split, and splits of one round."""
+def row_schedule(m: int, tiles: int, scratch_splits: int, one_round: bool = False) -> tuple[int, int]:
+    """How ``m`` rows are divided when a split has ``tiles`` tiles: rows of a split, and splits of one round.
+
+    The partial tiles of at most ``scratch_splits`` splits fit in the scratch memory. With ``one_round`` the splits grow
+    until that is enough; otherwise they stay short, and there are more rounds.
+    """
     splits = max(
         triton.cdiv(m, configs.GRAM_ROWS_MAX),
         min(triton.cdiv(configs.GRAM_PROGRAMS, tiles), triton.cdiv(m, configs.GRAM_ROWS_MIN)),
     )
-    return triton.cdiv(m, splits), min(splits, max(1, scratch_splits))
+    round_splits = min(splits, max(1, scratch_splits))
+    return triton.cdiv(m, round_splits if one_round else splits), round_splits
 
 
 def gram_accumulate_(
@@ -223,11 +236,10 @@ def gram_accumulate_(
     Raises:
         RuntimeError: the tensors are not on CUDA and the interpreter is off, or it is on and they are bfloat16.
     """
-    k = gram.shape[-1]
     with launch_guard("gram_accumulate_", x):
         if x.numel() == 0:
             return
-        rows = x if gram.dim() == 3 else x.reshape(1, -1, k)  # [B, M, K]
+        rows = x if gram.dim() == 3 else as_rows(x)[None]  # [B, M, K]
         weights = None if row_weight is None else row_weight.reshape(rows.shape[:2])  # [B, M]
         _accumulate(gram, rows, None, weights, column_sum)
 
@@ -244,7 +256,17 @@ def cross_gram_accumulate_(
     """
     with launch_guard("cross_gram_accumulate_", x):
         if x.numel() > 0 and z.numel() > 0:
-            _accumulate(cross, x.reshape(1, -1, x.shape[-1]), z.reshape(1, -1, z.shape[-1]), None, None)
+            _accumulate(cross, as_rows(x)[None], as_rows(z)[None], None, None)
+
+
+def product_over_rows(
+    x: Tensor,  # [M, K]
+    z: Tensor,  # [..., N], M rows
+) -> Tensor:  # [K, N]
+    """x^T @ z in the dtype of ``z``; x has that dtype, or is fp32 beside a z of fp16. M is positive."""
+    product = z.new_empty((x.shape[1], z.shape[-1]))
+    _accumulate(product, x[None], as_rows(z)[None], None, None, stored=True)
+    return product
 
 
 def _accumulate(
@@ -253,31 +275,32 @@ def _accumulate(
     z: Tensor | None,  # [B, M, N]
     weights: Tensor | None,  # [B, M]
     column_sum: Tensor | None,  # [K] or [B, K]
+    stored: bool = False,
 ) -> None:
     b, m, k = x.shape
     n = gram.shape[-1]
-    config = configs.gram_config(x.dtype, max(k, n), weights is not None)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    dtype = x.dtype if z is None else z.dtype
+    split_in_registers = weights is not None or x.dtype != dtype
+    config = configs.gram_config(dtype, max(k, n), split_in_registers)
     variant = {"HAS_Z": z is not None, "HAS_SUM": column_sum is not None, "BK": config.BK}
     blocks = triton.cdiv(k, config.BK)
     tiles = blocks * (blocks + 1) // 2 if z is None else blocks * triton.cdiv(n, config.BK)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     tile_bytes = config.BK**2 * wide.itemsize
-    split_rows, round_splits = row_schedule(m, b * tiles, configs.GRAM_SCRATCH_BYTES // (b * tiles * tile_bytes))
-    partial = x.new_empty((b, round_splits, tiles, config.BK, config.BK), dtype=wide)
-    partial_sum = x.new_empty((b, round_splits, blocks, config.BK), dtype=wide) if column_sum is not None else None
-    for start in range(0, m, split_rows * round_splits):
-        part, part_z, part_weights = (
-            None if tensor is None else tensor[:, start : start + split_rows * round_splits]
-            for tensor in (x, z, weights)
-        )
-        splits = triton.cdiv(part.shape[1], split_rows)
-        gram_partial_kernel[(b * splits * tiles,)](
-            partial, partial_sum, part, part_z, part_weights, part.shape[1], k, n, splits, split_rows, *part.stride(),
-            *((0, 0, 0) if part_z is None else part_z.stride()),
-            *((0, 0) if part_weights is None else part_weights.stride()),
-            HAS_WEIGHT=weights is not None, BM=config.BM, **variant, **options,
+    scratch_splits = configs.GRAM_SCRATCH_BYTES // (b * tiles * tile_bytes)
+    split_rows, round_splits = row_schedule(m, b * tiles, scratch_splits, one_round=stored)
+    splits = triton.cdiv(m, split_rows)
+    partial = gram.new_empty((b, round_splits, tiles, config.BK, config.BK), dtype=wide)
+    partial_sum = gram.new_empty((b, round_splits, blocks, config.BK), dtype=wide) if column_sum is not None else None
+    for i_round in range(triton.cdiv(splits, round_splits)):
+        first = i_round * round_splits
+        taken = min(round_splits, splits - first)
+        launchable(gram_partial_kernel, x)[(b * taken * tiles,)](
+            partial, partial_sum, x, z, weights, m, k, n, taken, first, split_rows, *x.stride(),
+            *((0, 0, 0) if z is None else z.stride()), *((0, 0) if weights is None else weights.stride()),
+            HAS_WEIGHT=weights is not None, BM=config.BM, num_warps=config.num_warps, num_stages=config.num_stages,
+            **variant,
         )  # fmt: skip
-        gram_reduce_kernel[(b * tiles * (config.BK // config.BS) ** 2,)](
-            gram, column_sum, partial, partial_sum, k, n, splits, BS=config.BS, num_warps=4, **variant
+        launchable(gram_reduce_kernel, x)[(b * tiles * (config.BK // config.BS) ** 2,)](
+            gram, column_sum, partial, partial_sum, k, n, taken, STORED=stored, BS=config.BS, num_warps=4, **variant
         )

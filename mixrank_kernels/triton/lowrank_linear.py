@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixrank_kernels.triton._common import accumulate_wide_product, launch_guard
+from mixrank_kernels.triton._common import accumulate_wide_product, as_rows, launch_guard, launchable
 from mixrank_kernels.triton.config import LowRankConfig, lowrank_config
 
 
@@ -58,9 +58,10 @@ def _hidden_tile(
 
 @triton.jit
 def lowrank_down_kernel(
-    hidden_ptr,  # [M, R], rows stride_hm apart
+    hidden_ptr,  # [M, first + R or more], rows stride_hm apart, of any dtype
     x_ptr,  # [M, K]
     down_ptr,  # [R, K]
+    first,  # the column of hidden that the product begins in
     M,
     R,
     K,
@@ -73,14 +74,13 @@ def lowrank_down_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
+    wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     i_m, i_r = tl.program_id(0) // tl.cdiv(R, BR), tl.program_id(0) % tl.cdiv(R, BR)
     o_m = i_m * BM + tl.arange(0, BM)
     o_r = i_r * BR + tl.arange(0, BR)
-    b_hidden = _hidden_tile(
-        x_ptr, down_ptr, o_m, o_r, M, R, K, stride_xm, stride_xk, stride_dr, stride_dk, BK, hidden_ptr.dtype.element_ty
-    )
-    p_hidden = hidden_ptr + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
-    tl.store(p_hidden, b_hidden, mask=(o_m < M)[:, None] & (o_r < R)[None, :])
+    b_hidden = _hidden_tile(x_ptr, down_ptr, o_m, o_r, M, R, K, stride_xm, stride_xk, stride_dr, stride_dk, BK, wide)
+    p_hidden = hidden_ptr + first + o_m[:, None].to(tl.int64) * stride_hm + o_r[None, :]
+    tl.store(p_hidden, b_hidden.to(hidden_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & (o_r < R)[None, :])
 
 
 @triton.jit
@@ -282,19 +282,20 @@ def _launch(
     with launch_guard(op, x):
         if m == 0:
             return y
-        rows = x.reshape(m, k)
+        rows = as_rows(x)
         down_config, up_config = lowrank_config(x.dtype, m, k, n, r + q)
-        hidden = None
-        if down_config is not None:
+        hidden, fused = None, down_config is None
+        if not fused:
             hidden = x.new_empty((m, r + q), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            for factor, part in ((down, hidden[:, :r]), (residual_down, hidden[:, r:])):
-                if factor is not None:
-                    _launch_down(part, rows, factor, down_config)
-        lowrank_up_kernel[(triton.cdiv(m, up_config.BM) * triton.cdiv(n, up_config.BN),)](
-            y, rows, down, hidden, up, bias, residual_down, residual_up, crow, col, values, m, n, r, q, k,
+            launch_down(hidden, 0, rows, down, down_config)
+            if residual_down is not None:
+                launch_down(hidden, r, rows, residual_down, down_config)
+        launchable(lowrank_up_kernel, x)[(triton.cdiv(m, up_config.BM) * triton.cdiv(n, up_config.BN),)](
+            y, rows if fused or values is not None else None, down if fused else None, hidden, up, bias,
+            residual_down if fused else None, residual_up, crow, col, values, m, n, r, q, k,
             *rows.stride(), *down.stride(), *up.stride(), 0 if bias is None else bias.stride(0),
             *((0, 0, 0, 0) if residual_down is None else (*residual_down.stride(), *residual_up.stride())),
-            FUSED=hidden is None, HAS_BIAS=bias is not None, HAS_BRANCH=residual_down is not None,
+            FUSED=fused, HAS_BIAS=bias is not None, HAS_BRANCH=residual_down is not None,
             b=0 if values is None else values.shape[-1],
             BM=up_config.BM, BN=up_config.BN, BR=up_config.BR, BK=up_config.BK,
             num_warps=up_config.num_warps, num_stages=up_config.num_stages,
@@ -302,10 +303,19 @@ def _launch(
     return y
 
 
-def _launch_down(hidden: Tensor, x: Tensor, down: Tensor, config: LowRankConfig) -> None:
-    """Hidden [M, R] = x @ down^T."""
-    m, r = hidden.shape
-    lowrank_down_kernel[(triton.cdiv(m, config.BM) * triton.cdiv(r, config.BR),)](
-        hidden, x, down, m, r, x.shape[1], *x.stride(), *down.stride(), hidden.stride(0),
+def launch_down(
+    hidden: Tensor,  # [M, first + R or more], contiguous
+    first: int,
+    x: Tensor,  # [M, K]
+    down: Tensor,  # [R, K]
+    config: LowRankConfig,
+) -> None:
+    """Write x @ down^T, summed in fp32 (fp64 for fp64 x), to ``hidden`` from column ``first`` on, in its dtype.
+
+    The sizes are positive. ``hidden`` is passed whole because a compiled graph would copy a part that is written to.
+    """
+    m, (r, k) = hidden.shape[0], down.shape
+    launchable(lowrank_down_kernel, x)[(triton.cdiv(m, config.BM) * triton.cdiv(r, config.BR),)](
+        hidden, x, down, first, m, r, k, *x.stride(), *down.stride(), hidden.stride(0),
         BM=config.BM, BR=config.BR, BK=config.BK, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

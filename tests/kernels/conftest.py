@@ -7,7 +7,13 @@ that really have it (but for those in ``without``), each with its sample inputs.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
 import pytest
+import torch
 
 from mixrank_kernels import backend, testing
 from mixrank_kernels._schema import SCHEMAS
@@ -48,8 +54,20 @@ def served_by(op: str, without: tuple[str, ...]) -> list[str]:
 
 @pytest.fixture
 def implementation(request):
-    with backend.use(request.param):
+    # This cache knows what was compiled for one implementation by the operator, and would give it to another.
+    with torch._functorch.config.patch(enable_autograd_cache=False), backend.use(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def without_interpreter() -> Callable[..., subprocess.CompletedProcess]:
+    """Run a fresh Python in which Triton compiles."""
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+    return run
 
 
 @pytest.fixture

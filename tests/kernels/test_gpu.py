@@ -5,8 +5,11 @@ The whole of ``test_triton.py`` runs on the device too, where there is one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from mixrank_kernels import backend, cuda, ops, reference, testing
 from mixrank_kernels._schema import SCHEMAS
@@ -137,6 +140,56 @@ def test_compiled_and_captured_calls_give_the_same(op, dtype, implementation):
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("op", LINEAR)
+def test_compiled_gradients_are_those_of_eager_mode(op, dynamic):
+    torch._dynamo.reset()
+    sample = next(iter(testing.sample_inputs(op, real_sizes=True)))
+
+    def gradients(function: Callable, rows: int) -> list[torch.Tensor]:
+        arguments = on_device(sample.arguments(torch.float32))
+        arguments["x"] = arguments["x"].reshape(-1, arguments["x"].shape[-1])[:rows].contiguous()
+        leaves = [t.requires_grad_() for t in arguments.values() if t is not None and t.is_floating_point()]
+        # What comes before and after is computed with the kernels in one graph.
+        function(arguments).backward()
+        return [leaf.grad for leaf in leaves]
+
+    def loss(arguments: dict) -> torch.Tensor:
+        return torch.relu(getattr(ops, op)(**arguments | {"x": arguments["x"] * 2})).square().mean()
+
+    with backend.use("triton"):
+        compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+        for rows in (24, 40):
+            for ours, expected in zip(gradients(compiled, rows), gradients(loss, rows), strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_compiled_code_launches_the_kernels_itself(op):
+    torch._dynamo.reset()
+    arguments = on_device(next(iter(testing.sample_inputs(op))).arguments(torch.float16))
+
+    def call() -> torch.Tensor | None:
+        return getattr(ops, op)(**arguments)
+
+    with backend.use("triton"), torch.compiler.config.patch(force_disable_caches=True):
+        _, sources = run_and_get_code(torch.compile(call, fullgraph=True))
+    assert ("gram_reduce_kernel" if "gram" in op else "lowrank_up_kernel") in sources[0]
+    assert "torch.ops.mixrank_kernels" not in sources[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=identify)
+@pytest.mark.parametrize("m", [197, 12608])
+def test_gradients_of_factors_stay_within_the_budget_and_give_the_same_bits_twice(m, dtype):
+    from mixrank_kernels import triton
+
+    x, down, grad = (torch.randn(shape, device="cuda").to(dtype) for shape in ((m, 768), (200, 768), (m, 3072)))
+    first, second = (triton.factor_grad(x, down, grad) for _ in range(2))
+    assert torch.equal(first, second)
+    exact = (x.double() @ down.double().mT).mT @ grad.double()
+    testing.assert_within_budget(first, exact, (x @ down.mT).mT @ grad, dtype)
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
