@@ -1,5 +1,11 @@
 // The CUDA kernels on the emulator, through the same host code that launches them on a device: C functions for
 // test_cuda_emulated.py. Sizes and pointers come as arrays, in the order that the functions read them in.
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <string>
+#include <typeinfo>
+
 #include "cuda/launch_gram.h"
 #include "cuda/launch_product.h"
 #include "emulator/emulator.h"
@@ -8,10 +14,24 @@ namespace {
 
 using namespace mixrank;
 
+// Names of kernels, one a line: all that the launch code can reach, and those of the last call in their order.
+constinit std::string reachable;
+constinit std::string launched;
+
+// Every instance of Launcher::launch names its kernel when the library is loaded.
+template <class Kernel>
+const char* const kName = [] {
+  const char* name = abi::__cxa_demangle(typeid(Kernel).name(), nullptr, nullptr, nullptr);
+  reachable += std::string(name) + "\n";
+  return name;
+}();
+
 class Launcher {
  public:
   Launcher(int64_t architecture, int64_t late, int64_t seed)
-      : architecture_(static_cast<int>(architecture)), queue_({late != 0, static_cast<uint64_t>(seed)}) {}
+      : architecture_(static_cast<int>(architecture)), queue_({late != 0, static_cast<uint64_t>(seed)}) {
+    launched.clear();
+  }
 
   int architecture() const { return architecture_; }
 
@@ -22,6 +42,7 @@ class Launcher {
 
   template <class Kernel>
   void launch(int64_t blocks, const typename Kernel::Params& params, bool overlaps) {
+    launched += std::string(kName<Kernel>) + "\n";
     queue_.launch<Kernel>(blocks, 1, 1, params, overlaps);
   }
 
@@ -35,6 +56,9 @@ class Launcher {
 }  // namespace
 
 extern "C" {
+
+const char* kernels_reachable() { return reachable.c_str(); }
+const char* kernels_launched() { return launched.c_str(); }
 
 int64_t linear_hidden_stride(int64_t R, int64_t Q) { return hidden_stride(static_cast<int>(R), static_cast<int>(Q)); }
 
