@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mixrank_bench import figures, tables_ladder, tables_models, tables_ops, tables_vit
+from mixrank_bench import figures, tables_cuda, tables_ladder, tables_models, tables_ops, tables_vit
 from mixrank_bench.environment import ROOT, in_checkout
 
 BLOCK = re.compile(r"(<!-- generated: python -m mixrank_bench\.report(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,6 +38,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
     },
     "docs/benchmarks_all.md": {"machine": tables_ops.machine, "all": tables_ops.complete, "absent": tables_ops.absent},
     "docs/kernels/lowrank_linear.md": {"ladder-lowrank": tables_ladder.lowrank, "by-rank": tables_ops.by_rank},
+    "docs/kernels/cuda.md": {"cuda-build": tables_cuda.build},
     "docs/kernels/gram.md": {"ladder-gram": tables_ladder.gram, "by-width": tables_ops.by_width},
 }
 

@@ -166,10 +166,10 @@ void schedule_gram(const int64_t* sizes, int64_t split_rows, int64_t first_split
   for (int i = 0; i < 7; ++i) where[i] = values[i];
 }
 
-// Output, row and column of tiles of block `block`, and the chunks of its sum as (term, depth) from `chunks` on; returns their
-// number. N and depth of both terms; `outputs` 2 for one output each.
-int64_t schedule_product(int64_t outputs, const int64_t* N, const int64_t* depth, int64_t cols, int64_t depth_step,
-                         int64_t block, int64_t* where, int64_t* chunks) {
+// For a product of one output of two terms, or of two outputs of one term each: output, row and column of tiles of block
+// `block`, the number of chunks of its sum, and term and depth of each.
+void schedule_product(int64_t outputs, const int64_t* N, const int64_t* depth, int64_t cols, int64_t depth_step,
+                      int64_t block, int64_t* where) {
   ProductParams params{};
   params.output_count = static_cast<int>(outputs);
   params.term_count = outputs == 2 ? 1 : 2;
@@ -178,13 +178,12 @@ int64_t schedule_product(int64_t outputs, const int64_t* N, const int64_t* depth
     params.terms[i].depth = static_cast<int>(depth[i]);
   }
   const OutputTile found = output_tile(params, block, static_cast<int>(cols));
-  where[0] = found.output, where[1] = found.tile.row, where[2] = found.tile.col;
   const int count = chunk_count(params, found.output, static_cast<int>(depth_step));
+  where[0] = found.output, where[1] = found.tile.row, where[2] = found.tile.col, where[3] = count;
   for (int i = 0; i < count; ++i) {
     const Chunk chunk = chunk_at(params, found.output, i, static_cast<int>(depth_step));
-    chunks[2 * i] = chunk.term, chunks[2 * i + 1] = chunk.depth;
+    where[4 + 2 * i] = chunk.term, where[5 + 2 * i] = chunk.depth;
   }
-  return count;
 }
 
 }  // extern "C"

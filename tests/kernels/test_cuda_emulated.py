@@ -1,7 +1,7 @@
 """The CUDA kernels on the emulator: exact on small integers, within nothing but their operands, in any order.
 
-Operands are integers whose products and sums are exact in fp32, so one wrong index, one missing barrier or one byte from
-outside an operand changes the result.
+Operands are integers whose products and sums are exact in fp32, so one wrong index, one missing barrier or one byte
+from outside an operand changes the result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from .cuda_emulated import (
     GRAM_FLOAT32_THREE,
     GRAM_FLOAT32_TWO,
     LATE,
-    UNEVEN,
     WHOLE,
     Kernels,
     Order,
@@ -46,11 +45,14 @@ GRAM_DTYPES = {
     GRAM_FLOAT32_THREE: torch.float32,
 }
 GRAM = [
-    pytest.param(architecture, operand, id=f"sm{architecture}-{name}")
-    for operand, name in enumerate(("bf16", "fp16", "fp32-two", "fp32-three"))
-    for architecture in (80, 90)
+    pytest.param(80, GRAM_BFLOAT16, id="sm80-bf16"),
+    pytest.param(90, GRAM_BFLOAT16, id="sm90-bf16"),
+    pytest.param(80, GRAM_FLOAT16, id="sm80-fp16"),
+    pytest.param(90, GRAM_FLOAT16, id="sm90-fp16"),
+    pytest.param(80, GRAM_FLOAT32_TWO, id="sm80-fp32-two"),
+    pytest.param(90, GRAM_FLOAT32_THREE, id="sm90-fp32-three"),
 ]
-ORDERS = [Order(late, seed) for late in (False, True) for seed in range(3)]
+ORDERS = [Order(late, seed) for late in (False, True) for seed in range(2)]
 # Every operand where the copy engine reaches it, and each kind of access for each operand.
 LAYOUTS = {"whole": (WHOLE,)} | {f"mixed{i}": ALL_LAYOUTS[i:] + ALL_LAYOUTS[:i] for i in range(len(ALL_LAYOUTS))}
 
@@ -70,7 +72,7 @@ def integers(*shape: int, dtype: torch.dtype, bound: int = 1) -> Tensor:
 
 
 def factors(m: int, k: int, n: int, ranks: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, list]:
-    """X and pairs of factors. In fp32 x has nine bits, so that it takes two terms, and the intermediate less than 16."""
+    """X and pairs of factors. In fp32 x has nine bits, so that it takes two terms; the intermediate has below 16."""
     x = integers(m, k, dtype=dtype, bound=511 if dtype == torch.float32 else 2)
     return x, [(integers(r, k, dtype=dtype), integers(n, r, dtype=dtype)) for r in ranks]
 
@@ -133,7 +135,9 @@ def test_linear_is_exact(kernels, architecture, operand, m, k, n, ranks):
 
 @pytest.mark.parametrize(("architecture", "operand"), LINEAR)
 @pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize(("m", "k", "n", "ranks"), [(3, 33, 40, (9, 7)), (70, 133, 72, (66, 5)), (130, 72, 64, (40, 16))])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "ranks"), [(3, 33, 40, (9, 7)), (70, 133, 72, (66, 5)), (130, 72, 64, (40, 16))]
+)
 def test_linear_reads_any_strides_and_alignment(kernels, architecture, operand, layouts, m, k, n, ranks):
     x, pairs = factors(m, k, n, ranks, DTYPES[operand])
     arguments = {"x": x, "pairs": pairs, "bias": integers(n, dtype=x.dtype)}
@@ -177,9 +181,11 @@ def test_linear_gives_the_same_bits_in_any_order(kernels, architecture, operand)
     assert all(torch.equal(first, other) for other in others)
 
 
-FEW, SMALL, LARGE = (f"ProductSm80<BFloat16, {tile}>" for tile in ("16, 64, 1, 4, 6", "64, 64, 2, 2, 4", "128, 128, 2, 4, 3"))
-# Of every call: architecture, operand, M, K, N, whether there is a block-sparse residual, whether the copy engine reaches x, up
-# and y. 1409 rows and 1408 columns are the 132 tiles of 128 x 128 that large tiles are taken from.
+FEW, SMALL, LARGE = (
+    f"ProductSm80<BFloat16, {tile}>" for tile in ("16, 64, 1, 4, 6", "64, 64, 2, 2, 4", "128, 128, 2, 4, 3")
+)
+# Of every call: architecture, operand, M, K, N, and whether there is a block-sparse residual. Large tiles are taken
+# from 132 tiles of 128 x 128 on, as of 1409 rows and 1408 columns.
 CHOSEN = {
     (80, BFLOAT16, 16, 16, 16, False): [FEW, FEW],
     (90, BFLOAT16, 16, 16, 16, True): [FEW, FEW],
@@ -210,8 +216,9 @@ def test_linear_takes_the_kernel_for_the_call(kernels, case, order):
     assert kernels.launched == CHOSEN[case]
 
 
-
-@pytest.mark.parametrize(("scale", "down_scale", "up_scale"), [(1, 1, 1), (1e30, 1e-30, 1), (1e-30, 1e25, 1e5), (1e30, 1, 1e-30)])
+@pytest.mark.parametrize(
+    ("scale", "down_scale", "up_scale"), [(1, 1, 1), (1e30, 1e-30, 1), (1e-30, 1e25, 1e5), (1e30, 1, 1e-30)]
+)
 @pytest.mark.parametrize("shape", [(17, 5, 3, 9), (65, 130, 33, 40)], ids=str)
 def test_linear_in_fp32_is_as_good_as_its_terms(kernels, shape, scale, down_scale, up_scale):
     m, k, r, n = shape
@@ -220,8 +227,8 @@ def test_linear_in_fp32_is_as_good_as_its_terms(kernels, shape, scale, down_scal
     three = kernels.linear(LATE, 80, FLOAT32_THREE, x, [(down, up)])
     testing.assert_within_budget(three, exact, x @ down.T @ up.T, torch.float32)
     two = kernels.linear(LATE, 80, FLOAT32_TWO, x, [(down, up)])
-    # Two terms leave at most 2^-16 of a value; a product of two such lacks that of either and the product of both rests, and
-    # there are two products. The seventh is room for fp32 sums.
+    # Two terms leave at most 2^-16 of a value; a product lacks that of either operand and the product of both second
+    # terms, and there are two products. The seventh is room for fp32 sums.
     allowed = 7 * 2.0**-16 * (x.double().abs() @ down.double().abs().T @ up.double().abs().T)
     assert ((two.double() - exact).abs() <= allowed).all()
 
@@ -240,7 +247,7 @@ def check_gram(
     kernels: Kernels, order: Order, architecture: int, operand: int, x: Tensor, z: Tensor | None = None, *,
     weight: Tensor | None = None, summed: bool = False, master: torch.dtype = torch.float64, **how,
 ) -> list[int]:  # fmt: skip
-    """One call against the reference; the plan. The matrix before it is not symmetric, so mirroring instead of adding shows."""
+    """One call against the reference; the plan. Gram begins unsymmetric, so mirroring instead of adding shows."""
     B, _, K = x.shape
     N = K if z is None else z.shape[2]
     gram = integers(B, K, N, dtype=master, bound=99)
@@ -249,7 +256,8 @@ def check_gram(
     if z is None:
         reference.gram_accumulate_(expected, x, weight, sums)
     else:
-        reference.cross_gram_accumulate_(expected, x, z)
+        for batch in range(B):
+            reference.cross_gram_accumulate_(expected[batch], x[batch], z[batch])
     plan = kernels.gram(order, architecture, operand, gram, x, z, weight, column_sum, **how)
     assert torch.equal(gram, expected)
     assert column_sum is None or torch.equal(column_sum, sums)
@@ -271,12 +279,18 @@ GRAM_SHAPES = [(1, 1, 1), (3, 33, 61), (1, 64, 128), (2, 65, 127), (1, 63, 129),
 def test_gram_is_exact(kernels, architecture, operand, batches, m, k, weighted):
     x = integers(batches, m, k, dtype=GRAM_DTYPES[operand], bound=4)
     weight = weights(batches, m) if weighted else None
-    for order, master, summed in ((EAGER, torch.float64, True), (LATE, torch.float32, True), (LATE, torch.float64, False)):
+    for order, master, summed in (
+        (EAGER, torch.float64, True),
+        (LATE, torch.float32, True),
+        (LATE, torch.float64, False),
+    ):
         check_gram(kernels, order, architecture, operand, x, weight=weight, master=master, summed=summed)
 
 
 @pytest.mark.parametrize(("architecture", "operand"), GRAM)
-@pytest.mark.parametrize(("batches", "m", "k", "n"), [(1, 1, 1, 1), (2, 33, 130, 7), (1, 127, 64, 264), (2, 70, 136, 128)])
+@pytest.mark.parametrize(
+    ("batches", "m", "k", "n"), [(1, 1, 1, 1), (2, 33, 130, 7), (1, 127, 64, 264), (2, 70, 136, 128)]
+)
 def test_cross_gram_is_exact(kernels, architecture, operand, batches, m, k, n):
     dtype = GRAM_DTYPES[operand]
     # One operand of more bits than bf16 has, where there is room for them.
@@ -312,8 +326,8 @@ def test_gram_of_many_splits_and_rounds(kernels, architecture, operand, round_sp
 @pytest.mark.parametrize(("architecture", "operand"), GRAM)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_gram_is_symmetric_and_gives_the_same_bits_in_any_order(kernels, architecture, operand, weighted):
-    x = torch.randn(1, 600, 136).to(GRAM_DTYPES[operand])
-    weight = torch.rand(1, 600) if weighted else None
+    x = torch.randn(1, 260, 136).to(GRAM_DTYPES[operand])
+    weight = torch.rand(1, 260) if weighted else None
     grams, sums = [], []
     for order in ORDERS:
         grams.append(torch.zeros(1, 136, 136))
@@ -325,9 +339,10 @@ def test_gram_is_symmetric_and_gives_the_same_bits_in_any_order(kernels, archite
 
 @pytest.mark.parametrize(("architecture", "operand"), GRAM)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_gram_is_as_good_as_its_terms(kernels, architecture, operand, weighted):
-    x = torch.randn(1, 300, 72).to(GRAM_DTYPES[operand])
-    weight = torch.rand(1, 300) if weighted else None
+@pytest.mark.parametrize("m", [1, 300])
+def test_gram_is_as_good_as_its_terms(kernels, architecture, operand, weighted, m):
+    x = torch.randn(1, m, 72).to(GRAM_DTYPES[operand])
+    weight = torch.rand(1, m) if weighted else None
     gram, sums = torch.zeros(1, 72, 72), torch.zeros(1, 72)
     exact, exact_sums = gram.double(), sums.double()
     reference.gram_accumulate_(exact, x.double(), None if weight is None else weight.double(), exact_sums)
@@ -335,14 +350,18 @@ def test_gram_is_as_good_as_its_terms(kernels, architecture, operand, weighted):
     left = x.float() if weight is None else x.float() * weight[..., None]
     testing.assert_within_budget(sums, exact_sums, left.sum(1), torch.float32)
     if operand == GRAM_FLOAT32_THREE or (not weighted and operand != GRAM_FLOAT32_TWO):
-        testing.assert_within_budget(gram, exact, left.mT @ x.float(), torch.float32)
+        # The emulator rounds after every term, of which one product has six: compared with sums row by row.
+        plain = torch.zeros_like(gram)
+        for row in range(m):
+            plain += left[:, row, :, None] * x[:, row, None].float()
+        testing.assert_within_budget(gram, exact, plain, torch.float32, rms_factor=2.0)
     else:
-        # Two terms of each operand: the rest of either, and the product of both second terms. The fourth is room for sums.
+        # Two terms lack the rest of either operand and the product of both second terms. The fourth is room for sums.
         allowed = 4 * 2.0**-16 * (left.double().abs().mT @ x.double().abs())
         assert ((gram.double() - exact).abs() <= allowed).all()
 
 
-# Beyond the kernels of the table above: what a Gram call launches, by architecture, operand, weights, K and dtype of the master.
+# What a Gram call launches before it reduces, by architecture, operand, weights, K and dtype of the master.
 GRAM_CHOSEN = {
     (80, GRAM_BFLOAT16, False, 64): "GramSm80<BFloat16, false, 1, 1>",
     (90, GRAM_BFLOAT16, False, 63): "GramSm80<BFloat16, false, 1, 1>",
