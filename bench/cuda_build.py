@@ -114,7 +114,7 @@ def demangled(symbols: list[str]) -> dict[str, str]:
 
 
 def split_sizes(name: str) -> tuple[str, tuple[int, ...]]:
-    """The kernel in a name of ``sizes``, and its architecture, threads, blocks on a multiprocessor and shared memory."""
+    """The kernel in a name of ``sizes``, and its architecture, threads, wanted blocks and shared memory."""
     found = re.fullmatch(r"void sizes<(.+), (\d+), (\d+), (\d+), (\d+)>\(\)", name)
     return found[1], tuple(map(int, found.groups()[1:]))
 
@@ -209,8 +209,8 @@ def main() -> int:
     for build in builds:
         counts = " ".join(f"{count} {name}" for name, count in build.instructions.items() if count)
         print(
-            f"sm_{build.architecture} {build.kernel:<45} {build.registers:>3} registers {build.shared_bytes:>6} B shared"
-            f" {build.blocks_per_sm} on a multiprocessor  {counts}"
+            f"sm_{build.architecture} {build.kernel:<44} {build.registers:>3} registers {build.shared_bytes:>6} B"
+            f" shared {build.blocks_per_sm:>2} on a multiprocessor  {counts}"
         )
     for fault in faults:
         print(f"FAULT: {fault}")
