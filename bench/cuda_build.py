@@ -43,12 +43,13 @@ SHARED_PER_BLOCK = {80: 99 * 1024, 90: 227 * 1024}
 class Build:
     """One kernel compiled for one architecture.
 
-    ``written_for`` is the oldest architecture that has its instructions, ``work`` the number of instructions that an
+    ``target`` is the architecture as nvcc calls it, ``written_for`` the oldest architecture that has its instructions, ``work`` the number of instructions that an
     empty kernel would not have, ``wanted_blocks_per_sm`` what its launch bounds say.
     """
 
     kernel: str
     architecture: int
+    target: str
     written_for: int
     threads: int
     shared_bytes: int
@@ -162,6 +163,7 @@ def compile_for(architecture: int, folder: Path) -> tuple[list[Build], list[str]
             Build(
                 kernel=kernel,
                 architecture=architecture,
+                target=f"sm_{target}",
                 written_for=written_for,
                 threads=threads,
                 shared_bytes=shared,
@@ -187,7 +189,7 @@ def compile_all() -> tuple[list[Build], list[str]]:
             compiled, complaints = compile_for(architecture, Path(folder))
             builds += compiled
             faults += complaints
-    faults += [f"{build.kernel} for sm_{build.architecture} {fault}" for build in builds for fault in build.faults()]
+    faults += [f"{build.kernel} for {build.target} {fault}" for build in builds for fault in build.faults()]
     return builds, faults
 
 
@@ -209,7 +211,7 @@ def main() -> int:
     for build in builds:
         counts = " ".join(f"{count} {name}" for name, count in build.instructions.items() if count)
         print(
-            f"sm_{build.architecture} {build.kernel:<44} {build.registers:>3} registers {build.shared_bytes:>6} B"
+            f"{build.target:<6} {build.kernel:<44} {build.registers:>3} registers {build.shared_bytes:>6} B"
             f" shared {build.blocks_per_sm:>2} on a multiprocessor  {counts}"
         )
     for fault in faults:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mixrank_bench.environment import RESULTS, read
 from mixrank_bench.markdown import table
 
@@ -9,26 +11,32 @@ CUDA_BUILD = RESULTS / "cuda_build.jsonl"
 TENSOR_INSTRUCTIONS = ("HGMMA", "HMMA")
 
 
+def _tensor_instructions(row: dict) -> str:
+    counts = row["instructions"]
+    return " + ".join(f"{counts[name]} {name}" for name in TENSOR_INSTRUCTIONS if counts[name]) or "none"
+
+
+COLUMNS: dict[str, Callable[[dict], object]] = {
+    "compiled for": lambda row: row["target"],
+    "threads": lambda row: row["threads"],
+    "registers": lambda row: row["registers"],
+    "shared memory, KiB": lambda row: f"{row['shared_bytes'] / 1024:.1f}",
+    "blocks on one SM": lambda row: row["blocks_per_sm"],
+    "tensor instructions": _tensor_instructions,
+}
+
+
 def build() -> str:
-    """One line for each kernel and each architecture whose instructions it is written for."""
-    rows = [row for row in read(CUDA_BUILD) if row["written_for"] <= row["architecture"]]
-    if not rows:
+    """One line for each kernel; where the architectures that it is compiled for differ, the values of each in turn."""
+    kernels: dict[str, list[dict]] = {}
+    for row in read(CUDA_BUILD):
+        if row["written_for"] <= row["architecture"]:
+            kernels.setdefault(row["kernel"], []).append(row)
+    if not kernels:
         return "No build has been recorded yet.\n"
     cells = [
-        (
-            f"`{row['kernel']}`",
-            f"sm_{row['architecture']}",
-            row["threads"],
-            row["registers"],
-            f"{row['shared_bytes'] / 1024:.1f}",
-            row["blocks_per_sm"],
-            ", ".join(
-                f"{row['instructions'][name]} {name}" for name in TENSOR_INSTRUCTIONS if row["instructions"][name]
-            )
-            or "-",
-        )
-        for row in rows
+        (f"`{kernel}`", *(" / ".join(dict.fromkeys(str(value(row)) for row in rows)) for value in COLUMNS.values()))
+        for kernel, rows in kernels.items()
     ]
-    header = ("kernel", "for", "threads", "registers", "shared memory, KiB", "blocks on one SM", "tensor instructions")
-    e = rows[-1]["environment"]
-    return table(header, cells) + f"\nCompiled by nvcc {e['nvcc']}, commit {e['commit']}, {e['date']}.\n"
+    e = next(reversed(kernels.values()))[-1]["environment"]
+    return table(("kernel", *COLUMNS), cells) + f"\nCompiled by nvcc {e['nvcc']}, commit {e['commit']}, {e['date']}.\n"

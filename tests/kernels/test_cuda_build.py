@@ -41,9 +41,9 @@ def test_registers_stay_at_the_record(compiled):
     assert {key: count for key, count in now.items() if count > record[key] + MARGIN} == {}
 
 
-SM80 = {"kernel": "ProductSm80", "architecture": 80, "written_for": 80}
+SM80 = {"kernel": "ProductSm80", "architecture": 80, "target": "sm_80", "written_for": 80}
 SM80 |= {"instructions": {"HGMMA": 0, "HMMA": 4, "LDL": 0, "STL": 0, "UTMALDG": 0, "LDGSTS": 2}}
-SM90 = {"kernel": "GramSm90", "architecture": 90, "written_for": 90}
+SM90 = {"kernel": "GramSm90", "architecture": 90, "target": "sm_90a", "written_for": 90}
 SM90 |= {"instructions": {"HGMMA": 4, "HMMA": 0, "LDL": 0, "STL": 0, "UTMALDG": 2, "LDGSTS": 0}}
 REST = {
     "threads": 288, "shared_bytes": 98304, "registers": 90, "barriers": 1, "stack_bytes": 0, "spill_store_bytes": 0,
