@@ -43,8 +43,9 @@ SHARED_PER_BLOCK = {80: 99 * 1024, 90: 227 * 1024}
 class Build:
     """One kernel compiled for one architecture.
 
-    ``target`` is the architecture as nvcc calls it, ``written_for`` the oldest architecture that has its instructions, ``work`` the number of instructions that an
-    empty kernel would not have, ``wanted_blocks_per_sm`` what its launch bounds say.
+    ``target`` is the architecture as nvcc calls it, ``written_for`` the oldest that has the kernel's instructions,
+    ``work`` the number of instructions that an empty kernel would not have, ``wanted_blocks_per_sm`` what its launch
+    bounds say.
     """
 
     kernel: str
