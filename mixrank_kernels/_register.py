@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixrank_kernels import _autograd, _checks, choice, composite, reference
+from mixrank_kernels import _autograd, _checks, choice, composite, cuda, reference
 from mixrank_kernels._load import load_extension
 from mixrank_kernels._schema import NAMESPACE, SCHEMAS, library, overload
 
@@ -63,10 +63,23 @@ def triton_implementation(name: str) -> Callable:
 
 
 def implementation(name: str, op: str) -> Callable:
-    """The function by which ``triton``, ``composite`` or ``reference`` serves the operator ``op``, without checks."""
+    """The function by which an implementation of Python modules serves the operator ``op``, without checks."""
     if name == "triton":
         return triton_implementation(op)
+    if name == "cuda":
+        return cuda_implementation(op)
     return getattr({"composite": composite, "reference": reference}[name], op)
+
+
+def cuda_implementation(op: str) -> Callable:
+    """The CUDA C++ kernels; calls that they have no kernel for are served by what is chosen for them."""
+
+    def call(*arguments: Tensor | None) -> Tensor | None:
+        if cuda.refusal(op, *arguments) is None:
+            return getattr(cuda, op)(*arguments)
+        return chosen_implementation(op)(*arguments)
+
+    return call
 
 
 def chosen_implementation(op: str) -> Callable:
@@ -79,10 +92,12 @@ def chosen_implementation(op: str) -> Callable:
 
 
 def chosen(op: str, *arguments: Tensor | None) -> choice.Choice:
-    """The choice for a call of ``op`` on CUDA tensors; what it means without Triton is served by the libraries."""
+    """The choice for a call of ``op`` on CUDA tensors; where it cannot be had, the libraries serve."""
     found = choice.choose(op, *arguments)
     if found.implementation == "triton" and not (HAS_TRITON and op in TRITON_OPERATORS):
         return choice.Choice("composite", f"there is no Triton kernel here, else {found.reason}")
+    if found.implementation == "cuda" and (refusal := cuda.refusal(op, *arguments)):
+        return choice.Choice("composite", f"not cuda: {refusal}; else {found.reason}")
     return found
 
 

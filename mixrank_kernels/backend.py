@@ -5,11 +5,13 @@ The names of the implementations:
 ``cpu``
     C++ on the CPU with the best instruction set of this machine; ``cpu-avx512bf16``, ``cpu-avx512``, ``cpu-avx2``
     and ``cpu-portable`` force one of them.
+``cuda``
+    CUDA C++ kernels on CUDA tensors; what they do not serve (float64, for one) is served by what is chosen for it.
 ``triton``
     Triton kernels on CUDA tensors, or on CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``).
 ``composite``
-    Calls of the vendor's libraries, everywhere. CUDA tensors are served by this or by ``triton``, as a committed table
-    of measurements says for each operator, dtype and size (:mod:`mixrank_kernels.choice`).
+    Calls of the vendor's libraries, everywhere. CUDA tensors are served by this, by ``triton`` or by ``cuda``, as a
+    committed table of measurements says for each operator, dtype and size (:mod:`mixrank_kernels.choice`).
 ``reference``
     Plain PyTorch, everywhere.
 """
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixrank_kernels import _checks, _register, packing
+from mixrank_kernels import _checks, _register, cuda, packing
 from mixrank_kernels._load import EXTENSION, REBUILD
 from mixrank_kernels._schema import NAMESPACE, SCHEMAS
 
@@ -62,7 +64,7 @@ def isas() -> tuple[str, ...]:
 def implementations() -> tuple[str, ...]:
     """Names that :func:`use` knows, whether or not they can run here."""
     compiled = _register.extension.build_info()["isas"] if _register.extension else ()
-    return ("cpu", *(_CPU_PREFIX + isa for isa in compiled), "triton", "composite", "reference")
+    return ("cpu", *(_CPU_PREFIX + isa for isa in compiled), "cuda", "triton", "composite", "reference")
 
 
 def available(device: str | torch.device = "cpu", op: str | None = None) -> tuple[str, ...]:
@@ -102,6 +104,8 @@ def _obstacle(name: str, kind: str) -> str | None:
     """Why the implementation ``name`` cannot serve tensors on devices of ``kind`` at all, or None when it can."""
     if name in ("composite", "reference"):
         return None
+    if name == "cuda":
+        return cuda.obstacle() if kind == "cuda" else f"it serves CUDA tensors only, and the tensors are on {kind}"
     if name == "triton":
         if not _register.HAS_TRITON:
             return "triton is not installed"
@@ -150,7 +154,10 @@ def explain(op: str, *args: Tensor | None) -> Explanation:
     """
     getattr(_checks, _known_operator(op))(*_register.bind(op, *args))
     kind = args[0].device.type
+    unfit = cuda.refusal(op, *_register.bind(op, *args)) if kind == "cuda" else None
     forced = _forced[-1] if _forced and _refusal(_forced[-1], kind, op) is None else None
+    if forced == "cuda" and unfit:
+        forced = None
     if forced:
         chosen, reason = forced, "forced by backend.use"
     elif kind == "cuda":
@@ -164,7 +171,7 @@ def explain(op: str, *args: Tensor | None) -> Explanation:
         if name in (chosen, served):
             continue
         comes_first = f"{forced} was forced by backend.use" if forced else f"{served} comes first on {kind} tensors"
-        refused[name] = _refusal(name, kind, op) or comes_first
+        refused[name] = _refusal(name, kind, op) or (unfit if name == "cuda" else None) or comes_first
     return Explanation(op, served, refused, reason)
 
 
@@ -211,7 +218,7 @@ def _install(name: str | None) -> None:
         isa = name.removeprefix(_CPU_PREFIX) if name is not None and name.startswith(_CPU_PREFIX) else "auto"
         _register.extension.set_isa(isa)
         packing.clear()  # each instruction set has a layout of its own
-    if name not in ("triton", "composite", "reference"):
+    if name not in ("cuda", "triton", "composite", "reference"):
         return
     _overrides = torch.library.Library(NAMESPACE, "IMPL")
     for op in SCHEMAS:

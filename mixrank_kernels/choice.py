@@ -38,7 +38,7 @@ class Line:
         operands: ``half``, ``fp32`` or ``fp64``.
         low, high: the sizes that it speaks of, both included; ``high`` None is no limit. For the linear operators the
             rows of x, for Gram matrices the larger side.
-        implementation: ``triton`` or ``composite``.
+        implementation: ``cuda``, ``triton`` or ``composite``.
         measured: the device and run that it was measured in, or None.
     """
 

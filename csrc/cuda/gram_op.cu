@@ -87,11 +87,11 @@ void cuda_gram_(Tensor gram,                  // [B, K, N]
     check_device(kOp, "column_sum", *column_sum, x, "x");
     call.column_sum = column_sum->mutable_data_ptr();
   }
-  const GramPlan plan = plan_gram(params, column_sum.has_value());
+  Launcher launcher(x);
+  const GramPlan plan = plan_gram(call, launcher.architecture(), column_sum.has_value());
   const Tensor scratch = torch::stable::new_empty(x, {plan.partials + plan.partial_sums},
                                                   torch::headeronly::ScalarType::Float);
   float* partial = static_cast<float*>(scratch.mutable_data_ptr());
-  Launcher launcher(x);
   mixrank::gram(launcher, call, plan, partial, partial + plan.partials);
 }
 

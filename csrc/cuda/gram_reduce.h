@@ -27,9 +27,10 @@ struct GramReduce {
   }
 
   static MIXRANK_DEVICE void run(const Params& params) {
+    previous_launch_wait();
     auto* strip = reinterpret_cast<Master*>(shared_memory());
     const int thread = static_cast<int>(threadIdx.x);
-    const int64_t tiles = GramTile::tiles(params.K, params.N, params.cross);
+    const int64_t tiles = gram_squares(params.K, params.N, params.cross, kGramTile);
     const int first = static_cast<int>(blockIdx.x % kStrips) * kStrip;
     const int64_t tile = blockIdx.x / kStrips % tiles, batch = blockIdx.x / kStrips / tiles;
     const Tile at = params.cross ? rectangle_tile(tile, static_cast<int>(ceil_div(params.N, kGramTile)))

@@ -155,10 +155,11 @@ struct GramSm80 {
   }
 
   static MIXRANK_DEVICE void run(const Params& params) {
+    next_launch_start();
     char* memory = shared_memory();
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int row = warp / kWarpCols * (kRowTiles * 16), col = warp % kWarpCols * (kColTiles * 8);
-    const GramTile where = GramTile::of(params, blockIdx.x);
+    const GramTile where = GramTile::of(params, blockIdx.x, kGramTile);
     const Operands from = {static_cast<const Element*>(params.x) + where.batch * params.x_batch_stride,
                            static_cast<const Element*>(params.z) + where.batch * params.z_batch_stride};
     const float* weight = params.weight + where.batch * params.M;

@@ -25,7 +25,7 @@ struct GramSm90 {
 
   static constexpr int kBoxBytes = kGramDepth * kBoxRowBytes;
   static constexpr int kStages = 3;
-  using Stages = Pipeline<kStages, 4 * kBoxBytes>;
+  using Stages = WholePipeline<kStages, 4 * kBoxBytes>;
   static constexpr int kArchitecture = 90;
   static constexpr int kThreads = Stages::kThreads;
   static constexpr int kBlocksPerSm = 2;
@@ -57,8 +57,9 @@ struct GramSm90 {
   }
 
   static MIXRANK_DEVICE void run(const Params& params) {
+    next_launch_start();
     const Stages stages(shared_memory());
-    const GramTile where = GramTile::of(params.gram, blockIdx.x);
+    const GramTile where = GramTile::of(params.gram, blockIdx.x, kGramTile);
     const int chunks = static_cast<int>(ceil_div(where.last_row - where.first_row, kGramDepth));
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     if (warp == Stages::kConsumerWarps) {

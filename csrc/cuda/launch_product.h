@@ -2,9 +2,11 @@
 //
 //   int architecture();                             80 or 90, for the kernels of that architecture
 //   TensorMap map(base, cols, rows, batches, row_stride, batch_stride, box_rows);   strides in elements of 16 bits
-//   void launch<Kernel>(int64_t blocks, const Params&, bool overlaps);   overlaps: may begin before the last launch has ended
+//   void launch<Kernel>(int64_t blocks, const Params&, bool overlaps);   overlaps: may begin before the last launch has ended;
+//                                                   in clusters of Kernel::kCluster blocks where there is such a number
 #pragma once
 
+#include "cuda/linear_sm90.h"
 #include "cuda/product_sm80.h"
 #include "cuda/product_sm90.h"
 
@@ -28,7 +30,7 @@ struct LinearArguments {
   } factors[2];
   const void* bias;  // or null
   SparseTerm sparse;
-  void* hidden;  // scratch of hidden_elements(), on a boundary of 16 bytes
+  void* hidden;  // scratch for two launches: M rows of hidden_stride() elements on a boundary of 16 bytes
   void* y;       // [M, N], rows adjacent
 };
 
@@ -55,16 +57,15 @@ inline bool boxes_reach(const ProductParams& params) {
 }
 
 template <class Kernel, class Launcher>
-void launch_tiles(Launcher& launcher, const typename Kernel::Params& params, const ProductParams& product, bool follows) {
+void launch_tiles(Launcher& launcher, const typename Kernel::Params& params, const ProductParams& product) {
   launcher.template launch<Kernel>(ceil_div(product.M, Kernel::kRows) * tile_columns(product, Kernel::kCols), params,
-                                   follows);
+                                   product.follows);
 }
 
 template <class Kernel, class Launcher>
-void launch_boxes(Launcher& launcher, const ProductParams& product, bool follows) {
+void launch_boxes(Launcher& launcher, const ProductParams& product) {
   ProductSm90Params params{};
   params.product = product;
-  params.follows = follows;
   for (int i = 0; i < 2; ++i) {
     const bool used = i < product.term_count || i < product.output_count;
     const Term& term = product.terms[used ? i : 0];
@@ -74,7 +75,7 @@ void launch_boxes(Launcher& launcher, const ProductParams& product, bool follows
     params.b[i] = launcher.map(term.b, term.depth, rows, 1, term.b_stride, 0, Kernel::kCols);
     params.c[i] = launcher.map(output.c, output.N, product.M, 1, output.stride, 0, Kernel::kGroupRows);
   }
-  launch_tiles<Kernel>(launcher, params, product, follows);
+  launch_tiles<Kernel>(launcher, params, product);
 }
 
 // From so many tiles of 128 x 128 on, large tiles fill a device.
@@ -82,37 +83,80 @@ constexpr int64_t kManyTiles = 132;
 // Up to so many rows a tile of 16 wastes least.
 constexpr int64_t kFewRows = 16;
 
-// `follows`: the a of this product is written by the last launch.
 template <class Launcher>
-void product(Launcher& launcher, LinearOperand operand, const ProductParams& params, bool follows) {
+void product(Launcher& launcher, LinearOperand operand, const ProductParams& params) {
   const bool many = ceil_div(params.M, 128) * tile_columns(params, 128) >= kManyTiles;
   if (operand == LinearOperand::kFloat32Two) {
-    launch_tiles<ProductSm80<Float32<2>, 64, 64, 2, 2, 4>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<Float32<2>, 64, 64, 2, 2, 4>>(launcher, params, params);
   } else if (operand == LinearOperand::kFloat32Three) {
-    launch_tiles<ProductSm80<Float32<3>, 64, 64, 2, 2, 4>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<Float32<3>, 64, 64, 2, 2, 4>>(launcher, params, params);
   } else if (params.M <= kFewRows) {
-    launch_tiles<ProductSm80<BFloat16, 16, 64, 1, 4, 6>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<BFloat16, 16, 64, 1, 4, 6>>(launcher, params, params);
   } else if (launcher.architecture() == 90 && boxes_reach(params)) {
     const bool sparse = params.sparse.size != 0;
     if (many && sparse) {
-      launch_boxes<ProductSm90<128, true>>(launcher, params, follows);
+      launch_boxes<ProductSm90<128, true>>(launcher, params);
     } else if (many) {
-      launch_boxes<ProductSm90<128, false>>(launcher, params, follows);
+      launch_boxes<ProductSm90<128, false>>(launcher, params);
     } else if (sparse) {
-      launch_boxes<ProductSm90<64, true>>(launcher, params, follows);
+      launch_boxes<ProductSm90<64, true>>(launcher, params);
     } else {
-      launch_boxes<ProductSm90<64, false>>(launcher, params, follows);
+      launch_boxes<ProductSm90<64, false>>(launcher, params);
     }
   } else if (many) {
-    launch_tiles<ProductSm80<BFloat16, 128, 128, 2, 4, 3>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<BFloat16, 128, 128, 2, 4, 3>>(launcher, params, params);
   } else {
-    launch_tiles<ProductSm80<BFloat16, 64, 64, 2, 2, 4>>(launcher, params, params, false);
+    launch_tiles<ProductSm80<BFloat16, 64, 64, 2, 2, 4>>(launcher, params, params);
   }
 }
 
-// Two launches: the intermediate of both pairs of factors, then everything into one sum.
+inline int rank_boxes(const LinearArguments& call) {
+  return static_cast<int>(ceil_div(call.factors[0].rank, kRankBox) + ceil_div(call.factors[1].rank, kRankBox));
+}
+
+// From so many blocks on, clusters that hold 128 rows each fill a device.
+constexpr int64_t kManyBlocks = 96;
+
+// Blocks of a cluster of the one launch that does everything, or 0 where there is no such kernel.
+inline int cluster_of(const LinearArguments& call, int architecture) {
+  const auto reached = [](const void* base, int64_t stride) { return access_of(base, stride * 2, 2) == 16; };
+  bool reach = architecture == 90 && call.operand == LinearOperand::kBFloat16 && call.sparse.size == 0 &&
+               call.M < (int64_t{1} << 31) && reached(call.x, call.x_stride) && reached(call.y, call.N);
+  for (const LinearArguments::Factors& pair : call.factors) {
+    if (pair.rank > 0) reach = reach && reached(pair.down, pair.down_stride) && reached(pair.up, pair.up_stride);
+  }
+  const int boxes = rank_boxes(call);
+  return !reach || boxes > 8 ? 0 : boxes > 4 ? 4 : 2;
+}
+
+// How many launches serve a call best: 1 or 2.
+inline int launches_of(const LinearArguments& call, int architecture) {
+  const int cluster = cluster_of(call, architecture);
+  return cluster > 0 && ceil_div(call.M, 128) * cluster >= kManyBlocks ? 1 : 2;
+}
+
+// The intermediate stays in shared memory.
+template <int Cluster, class Launcher>
+void linear_in_one(Launcher& launcher, const LinearArguments& call) {
+  using Kernel = LinearSm90<Cluster>;
+  LinearSm90Params params{};
+  params.x = launcher.map(call.x, call.K, call.M, 1, call.x_stride, 0, Kernel::kRows);
+  for (int i = 0; i < 2; ++i) {
+    const LinearArguments::Factors& pair = call.factors[call.factors[i].rank > 0 ? i : 0];
+    params.boxes[i] = static_cast<int>(ceil_div(call.factors[i].rank, kRankBox));
+    params.down[i] = launcher.map(pair.down, call.K, pair.rank, 1, pair.down_stride, 0, kRankBox);
+    params.up[i] = launcher.map(pair.up, pair.rank, call.N, 1, pair.up_stride, 0, Kernel::kCols);
+  }
+  params.y = {call.y, call.N, call.N, true};
+  params.bias = call.bias;
+  params.M = call.M;
+  params.K = call.K;
+  launcher.template launch<Kernel>(ceil_div(call.M, Kernel::kRows) * Cluster, params, false);
+}
+
+// The intermediate of both pairs of factors goes through `hidden`, then everything into one sum.
 template <class Launcher>
-void linear(Launcher& launcher, const LinearArguments& call) {
+void linear_in_two(Launcher& launcher, const LinearArguments& call) {
   const int size = call.operand == LinearOperand::kBFloat16 ? 2 : 4;
   const int count = call.factors[1].rank > 0 ? 2 : 1;
   const int64_t stride = hidden_stride(call.factors[0].rank, call.factors[1].rank);
@@ -120,13 +164,13 @@ void linear(Launcher& launcher, const LinearArguments& call) {
   down.M = up.M = call.M;
   down.term_count = up.output_count = 1;
   down.output_count = up.term_count = count;
-  up.outputs[0] = {call.y, call.N, call.N};
+  up.outputs[0] = {call.y, call.N, call.N, access_of(call.y, call.N * size, size) == 16};
   up.bias = call.bias;
   up.sparse = call.sparse;
   for (int i = 0; i < count; ++i) {
     const LinearArguments::Factors& pair = call.factors[i];
     void* hidden = static_cast<char*>(call.hidden) + (i == 0 ? 0 : round_up(call.factors[0].rank, kHiddenStep)) * size;
-    down.outputs[i] = {hidden, stride, pair.rank};
+    down.outputs[i] = {hidden, stride, pair.rank, true};
     down.terms[i] = {call.x,
                      pair.down,
                      call.x_stride,
@@ -136,8 +180,21 @@ void linear(Launcher& launcher, const LinearArguments& call) {
                      access_of(pair.down, pair.down_stride * size, size)};
     up.terms[i] = {hidden, pair.up, stride, pair.up_stride, pair.rank, 16, access_of(pair.up, pair.up_stride * size, size)};
   }
-  product(launcher, call.operand, down, false);
-  product(launcher, call.operand, up, true);
+  up.follows = true;
+  product(launcher, call.operand, down);
+  product(launcher, call.operand, up);
+}
+
+template <class Launcher>
+void linear(Launcher& launcher, const LinearArguments& call, int launches) {
+  const int cluster = cluster_of(call, launcher.architecture());
+  if (launches == 1 && cluster == 2) {
+    linear_in_one<2>(launcher, call);
+  } else if (launches == 1 && cluster == 4) {
+    linear_in_one<4>(launcher, call);
+  } else {
+    linear_in_two(launcher, call);
+  }
 }
 
 }  // namespace mixrank

@@ -51,16 +51,23 @@ class Launcher {
       check_cuda(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes),
                  "cudaFuncSetAttribute");
     }
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (overlaps && architecture() == 90) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if constexpr (requires { Kernel::kCluster; }) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {Kernel::kCluster, 1, 1};
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(Kernel::kThreads);
     config.dynamicSmemBytes = Kernel::kSharedBytes;
     config.stream = stream_;
-    config.attrs = &overlap;
-    config.numAttrs = overlaps ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     check_cuda(cudaLaunchKernelEx(&config, entry<Kernel>, params), "cudaLaunchKernelEx");
   }
 

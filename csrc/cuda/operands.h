@@ -75,6 +75,7 @@ struct Float32 {
   MIXRANK_DEVICE static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     multiply_bf16(sum, a, b[0], b[1]);
   }
+  MIXRANK_DEVICE static float narrow(float value) { return value; }
   MIXRANK_DEVICE static float widen(float value) { return value; }
 };
 

@@ -36,8 +36,10 @@ struct ProductParams {
     void* c;  // [M, N]
     int64_t stride;
     int N;
+    bool aligned;  // 16 bytes of a row may be written at once
   } outputs[2];
   const void* bias;  // [N] of outputs[0], or null
+  bool follows;      // a is written by the launch before this one, which this one may overlap
   SparseTerm sparse;
 };
 

@@ -3,12 +3,15 @@
 // A block computes a tile of kRows x kCols with all its terms in one sum: the terms' depths follow each other as chunks of
 // kDepth elements (128 bytes), each of which two tiles of shared memory hold; kStages chunks are there or on their way.
 // Any shape, any row stride, any alignment of elements.
+//
+// Where the launch before this one may be overlapped (Hopper), the b of the first chunks is fetched while that one still runs.
 #pragma once
 
 #include "cuda/operands.h"
 #include "cuda/params.h"
 #include "cuda/schedule.h"
 #include "cuda/sparse.h"
+#include "cuda/store.h"
 
 namespace mixrank {
 
@@ -81,13 +84,19 @@ struct ProductSm80 {
     }
   }
 
-  static MIXRANK_DEVICE void copy_chunk(const Params& params, const OutputTile& where, int index, char* stage) {
+  static MIXRANK_DEVICE void copy_left(const Params& params, const OutputTile& where, int index, char* stages) {
     const Chunk chunk = chunk_at(params, where.output, index, kDepth);
     const Term& term = params.terms[chunk.term];
-    copy_tile(stage, term.a, term.a_stride, static_cast<int64_t>(where.tile.row) * Rows, params.M, chunk.depth,
-              term.depth, term.a_access, Rows);
-    copy_tile(stage + Rows * kBoxRowBytes, term.b, term.b_stride, static_cast<int64_t>(where.tile.col) * Cols,
-              params.outputs[where.output].N, chunk.depth, term.depth, term.b_access, Cols);
+    copy_tile(stages + index % Stages * kStageBytes, term.a, term.a_stride, static_cast<int64_t>(where.tile.row) * Rows,
+              params.M, chunk.depth, term.depth, term.a_access, Rows);
+  }
+
+  static MIXRANK_DEVICE void copy_right(const Params& params, const OutputTile& where, int index, char* stages) {
+    const Chunk chunk = chunk_at(params, where.output, index, kDepth);
+    const Term& term = params.terms[chunk.term];
+    copy_tile(stages + index % Stages * kStageBytes + Rows * kBoxRowBytes, term.b, term.b_stride,
+              static_cast<int64_t>(where.tile.col) * Cols, params.outputs[where.output].N, chunk.depth, term.depth,
+              term.b_access, Cols);
   }
 
   static MIXRANK_DEVICE void multiply_chunk(float (&sum)[kRowTiles][kColTiles][4], const char* stage, int row, int col,
@@ -111,30 +120,8 @@ struct ProductSm80 {
     }
   }
 
-  static MIXRANK_DEVICE void store(const Params& params, const OutputTile& where, const float (&sum)[4], int64_t row,
-                                   int col, int lane) {
-    const Params::Output& output = params.outputs[where.output];
-    const auto* bias = static_cast<const Element*>(params.bias);
-    const int n = col + lane % 4 * 2;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t m = row + half * 8 + lane / 4;
-      if (m >= params.M) continue;
-      Element* c = static_cast<Element*>(output.c) + m * output.stride + n;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (n + i >= output.N) continue;
-        const float value = sum[half * 2 + i] + (bias != nullptr ? Operand::widen(bias[n + i]) : 0.0f);
-        if constexpr (sizeof(Element) == 2) {
-          c[i] = Operand::narrow(value);
-        } else {
-          c[i] = value;
-        }
-      }
-    }
-  }
-
   static MIXRANK_DEVICE void run(const Params& params) {
+    next_launch_start();
     char* memory = shared_memory();
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int row = warp / WarpCols * (kRowTiles * 16), col = warp % WarpCols * (kColTiles * 8);
@@ -142,16 +129,23 @@ struct ProductSm80 {
     const int chunks = chunk_count(params, where.output, kDepth);
 
     float sum[kRowTiles][kColTiles][4] = {};
+    // What the launch before this one does not write is asked for before that one is waited for.
+    const int ahead = chunks < Stages - 1 ? chunks : Stages - 1;
+    for (int i = 0; i < ahead; ++i) copy_right(params, where, i, memory);
+    if (params.follows) previous_launch_wait();
 #pragma unroll
     for (int i = 0; i < Stages - 1; ++i) {
-      if (i < chunks) copy_chunk(params, where, i, memory + i * kStageBytes);
+      if (i < chunks) copy_left(params, where, i, memory);
       copy_commit();
     }
     for (int i = 0; i < chunks; ++i) {
       copy_wait<Stages - 2>();
       __syncthreads();  // the chunk is there for all, and all have read the one whose place the next takes
       const int next = i + Stages - 1;
-      if (next < chunks) copy_chunk(params, where, next, memory + next % Stages * kStageBytes);
+      if (next < chunks) {
+        copy_left(params, where, next, memory);
+        copy_right(params, where, next, memory);
+      }
       copy_commit();
       multiply_chunk(sum, memory + i % Stages * kStageBytes, row, col, lane);
     }
@@ -164,8 +158,7 @@ struct ProductSm80 {
     }
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < kColTiles; ++j) store(params, where, sum[i][j], first_row + i * 16, first_col + j * 8, lane);
+      store_rows<Operand>(sum[i], params.outputs[where.output], params.bias, first_row + i * 16, first_col, params.M, lane);
     }
   }
 };

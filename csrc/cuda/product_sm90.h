@@ -18,7 +18,6 @@ struct ProductSm90Params {
   ProductParams product;
   TensorMap a[2], b[2];  // of each term: boxes of 128 and of Cols rows
   TensorMap c[2];        // of each output: boxes of 64 rows
-  bool follows;          // a is written by the launch before this one
 };
 
 // The block-sparse term takes registers that the others can do without: HasSparse is a kernel of its own.
@@ -30,7 +29,7 @@ struct ProductSm90 {
   static constexpr int kRows = 128, kCols = Cols, kDepth = 64;
   static constexpr int kLeftBytes = kRows * kBoxRowBytes, kRightBytes = Cols * kBoxRowBytes;
   static constexpr int kStages = Cols == 128 ? 3 : 4;
-  using Stages = Pipeline<kStages, kLeftBytes + kRightBytes>;
+  using Stages = WholePipeline<kStages, kLeftBytes + kRightBytes>;
   static constexpr int kArchitecture = 90;
   static constexpr int kThreads = Stages::kThreads;
   static constexpr int kBlocksPerSm = HasSparse ? 1 : 2;
@@ -54,9 +53,9 @@ struct ProductSm90 {
 
   static MIXRANK_DEVICE void produce(const Params& params, const OutputTile& where, const Stages& stages, int chunks) {
     // What does not depend on the launch before this one is asked for before that one is waited for.
-    const int early = params.follows ? (chunks < kStages ? chunks : kStages) : 0;
+    const int early = chunks < kStages ? chunks : kStages;
     for (int i = 0; i < early; ++i) load_right(params, where, stages, i);
-    if (params.follows) previous_launch_wait();
+    if (params.product.follows) previous_launch_wait();
     for (int i = 0; i < chunks; ++i) {
       if (i >= early) load_right(params, where, stages, i);
       load_left(params, where, stages, i);

@@ -174,6 +174,56 @@ MIXRANK_DEVICE void previous_launch_wait() { MIXRANK_SM90("griddepcontrol.wait;"
 // griddepcontrol.launch_dependents: the next launch may begin when every block has come here or ended.
 MIXRANK_DEVICE void next_launch_start() { MIXRANK_SM90("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// The block's place in its cluster.
+MIXRANK_DEVICE int cluster_rank() {
+  uint32_t rank = 0;
+  MIXRANK_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// barrier.cluster: all threads of all blocks of the cluster.
+MIXRANK_DEVICE void cluster_barrier() {
+  MIXRANK_SM90("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  MIXRANK_SM90("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// cp.async.bulk.shared::cluster.shared::cta: bytes of this block's shared memory to the same place in that of block `rank` of the
+// cluster, whose barrier in the place of `barrier` they complete.
+MIXRANK_DEVICE void copy_to_block(const void* shared, uint64_t* barrier, int bytes, int rank) {
+  MIXRANK_SM90(
+      "{\n"
+      ".reg .b32 to, told;\n"
+      "mapa.shared::cluster.u32 to, %0, %3;\n"
+      "mapa.shared::cluster.u32 told, %1, %3;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%0], %2, [told];\n"
+      "}" ::"r"(shared_address(shared)),
+      "r"(shared_address(barrier)), "r"(bytes), "r"(rank)
+      : "memory");
+}
+
+// mbarrier.arrive on the barrier in the same place of the shared memory of block `rank` of the cluster.
+MIXRANK_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
+  MIXRANK_SM90(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// load_box to the same place in the shared memory of every block of the cluster whose bit of `blocks` is set, whose barriers in the
+// place of `barrier` it completes.
+MIXRANK_DEVICE void load_box_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z,
+                                       uint16_t blocks) {
+  MIXRANK_SM90(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(blocks)
+      : "memory");
+}
+
 // wgmma.fence, commit_group and wait_group, by all threads of a warpgroup.
 MIXRANK_DEVICE void group_fence() { MIXRANK_SM90("wgmma.fence.sync.aligned;" ::: "memory"); }
 MIXRANK_DEVICE void group_commit() { MIXRANK_SM90("wgmma.commit_group.sync.aligned;" ::: "memory"); }

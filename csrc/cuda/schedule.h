@@ -43,18 +43,18 @@ constexpr int64_t kSplitStep = 64;
 constexpr int64_t kSplitRowsMin = 256;   // a tile's sum must be worth writing and reading 64 KiB
 constexpr int64_t kSplitRowsMax = 4096;  // in one fp32 sum
 constexpr int64_t kScratchBytes = int64_t{256} << 20;
-// Blocks that are taken to run at one time: constants and not properties of a device, so that every card gives the same bits.
-constexpr int64_t kSlots = 2 * 132;
+// Multiprocessors: a constant and not a property of a device, so that every card with the same kernels gives the same bits.
+constexpr int64_t kMultiprocessors = 132;
 
-// For `rows` >= 1 rows, `tiles` tiles in all matrices of the batch, and at most `most` splits at one time. Takes the split that leaves the
-// least of the last wave idle.
-MIXRANK_HOST_DEVICE RowSchedule row_schedule(int64_t rows, int64_t tiles, int64_t most) {
+// For `rows` >= 1 rows, `blocks` blocks to a split, of which `slots` run at one time, and at most `most` splits at one time. Takes the
+// split that leaves the least of the last wave idle.
+MIXRANK_HOST_DEVICE RowSchedule row_schedule(int64_t rows, int64_t blocks, int64_t slots, int64_t most) {
   const int64_t fewest = ceil_div(rows, kSplitRowsMax), finest = ceil_div(rows, kSplitRowsMin);
   int64_t best = fewest, best_time = 0;
   for (int64_t splits = fewest; splits <= finest && splits <= fewest + 64; ++splits) {
     const int64_t length = round_up(ceil_div(rows, splits), kSplitStep);
     // A wave takes the time of its split's rows, and of the sum that it writes: as much as that of kSplitStep rows.
-    const int64_t time = ceil_div(tiles * ceil_div(rows, length), kSlots) * (length + kSplitStep);
+    const int64_t time = ceil_div(blocks * ceil_div(rows, length), slots) * (length + kSplitStep);
     if (splits == fewest || time < best_time) {
       best = splits;
       best_time = time;

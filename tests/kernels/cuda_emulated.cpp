@@ -63,7 +63,7 @@ const char* kernels_launched() { return launched.c_str(); }
 int64_t linear_hidden_stride(int64_t R, int64_t Q) { return hidden_stride(static_cast<int>(R), static_cast<int>(Q)); }
 
 // sizes: architecture, late, seed, operand, M, K, N, x_stride, R, down_stride, up_stride, Q, residual_down_stride,
-// residual_up_stride, block size, wide indices, aligned. pointers: x, down, up, residual_down, residual_up, bias, crow, col,
+// residual_up_stride, block size, wide indices, aligned, launches. pointers: x, down, up, residual_down, residual_up, bias, crow, col,
 // values, hidden, y.
 const char* linear_emulated(const int64_t* sizes, void* const* pointers) {
   return emulator::message_of([&] {
@@ -82,7 +82,7 @@ const char* linear_emulated(const int64_t* sizes, void* const* pointers) {
     call.hidden = pointers[9];
     call.y = pointers[10];
     Launcher launcher(sizes[0], sizes[1], sizes[2]);
-    linear(launcher, call);
+    linear(launcher, call, static_cast<int>(sizes[17]));
     launcher.finish();
   });
 }
@@ -109,7 +109,7 @@ GramArguments gram_arguments(const int64_t* sizes) {
 }
 
 GramPlan gram_plan(const int64_t* sizes) {
-  GramPlan plan = plan_gram(gram_arguments(sizes).params, sizes[15] != 0);
+  GramPlan plan = plan_gram(gram_arguments(sizes), static_cast<int>(sizes[0]), sizes[15] != 0);
   if (sizes[14] > 0 && sizes[14] < plan.rows.round_splits) plan.rows.round_splits = sizes[14];
   return plan;
 }
@@ -150,20 +150,21 @@ void schedule_rectangle(int64_t index, int64_t cols, int64_t* tile) {
   tile[0] = found.row, tile[1] = found.col;
 }
 
-void schedule_rows(int64_t rows, int64_t tiles, int64_t most, int64_t* schedule) {
-  const RowSchedule found = row_schedule(rows, tiles, most);
+void schedule_rows(int64_t rows, int64_t blocks, int64_t slots, int64_t most, int64_t* schedule) {
+  const RowSchedule found = row_schedule(rows, blocks, slots, most);
   schedule[0] = found.split_rows, schedule[1] = found.splits, schedule[2] = found.round_splits;
 }
 
-// Where block `block` of a Gram launch works: split, batch, tile, row and col of it, first and last row.
-void schedule_gram(const int64_t* sizes, int64_t split_rows, int64_t first_split, int64_t block, int64_t* where) {
+// Where block `block` of a Gram launch works: split, batch, row and col of squares of `size`, first and last row.
+void schedule_gram(const int64_t* sizes, int64_t size, int64_t split_rows, int64_t first_split, int64_t block,
+                   int64_t* where) {
   GramParams params = gram_arguments(sizes).params;
   params.split_rows = split_rows;
   params.first_split = first_split;
-  const GramTile found = GramTile::of(params, block);
-  const int64_t values[] = {found.split,    found.batch,     found.tile,    found.at.row,
+  const GramTile found = GramTile::of(params, block, static_cast<int>(size));
+  const int64_t values[] = {found.split,  found.batch,     found.at.row,
                             found.at.col, found.first_row, found.last_row};
-  for (int i = 0; i < 7; ++i) where[i] = values[i];
+  for (int i = 0; i < 6; ++i) where[i] = values[i];
 }
 
 // For a product of one output of two terms, or of two outputs of one term each: output, row and column of tiles of block

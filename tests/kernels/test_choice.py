@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mixrank_kernels import _register, backend, choice
+from mixrank_kernels import _register, backend, choice, cuda
 from mixrank_kernels._schema import SCHEMAS
 
 OPERANDS = ("half", "fp32", "fp64")
@@ -26,7 +27,7 @@ def test_every_size_has_one_line(op, operands, size):
 def test_lines_name_what_there_is():
     for line in choice.table():
         assert line.op in SCHEMAS
-        assert line.implementation in ("triton", "composite")
+        assert line.implementation in ("cuda", "triton", "composite")
         # What was not measured is served by the libraries.
         assert line.measured or line.implementation == "composite"
 
@@ -68,6 +69,58 @@ def test_without_triton_the_libraries_serve(monkeypatch):
     found = _register.chosen("lowrank_linear", *linear(torch.float16))
     assert found.implementation == "composite"
     assert "no Triton kernel" in found.reason
+
+
+def fake_cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    """CUDA tensors without memory, a device of compute capability 9.0, and the CUDA kernels as if they were built."""
+    monkeypatch.setattr(cuda, "obstacle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        yield
+
+
+def test_cuda_kernels_refuse_what_they_have_no_kernel_for(fake_device):
+    assert cuda.refusal("lowrank_linear", fake_cuda(3, 32), fake_cuda(4, 32), fake_cuda(8, 4)) is None
+    for dtype, reason in ((torch.float64, "no terms for float64"), (torch.float16, "range")):
+        operands = (fake_cuda(3, 32, dtype=dtype), fake_cuda(4, 32, dtype=dtype), fake_cuda(8, 4, dtype=dtype))
+        assert reason in cuda.refusal("lowrank_linear", *operands)
+    gram = fake_cuda(32, 32, dtype=torch.float32)
+    assert cuda.refusal("gram_accumulate_", gram, fake_cuda(3, 32, dtype=torch.float16)) is None
+    assert "float64" in cuda.refusal("gram_accumulate_", gram, fake_cuda(3, 32, dtype=torch.float64))
+    blocks = (None,) * 5 + (fake_cuda(1, 8, 8),)
+    refusal = cuda.refusal("lowrank_residual_linear", fake_cuda(3, 32), fake_cuda(4, 32), fake_cuda(8, 4), *blocks)
+    assert refusal == "it takes blocks of a multiple of 16, and values has blocks of 8"
+
+
+def test_old_devices_are_refused(fake_device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0" in cuda.refusal("lowrank_linear", fake_cuda(3, 32), fake_cuda(4, 32), fake_cuda(8, 4))
+
+
+def test_what_cuda_refuses_is_served_by_the_libraries(fake_device, monkeypatch):
+    line = choice.Line("lowrank_linear", "fp64", 0, None, "cuda", "run 1")
+    monkeypatch.setattr(choice, "table", lambda: (line,))
+    operands = [fake_cuda(*shape, dtype=torch.float64) for shape in ((3, 32), (4, 32), (8, 4))]
+    found = _register.chosen("lowrank_linear", *operands)
+    assert found.implementation == "composite"
+    assert "not cuda: tensor cores have no terms for float64" in found.reason
+    explanation = backend.explain("lowrank_linear", *operands)
+    assert explanation.refused["cuda"] == "tensor cores have no terms for float64"
+
+
+@pytest.mark.parametrize(("precision", "terms"), [("ieee", 3), ("tf32", 2), ("none", 3)])
+def test_fp32_products_are_as_precise_as_pytorch_was_told(precision, terms):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert cuda._terms() == terms
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_explanations_give_the_reason():

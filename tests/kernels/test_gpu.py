@@ -14,7 +14,7 @@ from mixrank_kernels._schema import SCHEMAS
 pytestmark = pytest.mark.gpu
 
 LINEAR = ("lowrank_linear", "lowrank_residual_linear")
-IMPLEMENTATIONS = ("triton", "composite")
+IMPLEMENTATIONS = ("cuda", "triton", "composite")
 
 
 def identify(value: object) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 SOURCES = Path(__file__).parent
 FLAGS = ["-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-RUNTIME = [SOURCES / name for name in ("machine.cpp", "copies.cpp", "matrix.cpp")]
+RUNTIME = [SOURCES / name for name in ("launches.cpp", "machine.cpp", "copies.cpp", "matrix.cpp")]
 
 
 def build(sources: Sequence[Path], name: str) -> ctypes.CDLL:

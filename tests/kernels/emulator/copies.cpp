@@ -33,11 +33,39 @@ std::string in_phase(int offset, int parity) {
   return " for parity " + std::to_string(parity) + " of the barrier at byte " + std::to_string(offset);
 }
 
+void arrive(Machine& m, Barrier& barrier) {
+  if (barrier.pending == 0) {
+    m.fail("a barrier of " + std::to_string(barrier.expected) + " arrivals got another one in the same phase");
+  }
+  --barrier.pending;
+  m.advance(barrier);
+}
+
 uint32_t check_box(const Machine& m, const void* shared, const TensorMap* map, const char* instruction) {
   if (map == nullptr || reinterpret_cast<uintptr_t>(map) % 64 != 0) {
     m.fail(std::string(instruction) + " got a tensor map that does not lie on a multiple of 64 bytes");
   }
   return m.address(shared, instruction, map->box_rows * kRowBytes, 1024);
+}
+
+// The block of this rank of the cluster, which has to be there still.
+Machine& block_at(Machine& m, int rank, const char* instruction) {
+  const int blocks = static_cast<int>(m.cluster.blocks.size());
+  if (rank < 0 || rank >= blocks) {
+    m.fail("rank was " + std::to_string(rank) + ", but must be 0 to " + std::to_string(blocks - 1));
+  }
+  Machine& block = m.cluster.blocks[rank];
+  if (block.running == 0) m.fail(std::string(instruction) + " was called for " + block.name() + ", which has ended");
+  return block;
+}
+
+// The place of a barrier that the copy engine and the other blocks may tell: `barrier`, but in block `to`.
+uint32_t told_barrier(const Machine& m, Machine& to, const uint64_t* barrier, const char* instruction) {
+  const uint32_t at = m.address(barrier, instruction, sizeof(*barrier), alignof(uint64_t));
+  if (!to.barrier(reinterpret_cast<const uint64_t*>(to.shared + at), instruction).fenced) {
+    to.fail(std::string(instruction) + " got a barrier without barrier_init_fence");
+  }
+  return at;
 }
 
 }  // namespace
@@ -56,11 +84,11 @@ uint32_t Machine::address(const void* pointer, const char* instruction, int64_t 
 }
 
 const char* Machine::seen(uint32_t address, int bytes) const {
-  if (address + static_cast<uint64_t>(bytes) > visible.size()) {
+  if (address + static_cast<int64_t>(bytes) > launch.shared_bytes) {
     fail("wgmma read at byte " + std::to_string(address) + " of shared memory, which has " +
-         std::to_string(visible.size()));
+         std::to_string(launch.shared_bytes));
   }
-  return visible.data() + address;
+  return (stores_at_once_ ? shared : fenced.data()) + address;
 }
 
 void Machine::land(const Box& box) {
@@ -73,19 +101,27 @@ void Machine::land(const Box& box) {
     }
     for (int unit = 0; unit < kRowBytes / 16; ++unit) {
       const uint32_t to = swizzled(box.shared + row * kRowBytes + unit * 16);
-      memcpy(shared + to, values + unit * 8, 16);
-      memcpy(visible.data() + to, values + unit * 8, 16);
+      bring(to, reinterpret_cast<const char*>(values + unit * 8), 16);
     }
   }
-  Barrier& barrier = barriers.at(box.barrier);
-  barrier.bytes -= box.map->box_rows * kRowBytes;
+  complete(box.barrier, box.map->box_rows * kRowBytes);
+}
+
+void Machine::bring(uint32_t to, const char* from, int bytes) {
+  memmove(shared + to, from, bytes);
+  memmove(fenced.data() + to, shared + to, bytes);
+}
+
+void Machine::complete(uint32_t offset, int bytes) {
+  Barrier& barrier = barriers.at(offset);
+  barrier.bytes -= bytes;
   advance(barrier);
 }
 
 std::vector<char> Machine::rows_of(const Box& box) const {
   std::vector<char> rows(box.map->box_rows * kRowBytes);
   for (size_t i = 0; i < rows.size(); i += 16) {
-    memcpy(rows.data() + i, visible.data() + swizzled(box.shared + static_cast<uint32_t>(i)), 16);
+    memcpy(rows.data() + i, seen(swizzled(box.shared + static_cast<uint32_t>(i)), 16), 16);
   }
   return rows;
 }
@@ -229,20 +265,25 @@ void barrier_init_fence() {
   for (auto& [offset, barrier] : m.barriers) barrier.fenced |= barrier.owner == m.thread().index;
 }
 
-void barrier_arrive(uint64_t* barrier) { barrier_expect(barrier, 0); }
+void barrier_arrive(uint64_t* barrier) {
+  Machine& m = machine();
+  arrive(m, m.barrier(barrier, "barrier_arrive"));
+}
+
+void barrier_arrive_at(uint64_t* barrier, int rank) {
+  Machine& m = machine();
+  Machine& to = block_at(m, rank, "barrier_arrive_at");
+  arrive(to, to.barriers.at(told_barrier(m, to, barrier, "barrier_arrive_at")));
+}
 
 void barrier_expect(uint64_t* barrier, int bytes) {
   Machine& m = machine();
-  Barrier& found = m.barrier(barrier, "barrier_arrive");
+  Barrier& found = m.barrier(barrier, "barrier_expect");
   if (bytes < 0 || bytes > kMaxPending) {
     m.fail("bytes was " + std::to_string(bytes) + ", but must be 0 to 2^20 - 1");
   }
-  if (found.pending == 0) {
-    m.fail("a barrier of " + std::to_string(found.expected) + " arrivals got another one in the same phase");
-  }
   found.bytes += bytes;
-  --found.pending;
-  m.advance(found);
+  arrive(m, found);
 }
 
 void barrier_wait(uint64_t* barrier, int parity) {
@@ -263,14 +304,40 @@ void prefetch_map(const TensorMap* map) {
 
 void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z) {
   Machine& m = machine();
-  const uint32_t to = check_box(m, shared, map, "load_box");
-  if (!m.barrier(barrier, "load_box").fenced) m.fail("load_box got a barrier without barrier_init_fence");
-  const Box box{map, to, static_cast<uint32_t>(*barrier), x, y, z};
-  if (m.options.late) {
-    m.loads.push_back(box);
-  } else {
-    m.land(box);
+  const uint32_t at = check_box(m, shared, map, "load_box");
+  const Box box{map, at, told_barrier(m, m, barrier, "load_box"), x, y, z};
+  m.cluster.begin({&m, nullptr, [&m, box] { m.land(box); }});
+}
+
+void load_box_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z, uint16_t blocks) {
+  Machine& m = machine();
+  constexpr auto kName = "load_box_to_blocks";
+  const int all = (1 << m.cluster.blocks.size()) - 1;
+  if (blocks == 0 || blocks > all) {
+    m.fail("blocks was " + std::to_string(blocks) + ", but must be 1 to " + std::to_string(all));
   }
+  const uint32_t at = check_box(m, shared, map, kName);
+  for (int rank = 0; blocks >> rank != 0; ++rank) {
+    if ((blocks >> rank) % 2 == 0) continue;
+    Machine& to = block_at(m, rank, kName);
+    const Box box{map, at, told_barrier(m, to, barrier, kName), x, y, z};
+    m.cluster.begin({&to, nullptr, [&to, box] { to.land(box); }});
+  }
+}
+
+void copy_to_block(const void* shared, uint64_t* barrier, int bytes, int rank) {
+  Machine& m = machine();
+  constexpr auto kName = "copy_to_block";
+  Machine& to = block_at(m, rank, kName);
+  if (bytes < 16 || bytes % 16 != 0) {
+    m.fail("bytes was " + std::to_string(bytes) + ", but must be a positive multiple of 16");
+  }
+  const uint32_t at = m.address(shared, kName, bytes, 16);
+  const uint32_t told = told_barrier(m, to, barrier, kName);
+  m.cluster.begin({&to, &m, [=, &m, &to] {
+                     to.bring(at, m.seen(at, bytes), bytes);
+                     to.complete(told, bytes);
+                   }});
 }
 
 void store_box(const TensorMap* map, const void* shared, int x, int y, int z) {
@@ -290,7 +357,7 @@ void store_wait() {
 
 void async_fence() {
   Machine& m = machine();
-  memcpy(m.visible.data(), m.shared, m.visible.size());
+  memcpy(m.fenced.data(), m.shared, m.fenced.size());
 }
 
 }  // namespace mixrank

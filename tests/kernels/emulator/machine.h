@@ -1,7 +1,10 @@
-// One launch while it runs: its threads, what they wait for, and what is on its way in memory. Private to the emulator.
+// The blocks of a launch that run: their threads, what they wait for, and what is on its way in memory. Private to the
+// emulator.
 #pragma once
 
+#include <deque>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -14,6 +17,7 @@ namespace mixrank::emulator {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 32;              // of a block, at most
+constexpr int kMaxCluster = 8;          // the largest that every GPU with clusters has
 constexpr int kMaxShared = 227 * 1024;  // bytes that a block can have on sm_90
 constexpr int kMargin = 4096;           // bytes before and behind shared memory that nobody may change
 constexpr uint32_t kWholeWarp = 0xffffffffu;
@@ -88,11 +92,33 @@ struct NamedBarrier {
   std::vector<Thread*> arrived;
 };
 
+class Machine;
+
+// A box or a copy to a block on its way.
+struct Load {
+  const Machine* to;
+  const Machine* from;  // null: from a tensor
+  std::function<void()> land;
+};
+
+class Cluster;
+struct Pool;
+
+// One block.
 class Machine {
  public:
-  Machine(const Launch& launch, const Options& options, int depth);
+  Machine(Cluster& cluster, int depth, int rank);
 
-  void run();
+  void begin(const uint3& block);
+  void end();
+  // A thread that can go on, or null.
+  Thread* choose();
+  void resume(Thread& thread);
+  // The fibers are thrown away where they stand.
+  void abandon();
+  // What the threads wait for.
+  std::string waits() const;
+  std::string name() const;
 
   [[noreturn]] void fail(const std::string& sentence) const;
   // Until another thread has called wake for this one.
@@ -115,6 +141,9 @@ class Machine {
   Barrier& barrier(const uint64_t* pointer, const char* instruction);
   void advance(Barrier& barrier);
   void land(const Box& box);
+  // What the copy engine brings, and tells the barrier.
+  void bring(uint32_t to, const char* from, int bytes);
+  void complete(uint32_t barrier, int bytes);
   void write(const Box& box, const char* rows) const;
   std::vector<char> rows_of(const Box& box) const;
   void sync(int id, int threads, const char* instruction);
@@ -122,49 +151,79 @@ class Machine {
   void compute(GroupProduct& product) const;
   void add(GroupProduct& product, int warp_of_group, int first_thread);
   void end_thread();
+  // What the tensor cores and the copy engine see.
   const char* seen(uint32_t address, int bytes) const;
 
+  Cluster& cluster;
   const Launch& launch;
-  const Options options;
-  std::mt19937_64 random;
+  const Options& options;
+  const int rank;
+  int running = 0;  // threads that have not ended
   Thread* current = nullptr;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Warpgroup> groups;
   std::map<uint32_t, Barrier> barriers;
   NamedBarrier named[16];
-  std::vector<Box> loads;
   std::vector<std::pair<Box, std::vector<char>>> stores;  // read, not yet written
   std::vector<Thread*> waiting_for_launch;
-  bool previous_ran;
   char* shared;
-  std::vector<char> visible;  // shared memory as the tensor cores and the copy engine see it
+  std::vector<char> fenced;  // shared memory as it was at the last async_fence, and what boxes brought since
   std::exception_ptr error;
 
  private:
   bool arrive(const char* instruction, const void* operands);
   void release();
-  void begin_block();
-  void run_block();
-  void run_previous();
-  void end_block();
-  Thread* choose();
-  void resume(Thread& thread);
-  void set_grid() const;
-  [[noreturn]] void deadlock() const;
-  std::string where() const;
 
-  const int depth_;
-  const int landing_;  // a box lands at one in so many switches, or at 0 when every thread waits
+  Pool& pool_;
+  const bool stores_at_once_;  // plain stores are seen without an async_fence
   uint3 block_{};
-  std::vector<int> order_;  // of the warps, the first that can go on does
+  std::vector<int> order_;  // of the warps: the first one that can go on does
+  int period_ = 1;          // switches between changes of the order, on average
 };
 
-// The launch that runs.
+// The blocks of a launch that run at the same time: one, or those of a cluster.
+class Cluster {
+ public:
+  Cluster(const Launch& launch, const Options& options, int depth);
+
+  void run();
+
+  // Brings a load now or, with `late`, later.
+  void begin(Load load);
+  // Threads that have not ended.
+  size_t running() const;
+  // Ends the cluster_barrier that all of those have arrived at.
+  void release();
+
+  const Launch& launch;
+  const Options options;
+  std::mt19937_64 random;
+  std::deque<Machine> blocks;  // by rank
+  std::vector<Load> loads;
+  std::vector<std::pair<Machine*, Thread*>> arrived;  // at cluster_barrier
+  bool previous_ran;
+
+ private:
+  void check() const;
+  void run_blocks(uint64_t index);
+  void run_previous();
+  void set_grid() const;
+  bool waits_for_launch() const;
+  Thread* choose(Machine** block);
+  void land();
+  [[noreturn]] void deadlock() const;
+
+  const int landing_;              // a load lands at one in so many switches, or at 0 when every thread waits
+  std::vector<Machine*> order_{};  // the first one with a thread that can go on does
+  int period_ = 1;                 // switches between changes of the order, on average
+};
+
+// The block whose thread runs.
 Machine& machine();
 
-// 128-byte swizzle, of tensor maps (CU_TENSOR_MAP_SWIZZLE_128B) and of wgmma alike: bits 4 to 6 of the address in shared
-// memory are those of the plain layout, XORed with bits 7 to 9 (PTX ISA, "Swizzling modes" of tensors; CuTe's
+// 128-byte swizzle, of tensor maps (CU_TENSOR_MAP_SWIZZLE_128B) and of wgmma alike: bits 4 to 6 of the address in
+// shared memory are those of the plain layout, XORed with bits 7 to 9 (PTX ISA, tensors, swizzling modes; CuTe's
 // Swizzle<3, 4, 3>).
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
 

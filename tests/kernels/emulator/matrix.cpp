@@ -1,5 +1,5 @@
-// Instructions of a warp or a warpgroup: shuffles, ldmatrix, mma.sync, wgmma. Sections of the PTX ISA are those of version
-// 9.2. Sums are added up in fp32 term by term; the order and the rounding of tensor cores are not specified.
+// Instructions of a warp or a warpgroup: shuffles, ldmatrix, mma.sync, wgmma. Sections are those of the PTX ISA 9.2.
+// Sums are added up in fp32 term by term; tensor cores add in another order and round otherwise.
 #include <algorithm>
 
 #include "cpu/scalar.h"
@@ -37,8 +37,8 @@ struct Shuffle {
   uint32_t* to;
 };
 
-// CUDA C++ Programming Guide, "Warp Shuffle Functions": segments of `width` lanes; out of its segment a lane reads itself,
-// but by XOR it reads earlier segments.
+// CUDA C++ Programming Guide, "Warp Shuffle Functions": segments of `width` lanes; beyond its segment a lane reads
+// itself, but by XOR it reads earlier segments.
 int source_lane(const Shuffle& shuffle, int lane) {
   const int begin = lane & ~(shuffle.width - 1);
   switch (shuffle.lanes) {
@@ -122,9 +122,9 @@ struct Descriptor {
   uint32_t address, leading, stride;
 };
 
-// Section 9.7.15.5.1.2.2, matrix descriptor format: bits 0-13 start address, 16-29 leading dimension byte offset, 32-45
-// stride dimension byte offset, all without their four lowest bits; 49-51 base offset; 62-63 swizzling, 1 of 128 bytes. The
-// base offset is 0 where the pattern of the swizzle begins at a multiple of 1024 bytes.
+// Section 9.7.15.5.1.2, matrix descriptor format: bits 0-13 start address, 16-29 leading dimension byte offset, 32-45
+// stride dimension byte offset, all without their four lowest bits; 49-51 base offset; 62-63 swizzling, 1 of 128 bytes.
+// The base offset is 0 where the pattern of the swizzle begins at a multiple of 1024 bytes.
 Descriptor decode(const Machine& m, uint64_t bits, bool across_rows) {
   constexpr uint64_t kUsed = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
   if ((bits & ~kUsed) != 0) m.fail("a descriptor of wgmma has bits other than addresses, offsets and swizzle");
@@ -241,8 +241,8 @@ void Machine::compute(GroupProduct& product) const {
   }
 }
 
-// Section 9.7.15.5.1.1.1, accumulator D of wgmma.m64nNk16: warp w of the group holds rows 16 w to 16 w + 15, and of each
-// eight columns what it would hold of mma.m16n8k16's C.
+// Section 9.7.15.5.1.1.1, accumulator D of wgmma.mma_async.m64nNk16: warp w of the group holds rows 16 w to 16 w + 15,
+// and of each eight columns what it would hold of mma.m16n8k16's C.
 void Machine::add(GroupProduct& product, int warp_of_group, int first_thread) {
   if (product.added[warp_of_group]) return;
   product.added[warp_of_group] = true;
@@ -261,7 +261,7 @@ void Machine::add(GroupProduct& product, int warp_of_group, int first_thread) {
   if (std::all_of(product.added, product.added + 4, [](bool added) { return added; })) product.values = {};
 }
 
-// Section 9.7.15.7.2 to 3: groups end in the order in which they were committed.
+// Section 9.7.15.7, wgmma.wait_group: all but the `pending` groups committed last have ended.
 void Machine::wait_for_products(int pending) {
   Warp& warp = this->warp();
   warp.fenced = false;

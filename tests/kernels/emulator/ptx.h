@@ -1,8 +1,8 @@
-// The instructions of csrc/cuda/ptx.h on the CPU, and what else kernels take from CUDA. emulator.h launches kernels on them.
+// The instructions of csrc/cuda/ptx.h on the CPU, and what else kernels take from CUDA; emulator.h launches them.
 //
-// Every function behaves as the PTX ISA defines the instruction beside its name in csrc/cuda/ptx.h, checks what the
-// instruction demands and throws std::runtime_error where a GPU would do something undefined. Instructions of a warp wait
-// until its 32 threads have come to the same one; all masks are of whole warps.
+// Every function behaves as the PTX ISA defines the instruction that csrc/cuda/ptx.h names beside it, checks what the
+// instruction demands, and throws std::runtime_error where a GPU would do something undefined. Instructions of a warp
+// wait until its 32 threads have come to the same one; all masks are of whole warps.
 #pragma once
 
 #include <stdint.h>
@@ -39,7 +39,7 @@ extern dim3 blockDim, gridDim;
 
 namespace mixrank {
 
-// Three dimensions of 16-bit elements and boxes of 64 columns, `box_rows` rows and one batch, with the 128-byte swizzle.
+// Three dimensions of 16-bit elements; boxes of 64 columns, `box_rows` rows and one batch, with the 128-byte swizzle.
 struct alignas(64) TensorMap {
   char* base;
   int64_t cols, rows, batches;
@@ -121,6 +121,12 @@ void async_fence();
 
 void previous_launch_wait();
 void next_launch_start();
+
+int cluster_rank();
+void cluster_barrier();
+void copy_to_block(const void* shared, uint64_t* barrier, int bytes, int rank);
+void barrier_arrive_at(uint64_t* barrier, int rank);
+void load_box_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z, uint16_t blocks);
 
 void group_fence();
 void group_commit();
