@@ -91,7 +91,9 @@ namespace {
 
 // sizes: architecture, late, seed, operand, batches, M, K, N, x_batch_stride, x_stride, z_batch_stride, z_stride, cross, wide
 // master, at most so many splits in a round or 0, summing.
-GramArguments gram_arguments(const int64_t* sizes) {
+//
+// pointers: gram, x, z, row_weight, column_sum, partial, partial_sum.
+GramArguments gram_arguments(const int64_t* sizes, void* const* pointers) {
   GramArguments call{};
   call.operand = static_cast<GramOperand>(sizes[3]);
   call.wide_master = sizes[13] != 0;
@@ -105,36 +107,34 @@ GramArguments gram_arguments(const int64_t* sizes) {
   params.z_batch_stride = sizes[10];
   params.z_stride = sizes[11];
   params.cross = sizes[12] != 0;
+  call.gram = pointers[0];
+  params.x = pointers[1];
+  params.z = pointers[2];
+  params.weight = static_cast<const float*>(pointers[3]);
+  call.column_sum = pointers[4];
   return call;
 }
 
-GramPlan gram_plan(const int64_t* sizes) {
-  GramPlan plan = plan_gram(gram_arguments(sizes), static_cast<int>(sizes[0]), sizes[15] != 0);
+GramPlan gram_plan(const int64_t* sizes, void* const* pointers) {
+  GramPlan plan = plan_gram(gram_arguments(sizes, pointers), static_cast<int>(sizes[0]), sizes[15] != 0);
   if (sizes[14] > 0 && sizes[14] < plan.rows.round_splits) plan.rows.round_splits = sizes[14];
   return plan;
 }
 
 }  // namespace
 
-// planned: split_rows, splits, round_splits, partials, partial_sums.
-void gram_planned(const int64_t* sizes, int64_t* planned) {
-  const GramPlan plan = gram_plan(sizes);
+// planned: split_rows, splits, round_splits, partials, partial_sums. Of the pointers those of the operands count.
+void gram_planned(const int64_t* sizes, void* const* pointers, int64_t* planned) {
+  const GramPlan plan = gram_plan(sizes, pointers);
   const int64_t values[] = {plan.rows.split_rows, plan.rows.splits, plan.rows.round_splits, plan.partials,
                             plan.partial_sums};
   for (int i = 0; i < 5; ++i) planned[i] = values[i];
 }
 
-// pointers: gram, x, z, row_weight, column_sum, partial, partial_sum.
 const char* gram_emulated(const int64_t* sizes, void* const* pointers) {
   return emulator::message_of([&] {
-    GramArguments call = gram_arguments(sizes);
-    call.gram = pointers[0];
-    call.params.x = pointers[1];
-    call.params.z = pointers[2];
-    call.params.weight = static_cast<const float*>(pointers[3]);
-    call.column_sum = pointers[4];
     Launcher launcher(sizes[0], sizes[1], sizes[2]);
-    gram(launcher, call, gram_plan(sizes), static_cast<float*>(pointers[5]), static_cast<float*>(pointers[6]));
+    gram(launcher, gram_arguments(sizes, pointers), gram_plan(sizes, pointers), static_cast<float*>(pointers[5]), static_cast<float*>(pointers[6]));
     launcher.finish();
   });
 }
@@ -156,9 +156,14 @@ void schedule_rows(int64_t rows, int64_t blocks, int64_t slots, int64_t most, in
 }
 
 // Where block `block` of a Gram launch works: split, batch, row and col of squares of `size`, first and last row.
-void schedule_gram(const int64_t* sizes, int64_t size, int64_t split_rows, int64_t first_split, int64_t block,
-                   int64_t* where) {
-  GramParams params = gram_arguments(sizes).params;
+void schedule_gram(int64_t batches, int64_t rows, int64_t K, int64_t N, int64_t cross, int64_t size, int64_t split_rows,
+                   int64_t first_split, int64_t block, int64_t* where) {
+  GramParams params{};
+  params.batches = static_cast<int>(batches);
+  params.M = rows;
+  params.K = static_cast<int>(K);
+  params.N = static_cast<int>(N);
+  params.cross = cross != 0;
   params.split_rows = split_rows;
   params.first_split = first_split;
   const GramTile found = GramTile::of(params, block, static_cast<int>(size));

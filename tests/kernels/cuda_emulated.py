@@ -98,8 +98,12 @@ class Kernels:
         bias: Tensor | None = None,  # [N]
         blocks: tuple[Tensor, Tensor, Tensor] | None = None,  # crow [N / b + 1], col [nnz], values [nnz, b, b]
         layouts: Sequence[Layout] = (DENSE,),
+        launches: int = 2,
     ) -> Tensor:  # [M, N]
-        """The operands lie in memory as ``layouts`` say, in turns: x, down, up, residual_down, residual_up."""
+        """The operands lie in memory as ``layouts`` say, in turns: x, down, up, residual_down, residual_up.
+
+        With ``launches`` 1 a call that can takes one launch.
+        """
         M, K = x.shape
         N = pairs[0][1].shape[0]
         ranks = [down.shape[0] for down, _ in pairs] + [0] * (2 - len(pairs))
@@ -118,7 +122,7 @@ class Kernels:
         aligned = blocks is not None and all(one.data_ptr() % four == 0 for one in (placed[0], values))
         sizes = [architecture, order.late, order.seed, operand, M, K, N, strides[0], ranks[0], strides[1], strides[2]]
         sizes += [ranks[1], strides[3], strides[4], 0 if blocks is None else values.shape[-1]]
-        sizes += [blocks is not None and crow.dtype == torch.int64, aligned and strides[0] % 4 == 0]
+        sizes += [blocks is not None and crow.dtype == torch.int64, aligned and strides[0] % 4 == 0, launches]
         pointers = [*placed, *[None] * (5 - len(placed)), None if bias is None else layouts[-1].place(bias)[0]]
         self._call("linear_emulated", sizes, [*pointers, crow, col, values, hidden.tensor, y.tensor])
         hidden.assert_untouched()
@@ -144,12 +148,14 @@ class Kernels:
         right = left if z is None else layouts[-1].place(z)[0]
         sizes = [architecture, order.late, order.seed, operand, B, M, K, right.shape[2], *left.stride()[:2]]
         sizes += [*right.stride()[:2], z is not None, gram.dtype == torch.float64, round_splits, column_sum is not None]
-        *plan, partials, partial_sums = self.numbers("gram_planned", 5, sizes)
+        weight = None if row_weight is None else Layout(1, 0).place(row_weight)[0]
+        operands = _addresses([None, left, right, weight])
+        *plan, partials, partial_sums = self.numbers("gram_planned", 5, sizes, operands)
         changed = [None if one is None else Layout(1, 0).place(one, -0.0) for one in (gram, column_sum)]
         scratch = [Banded((count,), torch.float32, 0, -0.0) for count in (partials, partial_sums)]
         for one in scratch:
             one.tensor.fill_(NAN)
-        pointers = [changed[0][0], left, right, None if row_weight is None else Layout(1, 0).place(row_weight)[0]]
+        pointers = [changed[0][0], left, right, weight]
         pointers += [None if column_sum is None else changed[1][0], *(one.tensor for one in scratch)]
         self._call("gram_emulated", sizes, pointers)
         for one in scratch:
@@ -161,8 +167,11 @@ class Kernels:
         return plan
 
     def _call(self, name: str, sizes: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
-        pointers = [None if one is None or one.numel() == 0 else one.data_ptr() for one in tensors]
-        emulator.call(self.library[name], _integers(sizes), (ctypes.c_void_p * len(pointers))(*pointers))
+        emulator.call(self.library[name], _integers(sizes), _integers(_addresses(tensors)))
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if one is None or one.numel() == 0 else one.data_ptr() for one in tensors]
 
 
 def _integers(values: int | Sequence[int]):

@@ -33,10 +33,11 @@ from .cuda_emulated import (
 
 DTYPES = {BFLOAT16: torch.bfloat16, FLOAT32_TWO: torch.float32, FLOAT32_THREE: torch.float32}
 LINEAR = [
-    pytest.param(80, BFLOAT16, id="sm80-bf16"),
-    pytest.param(90, BFLOAT16, id="sm90-bf16"),
-    pytest.param(80, FLOAT32_TWO, id="sm80-fp32-two"),
-    pytest.param(90, FLOAT32_THREE, id="sm90-fp32-three"),
+    pytest.param(80, BFLOAT16, 2, id="sm80-bf16"),
+    pytest.param(90, BFLOAT16, 2, id="sm90-bf16-two-launches"),
+    pytest.param(90, BFLOAT16, 1, id="sm90-bf16-one-launch"),
+    pytest.param(80, FLOAT32_TWO, 2, id="sm80-fp32-two"),
+    pytest.param(90, FLOAT32_THREE, 2, id="sm90-fp32-three"),
 ]
 GRAM_DTYPES = {
     GRAM_BFLOAT16: torch.bfloat16,
@@ -52,7 +53,8 @@ GRAM = [
     pytest.param(80, GRAM_FLOAT32_TWO, id="sm80-fp32-two"),
     pytest.param(90, GRAM_FLOAT32_THREE, id="sm90-fp32-three"),
 ]
-ORDERS = [Order(late, seed) for late in (False, True) for seed in range(2)]
+# Six seeds in a row have everything that depends on the seed in all combinations.
+ORDERS = [Order(late, seed) for late in (False, True) for seed in range(6)]
 # Every operand where the copy engine reaches it, and each kind of access for each operand.
 LAYOUTS = {"whole": (WHOLE,)} | {f"mixed{i}": ALL_LAYOUTS[i:] + ALL_LAYOUTS[:i] for i in range(len(ALL_LAYOUTS))}
 
@@ -100,8 +102,10 @@ def block_sparse(n: int, k: int, b: int, dtype: torch.dtype, index: torch.dtype)
     return crow.to(index), col.to(index), integers(len(col), b, b, dtype=dtype)
 
 
-def check_linear(kernels: Kernels, order: Order, architecture: int, operand: int, arguments: dict, layouts) -> None:
-    y = kernels.linear(order, architecture, operand, **arguments, layouts=layouts)
+def check_linear(
+    kernels: Kernels, order: Order, architecture: int, operand: int, launches: int, arguments: dict, layouts
+) -> None:
+    y = kernels.linear(order, architecture, operand, **arguments, layouts=layouts, launches=launches)
     assert torch.equal(y, exact_linear(**arguments))
 
 
@@ -121,28 +125,29 @@ SHAPES = [
     (129, 7, 130, (129,)),
     (200, 129, 63, (31, 33)),
     (257, 24, 8, (16, 72)),
+    (130, 72, 520, (264, 72)),
 ]
 
 
-@pytest.mark.parametrize(("architecture", "operand"), LINEAR)
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
 @pytest.mark.parametrize(("m", "k", "n", "ranks"), SHAPES)
-def test_linear_is_exact(kernels, architecture, operand, m, k, n, ranks):
+def test_linear_is_exact(kernels, architecture, operand, launches, m, k, n, ranks):
     x, pairs = factors(m, k, n, ranks, DTYPES[operand])
     for biased, order in enumerate((EAGER, LATE)):
         bias = integers(n, dtype=x.dtype, bound=9) if biased else None
-        check_linear(kernels, order, architecture, operand, {"x": x, "pairs": pairs, "bias": bias}, (DENSE,))
+        check_linear(kernels, order, architecture, operand, launches, {"x": x, "pairs": pairs, "bias": bias}, (DENSE,))
 
 
-@pytest.mark.parametrize(("architecture", "operand"), LINEAR)
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
 @pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(
     ("m", "k", "n", "ranks"), [(3, 33, 40, (9, 7)), (70, 133, 72, (66, 5)), (130, 72, 64, (40, 16))]
 )
-def test_linear_reads_any_strides_and_alignment(kernels, architecture, operand, layouts, m, k, n, ranks):
+def test_linear_reads_any_strides_and_alignment(kernels, architecture, operand, launches, layouts, m, k, n, ranks):
     x, pairs = factors(m, k, n, ranks, DTYPES[operand])
     arguments = {"x": x, "pairs": pairs, "bias": integers(n, dtype=x.dtype)}
     for order in (EAGER, LATE):
-        check_linear(kernels, order, architecture, operand, arguments, layouts)
+        check_linear(kernels, order, architecture, operand, launches, arguments, layouts)
 
 
 # M, K, N, ranks, size of the blocks.
@@ -155,64 +160,74 @@ SPARSE = [
 ]
 
 
-@pytest.mark.parametrize(("architecture", "operand"), LINEAR)
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize(("m", "k", "n", "ranks", "b"), SPARSE)
-def test_block_sparse_residuals_are_exact(kernels, architecture, operand, index, m, k, n, ranks, b):
+def test_block_sparse_residuals_are_exact(kernels, architecture, operand, launches, index, m, k, n, ranks, b):
     x, pairs = factors(m, k, n, ranks, DTYPES[operand])
     blocks = block_sparse(n, k, b, x.dtype, index)
     for order, layouts in ((EAGER, (WHOLE,)), (LATE, (WHOLE,)), (EAGER, (DENSE,)), (LATE, ALL_LAYOUTS[2:])):
-        check_linear(kernels, order, architecture, operand, {"x": x, "pairs": pairs, "blocks": blocks}, layouts)
+        check_linear(
+            kernels, order, architecture, operand, launches, {"x": x, "pairs": pairs, "blocks": blocks}, layouts
+        )
 
 
-@pytest.mark.parametrize(("architecture", "operand"), LINEAR)
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_linear_is_exact_in_any_order(kernels, architecture, operand, order):
-    x, pairs = factors(200, 328, 136, (72, 16), DTYPES[operand])
+def test_linear_is_exact_in_any_order(kernels, architecture, operand, launches, order):
+    x, pairs = factors(136, 328, 264, (72, 16), DTYPES[operand])
     x.clamp_(-99, 99)
-    check_linear(kernels, order, architecture, operand, {"x": x, "pairs": pairs}, (WHOLE,))
+    check_linear(kernels, order, architecture, operand, launches, {"x": x, "pairs": pairs}, (WHOLE,))
 
 
-@pytest.mark.parametrize(("architecture", "operand"), LINEAR)
-def test_linear_gives_the_same_bits_in_any_order(kernels, architecture, operand):
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
+def test_linear_gives_the_same_bits_in_any_order(kernels, architecture, operand, launches):
     x, pairs = torch.randn(70, 136), [(torch.randn(72, 136), torch.randn(40, 72))]
     x, pairs = x.to(DTYPES[operand]), [(down.to(DTYPES[operand]), up.to(DTYPES[operand])) for down, up in pairs]
-    first, *others = (kernels.linear(order, architecture, operand, x, pairs, layouts=(WHOLE,)) for order in ORDERS)
+    first, *others = (
+        kernels.linear(order, architecture, operand, x, pairs, layouts=(WHOLE,), launches=launches) for order in ORDERS
+    )
     assert all(torch.equal(first, other) for other in others)
 
 
 FEW, SMALL, LARGE = (
     f"ProductSm80<BFloat16, {tile}>" for tile in ("16, 64, 1, 4, 6", "64, 64, 2, 2, 4", "128, 128, 2, 4, 3")
 )
-# Of every call: architecture, operand, M, K, N, and whether there is a block-sparse residual. Large tiles are taken
-# from 132 tiles of 128 x 128 on, as of 1409 rows and 1408 columns.
+# Of every call: architecture, operand, launches, M, K, N, whether there is a block-sparse residual, and the rank. Large
+# tiles are taken from 132 tiles of 128 x 128 on, as of 1409 rows and 1408 columns.
 CHOSEN = {
-    (80, BFLOAT16, 16, 16, 16, False): [FEW, FEW],
-    (90, BFLOAT16, 16, 16, 16, True): [FEW, FEW],
-    (80, BFLOAT16, 17, 16, 16, True): [SMALL, SMALL],
-    (80, BFLOAT16, 1409, 16, 1408, False): [SMALL, LARGE],
-    (80, BFLOAT16, 1409, 16, 1408, True): [SMALL, LARGE],
-    (80, BFLOAT16, 1408, 16, 1408, False): [SMALL, SMALL],
-    (90, BFLOAT16, 17, 16, 16, False): ["ProductSm90<64, false>"] * 2,
-    (90, BFLOAT16, 17, 16, 16, True): ["ProductSm90<64, false>", "ProductSm90<64, true>"],
-    (90, BFLOAT16, 1409, 16, 1408, False): ["ProductSm90<64, false>", "ProductSm90<128, false>"],
-    (90, BFLOAT16, 1409, 16, 1408, True): ["ProductSm90<64, false>", "ProductSm90<128, true>"],
-    (90, BFLOAT16, 17, 15, 16, False): [SMALL, "ProductSm90<64, false>"],
-    (90, BFLOAT16, 17, 16, 15, False): ["ProductSm90<64, false>", SMALL],
-    (80, FLOAT32_TWO, 17, 16, 16, True): ["ProductSm80<Float32<2>, 64, 64, 2, 2, 4>"] * 2,
-    (90, FLOAT32_THREE, 17, 16, 16, True): ["ProductSm80<Float32<3>, 64, 64, 2, 2, 4>"] * 2,
+    (80, BFLOAT16, 2, 16, 16, 16, False, 8): [FEW, FEW],
+    (90, BFLOAT16, 2, 16, 16, 16, True, 8): [FEW, FEW],
+    (80, BFLOAT16, 2, 17, 16, 16, True, 8): [SMALL, SMALL],
+    (80, BFLOAT16, 2, 1409, 16, 1408, False, 8): [SMALL, LARGE],
+    (80, BFLOAT16, 2, 1409, 16, 1408, True, 8): [SMALL, LARGE],
+    (80, BFLOAT16, 2, 1408, 16, 1408, False, 8): [SMALL, SMALL],
+    (90, BFLOAT16, 2, 17, 16, 16, False, 8): ["ProductSm90<64, false>"] * 2,
+    (90, BFLOAT16, 2, 17, 16, 16, True, 8): ["ProductSm90<64, false>", "ProductSm90<64, true>"],
+    (90, BFLOAT16, 2, 1409, 16, 1408, False, 8): ["ProductSm90<64, false>", "ProductSm90<128, false>"],
+    (90, BFLOAT16, 2, 1409, 16, 1408, True, 8): ["ProductSm90<64, false>", "ProductSm90<128, true>"],
+    (90, BFLOAT16, 2, 17, 15, 16, False, 8): [SMALL, "ProductSm90<64, false>"],
+    (90, BFLOAT16, 2, 17, 16, 15, False, 8): ["ProductSm90<64, false>", SMALL],
+    (80, FLOAT32_TWO, 2, 17, 16, 16, True, 8): ["ProductSm80<Float32<2>, 64, 64, 2, 2, 4>"] * 2,
+    (90, FLOAT32_THREE, 2, 17, 16, 16, True, 8): ["ProductSm80<Float32<3>, 64, 64, 2, 2, 4>"] * 2,
+    (90, BFLOAT16, 1, 17, 16, 16, False, 8): ["LinearSm90<2>"],
+    (90, BFLOAT16, 1, 1, 16, 16, False, 192): ["LinearSm90<2>"],
+    (90, BFLOAT16, 1, 17, 16, 16, False, 200): ["LinearSm90<4>"],
+    (90, BFLOAT16, 1, 17, 16, 16, False, 456): ["ProductSm90<64, false>"] * 2,
+    (90, BFLOAT16, 1, 17, 16, 16, True, 8): ["ProductSm90<64, false>", "ProductSm90<64, true>"],
+    (80, BFLOAT16, 1, 17, 16, 16, False, 8): [SMALL, SMALL],
 }
 
 
 @pytest.mark.parametrize("order", [EAGER, LATE], ids=["eager", "late"])
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_linear_takes_the_kernel_for_the_call(kernels, case, order):
-    architecture, operand, m, k, n, sparse = case
-    x, pairs = factors(m, k, n, (8, 8), DTYPES[operand])
+    architecture, operand, launches, m, k, n, sparse, rank = case
+    x, pairs = factors(m, k, n, (rank, 8), DTYPES[operand])
     arguments = {"x": x, "pairs": pairs}
     if sparse:
         arguments["blocks"] = block_sparse(n, k, 16, x.dtype, torch.int64)
-    check_linear(kernels, order, architecture, operand, arguments, (DENSE,))
+    check_linear(kernels, order, architecture, operand, launches, arguments, (DENSE,))
     assert kernels.launched == CHOSEN[case]
 
 
@@ -233,13 +248,13 @@ def test_linear_in_fp32_is_as_good_as_its_terms(kernels, shape, scale, down_scal
     assert ((two.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize(("architecture", "operand"), LINEAR)
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
 @pytest.mark.parametrize("rows", [2, 17])
-def test_an_infinite_intermediate_stays_infinite(kernels, architecture, operand, rows):
+def test_an_infinite_intermediate_stays_infinite(kernels, architecture, operand, launches, rows):
     x = torch.ones(rows, 1, dtype=DTYPES[operand])
     x[0] = float("inf")
     ones = torch.ones(1, 1, dtype=x.dtype)
-    y = kernels.linear(EAGER, architecture, operand, x, [(ones, ones)])
+    y = kernels.linear(EAGER, architecture, operand, x, [(ones, ones)], launches=launches)
     assert y.flatten().tolist() == [float("inf")] + [1.0] * (rows - 1)
 
 
@@ -311,6 +326,17 @@ def test_gram_reads_any_strides_and_alignment(kernels, architecture, operand, la
     check_gram(kernels, LATE, architecture, operand, x, z, layouts=layouts)
 
 
+@pytest.mark.parametrize("operand", [GRAM_BFLOAT16, GRAM_FLOAT16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("order", ORDERS[::2], ids=str)
+# An odd number of tiles, of which the last quads have some outside; two batches; both sides of a rectangle.
+@pytest.mark.parametrize(("batches", "m", "k", "n"), [(1, 33, 520, 0), (2, 130, 768, 0), (1, 200, 520, 776)])
+def test_quads_are_exact(kernels, operand, order, batches, m, k, n):
+    x = integers(batches, m, k, dtype=GRAM_DTYPES[operand], bound=4)
+    z = integers(batches, m, n, dtype=x.dtype, bound=4) if n else None
+    check_gram(kernels, order, 90, operand, x, z, summed=z is None)
+    assert kernels.launched[0].startswith("GramQuadSm90")
+
+
 @pytest.mark.parametrize(("architecture", "operand"), GRAM)
 @pytest.mark.parametrize("round_splits", [0, 1, 2])
 def test_gram_of_many_splits_and_rounds(kernels, architecture, operand, round_splits):
@@ -329,7 +355,7 @@ def test_gram_is_symmetric_and_gives_the_same_bits_in_any_order(kernels, archite
     x = torch.randn(1, 260, 136).to(GRAM_DTYPES[operand])
     weight = torch.rand(1, 260) if weighted else None
     grams, sums = [], []
-    for order in ORDERS:
+    for order in ORDERS[::3]:
         grams.append(torch.zeros(1, 136, 136))
         sums.append(torch.zeros(1, 136))
         kernels.gram(order, architecture, operand, grams[-1], x, None, weight, sums[-1], layouts=(WHOLE,))
@@ -367,6 +393,9 @@ GRAM_CHOSEN = {
     (90, GRAM_BFLOAT16, False, 63): "GramSm80<BFloat16, false, 1, 1>",
     (90, GRAM_BFLOAT16, False, 64): "GramSm90<BFloat16>",
     (90, GRAM_BFLOAT16, True, 64): "GramSm80<BFloat16, true, 2, 1>",
+    (90, GRAM_BFLOAT16, False, 512): "GramSm90<BFloat16>",
+    (90, GRAM_BFLOAT16, False, 520): "GramQuadSm90<BFloat16>",
+    (90, GRAM_FLOAT16, False, 520): "GramQuadSm90<Float16>",
     (80, GRAM_FLOAT16, False, 64): "GramSm80<Float16, false, 1, 1>",
     (90, GRAM_FLOAT16, False, 64): "GramSm90<Float16>",
     (90, GRAM_FLOAT16, True, 64): "GramSm80<Float16, true, 2, 2>",

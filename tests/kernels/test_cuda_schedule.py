@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, product
 from math import ceil
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from .cuda_emulated import GRAM_BFLOAT16, Kernels
+from .cuda_emulated import Kernels
 
 SPLIT_STEP, SPLIT_ROWS_MAX = 64, 4096
-TILE = 128
-SLOTS = 2 * 132
+TILE, QUAD = 128, 256
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +47,10 @@ def test_every_tile_of_a_rectangle_is_visited_once(kernels, rows, cols):
     assert visited == [(row, col) for row in range(rows) for col in range(cols)]
 
 
-@given(rows=st.integers(1, 10**7), tiles=st.integers(1, 3000), most=st.integers(0, 4096))
+@given(rows=st.integers(1, 10**7), blocks=st.integers(1, 3000), slots=st.integers(1, 300), most=st.integers(0, 4096))
 @settings(max_examples=300)
-def test_splits_cover_the_rows_and_stay_short(kernels, rows, tiles, most):
-    split_rows, splits, round_splits = kernels.numbers("schedule_rows", 3, rows, tiles, most)
+def test_splits_cover_the_rows_and_stay_short(kernels, rows, blocks, slots, most):
+    split_rows, splits, round_splits = kernels.numbers("schedule_rows", 3, rows, blocks, slots, most)
     assert split_rows % SPLIT_STEP == 0
     assert 0 < split_rows <= SPLIT_ROWS_MAX
     # No split is empty: its sums would be those of nothing.
@@ -59,54 +58,45 @@ def test_splits_cover_the_rows_and_stay_short(kernels, rows, tiles, most):
     assert 1 <= round_splits <= min(splits, max(most, 1))
 
 
-@given(splits=st.integers(1, 100), waves=st.integers(1, 20))
-def test_full_waves_take_the_longest_splits(kernels, splits, waves):
+@given(splits=st.integers(1, 100), waves=st.integers(1, 20), slots=st.integers(1, 300))
+def test_full_waves_take_the_longest_splits(kernels, splits, waves, slots):
     """Where even the fewest splits fill the device, a shorter one only writes and reads more sums."""
-    schedule = kernels.numbers("schedule_rows", 3, splits * SPLIT_ROWS_MAX, waves * SLOTS, splits)
+    schedule = kernels.numbers("schedule_rows", 3, splits * SPLIT_ROWS_MAX, waves * slots, slots, splits)
     assert schedule == [SPLIT_ROWS_MAX, splits, splits]
 
 
-def gram_sizes(batches: int, rows: int, k: int, n: int, cross: bool) -> list[int]:
-    """As cuda_emulated.cpp reads them, of operands that are not there."""
-    return [80, 0, 0, GRAM_BFLOAT16, batches, rows, k, n, 0, k, 0, n, cross, False, 0, False]
-
-
 @given(
+    size=st.sampled_from((TILE, QUAD)),
     batches=st.integers(1, 4),
     rows=st.integers(1, 3000),
-    k=st.integers(1, 700),
-    n=st.integers(1, 700),
+    k=st.integers(1, 1100),
+    n=st.integers(1, 1100),
     cross=st.booleans(),
+    split_steps=st.integers(1, 20),
+    round_splits=st.integers(1, 8),
 )
 @settings(max_examples=40)
-def test_every_split_of_every_tile_has_one_block(kernels, batches, rows, k, n, cross):
+def test_every_split_of_every_square_has_one_block(
+    kernels, size, batches, rows, k, n, cross, split_steps, round_splits
+):
     n = n if cross else k
-    sizes = gram_sizes(batches, rows, k, n, cross)
-    split_rows, splits, round_splits = kernels.numbers("gram_planned", 5, sizes)[:3]
-    tile_rows, tile_cols = ceil(k / TILE), ceil(n / TILE)
-    places = [(row, col) for row in range(tile_rows) for col in range(tile_cols if cross else row + 1)]
+    split_rows = split_steps * SPLIT_STEP
+    splits = ceil(rows / split_rows)
+    places = [(row, col) for row in range(ceil(k / size)) for col in range(ceil(n / size) if cross else row + 1)]
     assume(len(places) * batches * splits < 3000)
     covered: dict[tuple, list[tuple[int, int]]] = {}
     for first in range(0, splits, round_splits):
-        launched = len(places) * batches * min(round_splits, splits - first)
-        slots = []
-        for block in range(launched):
-            split, batch, tile, row, col, first_row, last_row = kernels.numbers(
-                "schedule_gram", 7, sizes, split_rows, first, block
+        launched = min(round_splits, splits - first)
+        found = []
+        for block in range(len(places) * batches * launched):
+            split, batch, row, col, first_row, last_row = kernels.numbers(
+                "schedule_gram", 6, batches, rows, k, n, int(cross), size, split_rows, first, block
             )
-            assert places[tile] == (row, col)
-            slots.append((split, batch, tile))
-            covered.setdefault((batch, row, col), []).append((first_row, last_row))
-        # Where the sums of a block lie in scratch memory.
-        assert sorted(slots) == [
-            (s, b, t)
-            for s in range(launched // len(places) // batches)
-            for b in range(batches)
-            for t in range(len(places))
-        ]
-    assert covered.keys() == {(batch, *place) for batch in range(batches) for place in places}
+            found.append((split, batch, (row, col)))
+            covered.setdefault((batch, (row, col)), []).append((first_row, last_row))
+        assert found == list(product(range(launched), range(batches), places))
     bounds = [*range(0, rows, split_rows), rows]
-    assert all(ranges == list(pairwise(bounds)) for ranges in covered.values())
+    assert covered == {key: list(pairwise(bounds)) for key in product(range(batches), places)}
 
 
 @given(
