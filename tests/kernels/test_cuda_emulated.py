@@ -251,11 +251,10 @@ def test_linear_in_fp32_is_as_good_as_its_terms(kernels, shape, scale, down_scal
 @pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
 @pytest.mark.parametrize("rows", [2, 17])
 def test_an_infinite_intermediate_stays_infinite(kernels, architecture, operand, launches, rows):
-    x = torch.ones(rows, 1, dtype=DTYPES[operand])
+    x, down, up = (torch.ones(size, 8, dtype=DTYPES[operand]) for size in (rows, 8, 8))
     x[0] = float("inf")
-    ones = torch.ones(1, 1, dtype=x.dtype)
-    y = kernels.linear(EAGER, architecture, operand, x, [(ones, ones)], launches=launches)
-    assert y.flatten().tolist() == [float("inf")] + [1.0] * (rows - 1)
+    y = kernels.linear(EAGER, architecture, operand, x, [(down, up)], launches=launches)
+    assert y.tolist() == [[float("inf")] * 8] + [[64.0] * 8] * (rows - 1)
 
 
 def check_gram(
