@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from . import emulator
-from .emulator.primitives import NONE, ORDERS, SEEDS, aligned, check_mistake, load
-
-BOX = 64
+from .emulator.primitives import BOX, NONE, ORDERS, SEEDS, aligned, box_of, check_mistake, load, unswizzled
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +20,6 @@ def bits(values: np.ndarray, bf16: bool) -> np.ndarray:
     """The 16-bit patterns of values that are exact in 16 bits."""
     narrow = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return narrow if bf16 else values.astype(np.float16).view(np.uint16)
-
-
-def unswizzled(stored: np.ndarray) -> np.ndarray:
-    """The rows of a box [64, 64] of 16 bits from what lies in shared memory: unit u of row r is at u ^ (r % 8)."""
-    units = stored.reshape(BOX, 8, 8)
-    return np.stack([units[row, np.arange(8) ^ (row % 8)] for row in range(BOX)]).reshape(BOX, BOX)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -106,13 +98,6 @@ def test_boxes_are_swizzled_and_zero_outside_the_tensor(run, corner, order):
     out = np.full((BOX, BOX), 0xEEEE, np.uint16)
     run("run_load_box", tensor, 99, 70, 2, 208, out, *corner, True, order=order)
     assert np.array_equal(unswizzled(out), box_of(inside, *corner))
-
-
-def box_of(tensor: np.ndarray, x: int, y: int, z: int) -> np.ndarray:
-    wide = np.zeros((5, 400, 400), tensor.dtype)
-    batches, rows, cols = tensor.shape
-    wide[1 : 1 + batches, 100 : 100 + rows, 100 : 100 + cols] = tensor
-    return wide[1 + z, 100 + y : 164 + y, 100 + x : 164 + x]
 
 
 def test_a_box_that_nobody_waits_for_shows_when_it_is_late(run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .emulator.primitives import NONE, ORDERS, SEEDS, aligned, check_mistake, load
+from .emulator.primitives import BOX, NONE, ORDERS, SEEDS, aligned, box_of, check_mistake, load, unswizzled
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,39 @@ def test_the_barrier_of_a_cluster_waits_for_all_threads_that_have_not_ended(run)
             assert np.array_equal(out, expected) == waits
     with pytest.raises(RuntimeError, match="the grid's x was 6, but must be a multiple of the 4 blocks of a cluster"):
         run("run_ranks", np.zeros(6, np.int32), np.zeros((6, 64), np.int32), 6, 1, True)
+
+
+BOX_BYTES = BOX * BOX * 2
+
+
+def load_to_blocks(run, blocks: int, sender: int, all_wait: bool, late: bool, expected: int = BOX_BYTES) -> None:
+    """Asserts that a box, of which a part is outside the tensor, comes to these blocks of four and to no other."""
+    tensor = aligned((1, 70, 72), np.uint16, np.arange(1, 70 * 72 + 1).reshape(1, 70, 72))
+    box, none = box_of(tensor, 9, -3, 0), np.full((BOX, BOX), 0xFFFF)
+    for seed in SEEDS:
+        out = np.zeros((4, BOX, BOX), np.uint16)
+        run("run_load_to_blocks", tensor, 72, 70, out, 9, -3, sender, blocks, expected, all_wait, order=(late, seed))
+        for rank in range(4):
+            assert np.array_equal(unswizzled(out[rank]), box if blocks >> rank & 1 else none)
+
+
+@pytest.mark.parametrize("blocks", range(1, 16))
+@pytest.mark.parametrize("late", [False, True])
+def test_a_box_comes_to_the_blocks_of_its_mask(run, blocks, late):
+    load_to_blocks(run, blocks, blocks % 4, True, late)
+
+
+def test_a_box_comes_to_each_of_its_blocks_at_a_time_of_its_own(run):
+    load_to_blocks(run, 0b101, 2, False, False)
+    with pytest.raises((RuntimeError, AssertionError), match=r"1 boxes were on their way when the block ended|assert"):
+        load_to_blocks(run, 0b101, 2, False, True)
+
+
+@pytest.mark.parametrize("expected", [BOX_BYTES - 16, BOX_BYTES + 16])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_phase_ends_only_with_the_bytes_that_it_expects(run, late, expected):
+    with pytest.raises(RuntimeError, match=r"deadlock\..* 64 threads wait in barrier_wait for parity 0"):
+        load_to_blocks(run, 0b101, 2, True, late, expected)
 
 
 @pytest.fixture(scope="module")

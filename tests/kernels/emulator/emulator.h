@@ -6,11 +6,11 @@
 // thread goes on: mostly one warp of one block runs as far ahead as it can, so that a missing barrier shows.
 //
 // Asynchronous instructions take effect at once or, with `late`, as late as they may. copy_async: when its thread waits
-// for the group. Boxes and copies to blocks, which are read only then, a box for several blocks for each of them: when
-// every thread waits or, with two of three seeds, at a random switch, in any order. wgmma: reads its operands when the first warp waits for the group, and
-// leaves NaN in each thread's sums until its own warp has waited. store_box: reads at store_wait, writes when the block
-// ends. A launch that the next one overlaps: when every thread of that one waits. A correct kernel gives the same
-// result either way and with every seed.
+// for the group. Boxes and copies to blocks, which are read only then, each block's by itself: when every thread waits
+// or, with two of three seeds, at a random switch, in any order. wgmma: reads its operands when the first warp waits
+// for the group, and leaves NaN in each thread's sums until its own warp has waited. store_box: reads at store_wait,
+// writes when the block ends. A launch that the next one overlaps: when every thread of that one waits. A correct
+// kernel gives the same result either way and with every seed.
 //
 // Shared memory is NaN when a block begins. The tensor cores and the copy engine see what plain stores and copy_async
 // wrote to it after an async_fence or, with every other seed, at once. Six seeds in a row have everything that depends

@@ -10,6 +10,7 @@ import pytest
 
 from . import SOURCES, build, call
 
+BOX = 64  # rows and columns
 NONE = 0  # the kernel without a fault
 SEEDS = range(6)
 ORDERS = [(late, seed) for late in (False, True) for seed in SEEDS]
@@ -42,6 +43,19 @@ def aligned(shape: tuple[int, ...], dtype, fill) -> np.ndarray:
     array = memory[begin : begin + size].view(dtype).reshape(shape)
     array[...] = fill
     return array
+
+
+def unswizzled(stored: np.ndarray) -> np.ndarray:
+    """The rows of a box [64, 64] of 16 bits from what lies in shared memory: unit u of row r is at u ^ (r % 8)."""
+    units = stored.reshape(BOX, 8, 8)
+    return np.stack([units[row, np.arange(8) ^ (row % 8)] for row in range(BOX)]).reshape(BOX, BOX)
+
+
+def box_of(tensor: np.ndarray, x: int, y: int, z: int) -> np.ndarray:
+    wide = np.zeros((5, 400, 400), tensor.dtype)
+    batches, rows, cols = tensor.shape
+    wide[1 : 1 + batches, 100 : 100 + rows, 100 : 100 + cols] = tensor
+    return wide[1 + z, 100 + y : 164 + y, 100 + x : 164 + x]
 
 
 def check_mistake(run, kernel: str, wrong: int, message: str, late: bool) -> None:

@@ -8,6 +8,8 @@ namespace {
 using emulator::launch;
 using emulator::message_of;
 
+constexpr int kBoxBytes = 64 * kBoxRowBytes;
+
 enum class ExchangeFault {
   kNone,
   kNoFirstBarrier,
@@ -99,10 +101,43 @@ struct Ranks {
   }
 };
 
+// out [4, 64, 64] = the box at (x, y, 0) as it is in the shared memory of those `blocks` of a cluster that block
+// `sender` brings it to. Only that one waits, unless `all_wait`.
+struct LoadToBlocks {
+  struct Params {
+    TensorMap map;
+    uint16_t* out;
+    int x, y, sender;
+    uint16_t blocks;
+    int expected;  // bytes, by each block
+    bool all_wait;
+  };
+  static constexpr int kCluster = 4;
+  static constexpr int kThreads = 64;
+  static constexpr int kSharedBytes = kBoxBytes + 8;
+
+  static MIXRANK_DEVICE void run(const Params& p) {
+    char* shared = shared_memory();
+    auto* full = reinterpret_cast<uint64_t*>(shared + kBoxBytes);
+    const int rank = cluster_rank();
+    const bool first = threadIdx.x == 0, gets = p.blocks >> rank & 1;
+    if (first) {
+      barrier_init(full, 1);
+      barrier_init_fence();
+    }
+    cluster_barrier();
+    if (first && rank == p.sender) load_box_to_blocks(shared, &p.map, full, p.x, p.y, 0, p.blocks);
+    if (first && gets) barrier_expect(full, p.expected);
+    if (gets && (p.all_wait || rank == p.sender)) barrier_wait(full, 0);
+    cluster_barrier();
+    memcpy(p.out + (rank * kThreads + threadIdx.x) * 64, shared + threadIdx.x * kBoxRowBytes, kBoxRowBytes);
+  }
+};
+
 enum class SharedFault { kNone, kReleasedToItself, kPeerNotReleased, kNotShared, kNoFirstBarrier, kNoLastBarrier };
 
-// out [2 * batches, 64, 128] = the sum of `tiles` tiles [64, 128] below each other, by both blocks of a cluster for each
-// batch. Each block brings half of every tile to both, into one of two stages that both have released.
+// out [2 * batches, 64, 128] = the sum of `tiles` tiles [64, 128] below each other, by both blocks of each batch's
+// cluster. Each block brings half of every tile to both, into one of two stages that both have released.
 struct SharedPipeline {
   struct Params {
     TensorMap map;
@@ -114,7 +149,6 @@ struct SharedPipeline {
   static constexpr int kStages = 2;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 32 * (kConsumers + 1);
-  static constexpr int kBoxBytes = 64 * kBoxRowBytes;
   static constexpr int kTileBytes = kCluster * kBoxBytes;
   static constexpr int kSharedBytes = kStages * (kTileBytes + 16);
 
@@ -255,6 +289,15 @@ const char* run_exchange(const int* in, int* out, int clusters, int blocks, int 
 
 const char* run_ranks(int* between, int* out, int x, int y, bool waits, bool late, uint64_t seed) {
   return message_of([&] { launch<Ranks>(x, y, 1, {between, out, waits}, {late, seed}); });
+}
+
+const char* run_load_to_blocks(const uint16_t* in, int cols, int rows, uint16_t* out, int x, int y, int sender,
+                               int blocks, int expected, bool all_wait, bool late, uint64_t seed) {
+  return message_of([&] {
+    const TensorMap map = make_map(in, cols, rows, 1, cols * 2, int64_t{2} * cols * rows, 64);
+    const auto mask = static_cast<uint16_t>(blocks);
+    launch<LoadToBlocks>(4, 1, 1, {map, out, x, y, sender, mask, expected, all_wait}, {late, seed});
+  });
 }
 
 const char* run_shared_pipeline(const int16_t* in, int batches, int tiles, int32_t* out, int fault, bool late,
