@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mixrank_bench import (
     figures,
+    tables_cuda,
     tables_gpu_results,
     tables_gpu_roofline,
     tables_ladder,
@@ -48,6 +49,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
     },
     "docs/benchmarks_all.md": {"machine": tables_ops.machine, "all": tables_ops.complete, "absent": tables_ops.absent},
     "docs/kernels/lowrank_linear.md": {"ladder-lowrank": tables_ladder.lowrank, "by-rank": tables_ops.by_rank},
+    "docs/kernels/cuda.md": {"cuda-build": tables_cuda.build},
     "docs/kernels/gram.md": {"ladder-gram": tables_ladder.gram, "by-width": tables_ops.by_width},
     "docs/kernels/gpu.md": {
         "gpu-fill": tables_gpu_roofline.fill,

@@ -9,23 +9,13 @@
 #include <atomic>
 
 #include "common/checks.h"
+#include "cuda/entry.cuh"
 #include "cuda/ptx.h"
 
 namespace mixrank {
 
 inline void check_cuda(cudaError_t status, const char* what) {
   check(status == cudaSuccess, what, " failed: ", cudaGetErrorString(status));
-}
-
-template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
-    entry(const __grid_constant__ typename Kernel::Params params) {
-#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (Kernel::kArchitecture == 80)
-#endif
-  {
-    Kernel::run(params);
-  }
 }
 
 class Launcher {

@@ -1,5 +1,11 @@
 // The CUDA kernels on the emulator, through the same host code that launches them on a device: C functions for
 // test_cuda_emulated.py. Sizes and pointers come as arrays, in the order that the functions read them in.
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <string>
+#include <typeinfo>
+
 #include "cuda/launch_gram.h"
 #include "cuda/launch_product.h"
 #include "emulator/emulator.h"
@@ -8,10 +14,24 @@ namespace {
 
 using namespace mixrank;
 
+// Names of kernels, one a line: all that the launch code can reach, and those of the last call in their order.
+constinit std::string reachable;
+constinit std::string launched;
+
+// Every instance of Launcher::launch names its kernel when the library is loaded.
+template <class Kernel>
+const char* const kName = [] {
+  const char* name = abi::__cxa_demangle(typeid(Kernel).name(), nullptr, nullptr, nullptr);
+  reachable += std::string(name) + "\n";
+  return name;
+}();
+
 class Launcher {
  public:
   Launcher(int64_t architecture, int64_t late, int64_t seed)
-      : architecture_(static_cast<int>(architecture)), queue_({late != 0, static_cast<uint64_t>(seed)}) {}
+      : architecture_(static_cast<int>(architecture)), queue_({late != 0, static_cast<uint64_t>(seed)}) {
+    launched.clear();
+  }
 
   int architecture() const { return architecture_; }
 
@@ -22,6 +42,7 @@ class Launcher {
 
   template <class Kernel>
   void launch(int64_t blocks, const typename Kernel::Params& params, bool overlaps) {
+    launched += std::string(kName<Kernel>) + "\n";
     queue_.launch<Kernel>(blocks, 1, 1, params, overlaps);
   }
 
@@ -35,6 +56,9 @@ class Launcher {
 }  // namespace
 
 extern "C" {
+
+const char* kernels_reachable() { return reachable.c_str(); }
+const char* kernels_launched() { return launched.c_str(); }
 
 int64_t linear_hidden_stride(int64_t R, int64_t Q) { return hidden_stride(static_cast<int>(R), static_cast<int>(Q)); }
 
@@ -67,7 +91,9 @@ namespace {
 
 // sizes: architecture, late, seed, operand, batches, M, K, N, x_batch_stride, x_stride, z_batch_stride, z_stride, cross, wide
 // master, at most so many splits in a round or 0, summing.
-GramArguments gram_arguments(const int64_t* sizes) {
+//
+// pointers: gram, x, z, row_weight, column_sum, partial, partial_sum.
+GramArguments gram_arguments(const int64_t* sizes, void* const* pointers) {
   GramArguments call{};
   call.operand = static_cast<GramOperand>(sizes[3]);
   call.wide_master = sizes[13] != 0;
@@ -81,36 +107,34 @@ GramArguments gram_arguments(const int64_t* sizes) {
   params.z_batch_stride = sizes[10];
   params.z_stride = sizes[11];
   params.cross = sizes[12] != 0;
+  call.gram = pointers[0];
+  params.x = pointers[1];
+  params.z = pointers[2];
+  params.weight = static_cast<const float*>(pointers[3]);
+  call.column_sum = pointers[4];
   return call;
 }
 
-GramPlan gram_plan(const int64_t* sizes) {
-  GramPlan plan = plan_gram(gram_arguments(sizes), static_cast<int>(sizes[0]), sizes[15] != 0);
+GramPlan gram_plan(const int64_t* sizes, void* const* pointers) {
+  GramPlan plan = plan_gram(gram_arguments(sizes, pointers), static_cast<int>(sizes[0]), sizes[15] != 0);
   if (sizes[14] > 0 && sizes[14] < plan.rows.round_splits) plan.rows.round_splits = sizes[14];
   return plan;
 }
 
 }  // namespace
 
-// planned: split_rows, splits, round_splits, partials, partial_sums.
-void gram_planned(const int64_t* sizes, int64_t* planned) {
-  const GramPlan plan = gram_plan(sizes);
+// planned: split_rows, splits, round_splits, partials, partial_sums. Of the pointers those of the operands count.
+void gram_planned(const int64_t* sizes, void* const* pointers, int64_t* planned) {
+  const GramPlan plan = gram_plan(sizes, pointers);
   const int64_t values[] = {plan.rows.split_rows, plan.rows.splits, plan.rows.round_splits, plan.partials,
                             plan.partial_sums};
   for (int i = 0; i < 5; ++i) planned[i] = values[i];
 }
 
-// pointers: gram, x, z, row_weight, column_sum, partial, partial_sum.
 const char* gram_emulated(const int64_t* sizes, void* const* pointers) {
   return emulator::message_of([&] {
-    GramArguments call = gram_arguments(sizes);
-    call.gram = pointers[0];
-    call.params.x = pointers[1];
-    call.params.z = pointers[2];
-    call.params.weight = static_cast<const float*>(pointers[3]);
-    call.column_sum = pointers[4];
     Launcher launcher(sizes[0], sizes[1], sizes[2]);
-    gram(launcher, call, gram_plan(sizes), static_cast<float*>(pointers[5]), static_cast<float*>(pointers[6]));
+    gram(launcher, gram_arguments(sizes, pointers), gram_plan(sizes, pointers), static_cast<float*>(pointers[5]), static_cast<float*>(pointers[6]));
     launcher.finish();
   });
 }
@@ -132,9 +156,14 @@ void schedule_rows(int64_t rows, int64_t blocks, int64_t slots, int64_t most, in
 }
 
 // Where block `block` of a Gram launch works: split, batch, row and col of squares of `size`, first and last row.
-void schedule_gram(const int64_t* sizes, int64_t size, int64_t split_rows, int64_t first_split, int64_t block,
-                   int64_t* where) {
-  GramParams params = gram_arguments(sizes).params;
+void schedule_gram(int64_t batches, int64_t rows, int64_t K, int64_t N, int64_t cross, int64_t size, int64_t split_rows,
+                   int64_t first_split, int64_t block, int64_t* where) {
+  GramParams params{};
+  params.batches = static_cast<int>(batches);
+  params.M = rows;
+  params.K = static_cast<int>(K);
+  params.N = static_cast<int>(N);
+  params.cross = cross != 0;
   params.split_rows = split_rows;
   params.first_split = first_split;
   const GramTile found = GramTile::of(params, block, static_cast<int>(size));
@@ -143,10 +172,10 @@ void schedule_gram(const int64_t* sizes, int64_t size, int64_t split_rows, int64
   for (int i = 0; i < 6; ++i) where[i] = values[i];
 }
 
-// Output, row and column of tiles of block `block`, and the chunks of its sum as (term, depth) from `chunks` on; returns their
-// number. N and depth of both terms; `outputs` 2 for one output each.
-int64_t schedule_product(int64_t outputs, const int64_t* N, const int64_t* depth, int64_t cols, int64_t depth_step,
-                         int64_t block, int64_t* where, int64_t* chunks) {
+// For a product of one output of two terms, or of two outputs of one term each: output, row and column of tiles of block
+// `block`, the number of chunks of its sum, and term and depth of each.
+void schedule_product(int64_t outputs, const int64_t* N, const int64_t* depth, int64_t cols, int64_t depth_step,
+                      int64_t block, int64_t* where) {
   ProductParams params{};
   params.output_count = static_cast<int>(outputs);
   params.term_count = outputs == 2 ? 1 : 2;
@@ -155,13 +184,12 @@ int64_t schedule_product(int64_t outputs, const int64_t* N, const int64_t* depth
     params.terms[i].depth = static_cast<int>(depth[i]);
   }
   const OutputTile found = output_tile(params, block, static_cast<int>(cols));
-  where[0] = found.output, where[1] = found.tile.row, where[2] = found.tile.col;
   const int count = chunk_count(params, found.output, static_cast<int>(depth_step));
+  where[0] = found.output, where[1] = found.tile.row, where[2] = found.tile.col, where[3] = count;
   for (int i = 0; i < count; ++i) {
     const Chunk chunk = chunk_at(params, found.output, i, static_cast<int>(depth_step));
-    chunks[2 * i] = chunk.term, chunks[2 * i + 1] = chunk.depth;
+    where[4 + 2 * i] = chunk.term, where[5 + 2 * i] = chunk.depth;
   }
-  return count;
 }
 
 }  // extern "C"

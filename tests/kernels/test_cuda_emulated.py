@@ -1,0 +1,421 @@
+"""The CUDA kernels on the emulator: exact on small integers, within nothing but their operands, in any order.
+
+Operands are integers whose products and sums are exact in fp32, so one wrong index, one missing barrier or one byte
+from outside an operand changes the result.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixrank_kernels import reference, testing
+
+from .cuda_emulated import (
+    ALL_LAYOUTS,
+    BFLOAT16,
+    DENSE,
+    EAGER,
+    FLOAT32_THREE,
+    FLOAT32_TWO,
+    GRAM_BFLOAT16,
+    GRAM_FLOAT16,
+    GRAM_FLOAT32_THREE,
+    GRAM_FLOAT32_TWO,
+    LATE,
+    WHOLE,
+    Kernels,
+    Order,
+)
+
+DTYPES = {BFLOAT16: torch.bfloat16, FLOAT32_TWO: torch.float32, FLOAT32_THREE: torch.float32}
+LINEAR = [
+    pytest.param(80, BFLOAT16, 2, id="sm80-bf16"),
+    pytest.param(90, BFLOAT16, 2, id="sm90-bf16-two-launches"),
+    pytest.param(90, BFLOAT16, 1, id="sm90-bf16-one-launch"),
+    pytest.param(80, FLOAT32_TWO, 2, id="sm80-fp32-two"),
+    pytest.param(90, FLOAT32_THREE, 2, id="sm90-fp32-three"),
+]
+GRAM_DTYPES = {
+    GRAM_BFLOAT16: torch.bfloat16,
+    GRAM_FLOAT16: torch.float16,
+    GRAM_FLOAT32_TWO: torch.float32,
+    GRAM_FLOAT32_THREE: torch.float32,
+}
+GRAM = [
+    pytest.param(80, GRAM_BFLOAT16, id="sm80-bf16"),
+    pytest.param(90, GRAM_BFLOAT16, id="sm90-bf16"),
+    pytest.param(80, GRAM_FLOAT16, id="sm80-fp16"),
+    pytest.param(90, GRAM_FLOAT16, id="sm90-fp16"),
+    pytest.param(80, GRAM_FLOAT32_TWO, id="sm80-fp32-two"),
+    pytest.param(90, GRAM_FLOAT32_THREE, id="sm90-fp32-three"),
+]
+# Six seeds in a row have everything that depends on the seed in all combinations.
+ORDERS = [Order(late, seed) for late in (False, True) for seed in range(6)]
+# Every operand where the copy engine reaches it, and each kind of access for each operand.
+LAYOUTS = {"whole": (WHOLE,)} | {f"mixed{i}": ALL_LAYOUTS[i:] + ALL_LAYOUTS[:i] for i in range(len(ALL_LAYOUTS))}
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    return Kernels()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def integers(*shape: int, dtype: torch.dtype, bound: int = 1) -> Tensor:
+    return torch.randint(-bound, bound + 1, shape).to(dtype)
+
+
+def factors(m: int, k: int, n: int, ranks: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, list]:
+    """X and pairs of factors. In fp32 x has nine bits, so that it takes two terms; the intermediate has below 16."""
+    x = integers(m, k, dtype=dtype, bound=511 if dtype == torch.float32 else 2)
+    return x, [(integers(r, k, dtype=dtype), integers(n, r, dtype=dtype)) for r in ranks]
+
+
+def exact_linear(x: Tensor, pairs: list, bias: Tensor | None = None, blocks: tuple | None = None) -> Tensor:
+    """In fp64, but for the two roundings to the dtype: of the intermediate, and of the result."""
+    out = torch.zeros(x.shape[0], pairs[0][1].shape[0], dtype=torch.float64)
+    for down, up in pairs:
+        hidden = x.double() @ down.double().T
+        assert hidden.abs().max() < (256 if x.dtype == torch.bfloat16 else 2**16), "the intermediate is not exact"
+        out += hidden @ up.double().T
+    if blocks is not None:
+        out += x.double() @ testing.densified(*blocks, x.shape[1]).double().T
+    return (out if bias is None else out + bias.double()).to(x.dtype)
+
+
+def block_sparse(n: int, k: int, b: int, dtype: torch.dtype, index: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Crow, col and values: the first row of blocks is empty, the last has two blocks at one place."""
+    counts = torch.randint(1, 4, (n // b,))
+    counts[0] = 0
+    counts[-1] = 2
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    col = torch.randint(k // b, (int(crow[-1]),))
+    col[-2:] = k // b - 1
+    return crow.to(index), col.to(index), integers(len(col), b, b, dtype=dtype)
+
+
+def check_linear(
+    kernels: Kernels, order: Order, architecture: int, operand: int, launches: int, arguments: dict, layouts
+) -> None:
+    y = kernels.linear(order, architecture, operand, **arguments, layouts=layouts, launches=launches)
+    assert torch.equal(y, exact_linear(**arguments))
+
+
+# M, K, N and the ranks: one of everything, primes, tiles (16, 64, 128), their boundaries and neighbours, several chunks
+# (32 in fp32, 64 in bf16), more chunks than stages.
+SHAPES = [
+    (1, 1, 1, (1,)),
+    (1, 64, 72, (8, 8)),
+    (15, 33, 61, (5, 3)),
+    (16, 136, 136, (72, 16)),
+    (17, 40, 264, (8, 8)),
+    (63, 127, 65, (1, 63)),
+    (64, 64, 128, (64,)),
+    (65, 65, 129, (65, 1)),
+    (127, 96, 136, (72,)),
+    (128, 200, 64, (24, 16)),
+    (129, 7, 130, (129,)),
+    (200, 129, 63, (31, 33)),
+    (257, 24, 8, (16, 72)),
+    (130, 72, 520, (264, 72)),
+]
+
+
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
+@pytest.mark.parametrize(("m", "k", "n", "ranks"), SHAPES)
+def test_linear_is_exact(kernels, architecture, operand, launches, m, k, n, ranks):
+    x, pairs = factors(m, k, n, ranks, DTYPES[operand])
+    for biased, order in enumerate((EAGER, LATE)):
+        bias = integers(n, dtype=x.dtype, bound=9) if biased else None
+        check_linear(kernels, order, architecture, operand, launches, {"x": x, "pairs": pairs, "bias": bias}, (DENSE,))
+
+
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
+@pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("m", "k", "n", "ranks"), [(3, 33, 40, (9, 7)), (70, 133, 72, (66, 5)), (130, 72, 64, (40, 16))]
+)
+def test_linear_reads_any_strides_and_alignment(kernels, architecture, operand, launches, layouts, m, k, n, ranks):
+    x, pairs = factors(m, k, n, ranks, DTYPES[operand])
+    arguments = {"x": x, "pairs": pairs, "bias": integers(n, dtype=x.dtype)}
+    for order in (EAGER, LATE):
+        check_linear(kernels, order, architecture, operand, launches, arguments, layouts)
+
+
+# M, K, N, ranks, size of the blocks.
+SPARSE = [
+    (1, 16, 32, (3,), 16),
+    (17, 48, 80, (8, 8), 16),
+    (65, 96, 160, (5, 9), 32),
+    (70, 96, 144, (16,), 48),
+    (130, 128, 256, (8, 8), 64),
+]
+
+
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize(("m", "k", "n", "ranks", "b"), SPARSE)
+def test_block_sparse_residuals_are_exact(kernels, architecture, operand, launches, index, m, k, n, ranks, b):
+    x, pairs = factors(m, k, n, ranks, DTYPES[operand])
+    blocks = block_sparse(n, k, b, x.dtype, index)
+    for order, layouts in ((EAGER, (WHOLE,)), (LATE, (WHOLE,)), (EAGER, (DENSE,)), (LATE, ALL_LAYOUTS[2:])):
+        check_linear(
+            kernels, order, architecture, operand, launches, {"x": x, "pairs": pairs, "blocks": blocks}, layouts
+        )
+
+
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_linear_is_exact_in_any_order(kernels, architecture, operand, launches, order):
+    x, pairs = factors(136, 328, 264, (72, 16), DTYPES[operand])
+    x.clamp_(-99, 99)
+    check_linear(kernels, order, architecture, operand, launches, {"x": x, "pairs": pairs}, (WHOLE,))
+
+
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
+def test_linear_gives_the_same_bits_in_any_order(kernels, architecture, operand, launches):
+    x, pairs = torch.randn(70, 136), [(torch.randn(72, 136), torch.randn(40, 72))]
+    x, pairs = x.to(DTYPES[operand]), [(down.to(DTYPES[operand]), up.to(DTYPES[operand])) for down, up in pairs]
+    first, *others = (
+        kernels.linear(order, architecture, operand, x, pairs, layouts=(WHOLE,), launches=launches) for order in ORDERS
+    )
+    assert all(torch.equal(first, other) for other in others)
+
+
+FEW, SMALL, LARGE = (
+    f"ProductSm80<BFloat16, {tile}>" for tile in ("16, 64, 1, 4, 6", "64, 64, 2, 2, 4", "128, 128, 2, 4, 3")
+)
+# Of every call: architecture, operand, launches, M, K, N, whether there is a block-sparse residual, and the rank. Large
+# tiles are taken from 132 tiles of 128 x 128 on, as of 1409 rows and 1408 columns.
+CHOSEN = {
+    (80, BFLOAT16, 2, 16, 16, 16, False, 8): [FEW, FEW],
+    (90, BFLOAT16, 2, 16, 16, 16, True, 8): [FEW, FEW],
+    (80, BFLOAT16, 2, 17, 16, 16, True, 8): [SMALL, SMALL],
+    (80, BFLOAT16, 2, 1409, 16, 1408, False, 8): [SMALL, LARGE],
+    (80, BFLOAT16, 2, 1409, 16, 1408, True, 8): [SMALL, LARGE],
+    (80, BFLOAT16, 2, 1408, 16, 1408, False, 8): [SMALL, SMALL],
+    (90, BFLOAT16, 2, 17, 16, 16, False, 8): ["ProductSm90<64, false>"] * 2,
+    (90, BFLOAT16, 2, 17, 16, 16, True, 8): ["ProductSm90<64, false>", "ProductSm90<64, true>"],
+    (90, BFLOAT16, 2, 1409, 16, 1408, False, 8): ["ProductSm90<64, false>", "ProductSm90<128, false>"],
+    (90, BFLOAT16, 2, 1409, 16, 1408, True, 8): ["ProductSm90<64, false>", "ProductSm90<128, true>"],
+    (90, BFLOAT16, 2, 17, 15, 16, False, 8): [SMALL, "ProductSm90<64, false>"],
+    (90, BFLOAT16, 2, 17, 16, 15, False, 8): ["ProductSm90<64, false>", SMALL],
+    (80, FLOAT32_TWO, 2, 17, 16, 16, True, 8): ["ProductSm80<Float32<2>, 64, 64, 2, 2, 4>"] * 2,
+    (90, FLOAT32_THREE, 2, 17, 16, 16, True, 8): ["ProductSm80<Float32<3>, 64, 64, 2, 2, 4>"] * 2,
+    (90, BFLOAT16, 1, 17, 16, 16, False, 8): ["LinearSm90<2>"],
+    (90, BFLOAT16, 1, 1, 16, 16, False, 192): ["LinearSm90<2>"],
+    (90, BFLOAT16, 1, 17, 16, 16, False, 200): ["LinearSm90<4>"],
+    (90, BFLOAT16, 1, 17, 16, 16, False, 456): ["ProductSm90<64, false>"] * 2,
+    (90, BFLOAT16, 1, 17, 16, 16, True, 8): ["ProductSm90<64, false>", "ProductSm90<64, true>"],
+    (80, BFLOAT16, 1, 17, 16, 16, False, 8): [SMALL, SMALL],
+}
+
+
+@pytest.mark.parametrize("order", [EAGER, LATE], ids=["eager", "late"])
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_linear_takes_the_kernel_for_the_call(kernels, case, order):
+    architecture, operand, launches, m, k, n, sparse, rank = case
+    x, pairs = factors(m, k, n, (rank, 8), DTYPES[operand])
+    arguments = {"x": x, "pairs": pairs}
+    if sparse:
+        arguments["blocks"] = block_sparse(n, k, 16, x.dtype, torch.int64)
+    check_linear(kernels, order, architecture, operand, launches, arguments, (DENSE,))
+    assert kernels.launched == CHOSEN[case]
+
+
+@pytest.mark.parametrize(
+    ("scale", "down_scale", "up_scale"), [(1, 1, 1), (1e30, 1e-30, 1), (1e-30, 1e25, 1e5), (1e30, 1, 1e-30)]
+)
+@pytest.mark.parametrize("shape", [(17, 5, 3, 9), (65, 130, 33, 40)], ids=str)
+def test_linear_in_fp32_is_as_good_as_its_terms(kernels, shape, scale, down_scale, up_scale):
+    m, k, r, n = shape
+    x, down, up = torch.randn(m, k) * scale, torch.randn(r, k) * down_scale, torch.randn(n, r) * up_scale
+    exact = x.double() @ down.double().T @ up.double().T
+    three = kernels.linear(LATE, 80, FLOAT32_THREE, x, [(down, up)])
+    testing.assert_within_budget(three, exact, x @ down.T @ up.T, torch.float32)
+    two = kernels.linear(LATE, 80, FLOAT32_TWO, x, [(down, up)])
+    # Two terms leave at most 2^-16 of a value; a product lacks that of either operand and the product of both second
+    # terms, and there are two products. The seventh is room for fp32 sums.
+    allowed = 7 * 2.0**-16 * (x.double().abs() @ down.double().abs().T @ up.double().abs().T)
+    assert ((two.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(("architecture", "operand", "launches"), LINEAR)
+@pytest.mark.parametrize("rows", [2, 17])
+def test_an_infinite_intermediate_stays_infinite(kernels, architecture, operand, launches, rows):
+    x, down, up = (torch.ones(size, 8, dtype=DTYPES[operand]) for size in (rows, 8, 8))
+    x[0] = float("inf")
+    y = kernels.linear(EAGER, architecture, operand, x, [(down, up)], launches=launches)
+    assert y.tolist() == [[float("inf")] * 8] + [[64.0] * 8] * (rows - 1)
+
+
+def check_gram(
+    kernels: Kernels, order: Order, architecture: int, operand: int, x: Tensor, z: Tensor | None = None, *,
+    weight: Tensor | None = None, summed: bool = False, master: torch.dtype = torch.float64, **how,
+) -> list[int]:  # fmt: skip
+    """One call against the reference; the plan. Gram begins unsymmetric, so mirroring instead of adding shows."""
+    B, _, K = x.shape
+    N = K if z is None else z.shape[2]
+    gram = integers(B, K, N, dtype=master, bound=99)
+    column_sum = integers(B, K, dtype=master, bound=99) if summed else None
+    expected, sums = gram.clone(), None if column_sum is None else column_sum.clone()
+    if z is None:
+        reference.gram_accumulate_(expected, x, weight, sums)
+    else:
+        for batch in range(B):
+            reference.cross_gram_accumulate_(expected[batch], x[batch], z[batch])
+    plan = kernels.gram(order, architecture, operand, gram, x, z, weight, column_sum, **how)
+    assert torch.equal(gram, expected)
+    assert column_sum is None or torch.equal(column_sum, sums)
+    return plan
+
+
+def weights(batches: int, m: int) -> Tensor:
+    """With nine bits, so that a weighted row takes a second term."""
+    return integers(batches, m, dtype=torch.float32, bound=300)
+
+
+# B, M, K: one of everything, primes, tiles (128) and steps (16, 64), their boundaries and neighbours.
+GRAM_SHAPES = [(1, 1, 1), (3, 33, 61), (1, 64, 128), (2, 65, 127), (1, 63, 129), (1, 300, 200), (2, 130, 264)]
+
+
+@pytest.mark.parametrize(("architecture", "operand"), GRAM)
+@pytest.mark.parametrize(("batches", "m", "k"), GRAM_SHAPES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_gram_is_exact(kernels, architecture, operand, batches, m, k, weighted):
+    x = integers(batches, m, k, dtype=GRAM_DTYPES[operand], bound=4)
+    weight = weights(batches, m) if weighted else None
+    for order, master, summed in (
+        (EAGER, torch.float64, True),
+        (LATE, torch.float32, True),
+        (LATE, torch.float64, False),
+    ):
+        check_gram(kernels, order, architecture, operand, x, weight=weight, master=master, summed=summed)
+
+
+@pytest.mark.parametrize(("architecture", "operand"), GRAM)
+@pytest.mark.parametrize(
+    ("batches", "m", "k", "n"), [(1, 1, 1, 1), (2, 33, 130, 7), (1, 127, 64, 264), (2, 70, 136, 128)]
+)
+def test_cross_gram_is_exact(kernels, architecture, operand, batches, m, k, n):
+    dtype = GRAM_DTYPES[operand]
+    # One operand of more bits than bf16 has, where there is room for them.
+    x, z = (integers(batches, m, size, dtype=dtype, bound=bound) for size, bound in ((k, 4), (n, 4)))
+    if dtype == torch.float32:
+        x = integers(batches, m, k, dtype=dtype, bound=511)
+    for order, master in ((EAGER, torch.float64), (LATE, torch.float32)):
+        check_gram(kernels, order, architecture, operand, x, z, master=master)
+
+
+@pytest.mark.parametrize(("architecture", "operand"), GRAM)
+@pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
+def test_gram_reads_any_strides_and_alignment(kernels, architecture, operand, layouts):
+    dtype = GRAM_DTYPES[operand]
+    x, z = integers(2, 37, 133, dtype=dtype, bound=4), integers(2, 37, 60, dtype=dtype, bound=4)
+    for order, weight in ((EAGER, None), (LATE, None), (LATE, weights(2, 37))):
+        check_gram(kernels, order, architecture, operand, x, weight=weight, summed=True, layouts=layouts)
+    check_gram(kernels, LATE, architecture, operand, x, z, layouts=layouts)
+
+
+@pytest.mark.parametrize("operand", [GRAM_BFLOAT16, GRAM_FLOAT16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("order", ORDERS[::2], ids=str)
+# An odd number of tiles, of which the last quads have some outside; two batches; both sides of a rectangle.
+@pytest.mark.parametrize(("batches", "m", "k", "n"), [(1, 33, 520, 0), (2, 130, 768, 0), (1, 200, 520, 776)])
+def test_quads_are_exact(kernels, operand, order, batches, m, k, n):
+    x = integers(batches, m, k, dtype=GRAM_DTYPES[operand], bound=4)
+    z = integers(batches, m, n, dtype=x.dtype, bound=4) if n else None
+    check_gram(kernels, order, 90, operand, x, z, summed=z is None)
+    assert kernels.launched[0].startswith("GramQuadSm90")
+
+
+@pytest.mark.parametrize(("architecture", "operand"), GRAM)
+@pytest.mark.parametrize("round_splits", [0, 1, 2])
+def test_gram_of_many_splits_and_rounds(kernels, architecture, operand, round_splits):
+    x = integers(2, 700, 40, dtype=GRAM_DTYPES[operand])
+    for order, weight in ((EAGER, None), (LATE, None), (LATE, weights(2, 700))):
+        plan = check_gram(
+            kernels, order, architecture, operand, x, weight=weight, summed=True, round_splits=round_splits
+        )
+        assert plan == [256, 3, round_splits or 3]
+        assert len(kernels.launched) == 2 * -(-3 // plan[2])
+
+
+@pytest.mark.parametrize(("architecture", "operand"), GRAM)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_gram_is_symmetric_and_gives_the_same_bits_in_any_order(kernels, architecture, operand, weighted):
+    x = torch.randn(1, 260, 136).to(GRAM_DTYPES[operand])
+    weight = torch.rand(1, 260) if weighted else None
+    grams, sums = [], []
+    for order in ORDERS[::3]:
+        grams.append(torch.zeros(1, 136, 136))
+        sums.append(torch.zeros(1, 136))
+        kernels.gram(order, architecture, operand, grams[-1], x, None, weight, sums[-1], layouts=(WHOLE,))
+    assert torch.equal(grams[0], grams[0].mT)
+    assert all(torch.equal(a, b) for same in (grams, sums) for a, b in pairwise(same))
+
+
+@pytest.mark.parametrize(("architecture", "operand"), GRAM)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("m", [1, 300])
+def test_gram_is_as_good_as_its_terms(kernels, architecture, operand, weighted, m):
+    x = torch.randn(1, m, 72).to(GRAM_DTYPES[operand])
+    weight = torch.rand(1, m) if weighted else None
+    gram, sums = torch.zeros(1, 72, 72), torch.zeros(1, 72)
+    exact, exact_sums = gram.double(), sums.double()
+    reference.gram_accumulate_(exact, x.double(), None if weight is None else weight.double(), exact_sums)
+    kernels.gram(LATE, architecture, operand, gram, x, None, weight, sums)
+    left = x.float() if weight is None else x.float() * weight[..., None]
+    testing.assert_within_budget(sums, exact_sums, left.sum(1), torch.float32)
+    if operand == GRAM_FLOAT32_THREE or (not weighted and operand != GRAM_FLOAT32_TWO):
+        # The emulator rounds after every term, of which one product has six: compared with sums row by row.
+        plain = torch.zeros_like(gram)
+        for row in range(m):
+            plain += left[:, row, :, None] * x[:, row, None].float()
+        testing.assert_within_budget(gram, exact, plain, torch.float32, rms_factor=2.0)
+    else:
+        # Two terms lack the rest of either operand and the product of both second terms. The fourth is room for sums.
+        allowed = 4 * 2.0**-16 * (left.double().abs().mT @ x.double().abs())
+        assert ((gram.double() - exact).abs() <= allowed).all()
+
+
+# What a Gram call launches before it reduces, by architecture, operand, weights, K and dtype of the master.
+GRAM_CHOSEN = {
+    (80, GRAM_BFLOAT16, False, 64): "GramSm80<BFloat16, false, 1, 1>",
+    (90, GRAM_BFLOAT16, False, 63): "GramSm80<BFloat16, false, 1, 1>",
+    (90, GRAM_BFLOAT16, False, 64): "GramSm90<BFloat16>",
+    (90, GRAM_BFLOAT16, True, 64): "GramSm80<BFloat16, true, 2, 1>",
+    (90, GRAM_BFLOAT16, False, 512): "GramSm90<BFloat16>",
+    (90, GRAM_BFLOAT16, False, 520): "GramQuadSm90<BFloat16>",
+    (90, GRAM_FLOAT16, False, 520): "GramQuadSm90<Float16>",
+    (80, GRAM_FLOAT16, False, 64): "GramSm80<Float16, false, 1, 1>",
+    (90, GRAM_FLOAT16, False, 64): "GramSm90<Float16>",
+    (90, GRAM_FLOAT16, True, 64): "GramSm80<Float16, true, 2, 2>",
+    (90, GRAM_FLOAT32_TWO, False, 64): "GramSm80<Float32<2>, false, 2, 2>",
+    (80, GRAM_FLOAT32_TWO, True, 64): "GramSm80<Float32<2>, true, 2, 2>",
+    (90, GRAM_FLOAT32_THREE, False, 64): "GramSm80<Float32<3>, false, 3, 3>",
+    (80, GRAM_FLOAT32_THREE, True, 64): "GramSm80<Float32<3>, true, 3, 3>",
+}
+REDUCED = {torch.float32: "GramReduce<float>", torch.float64: "GramReduce<double>"}
+
+
+@pytest.mark.parametrize("master", REDUCED, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("case", GRAM_CHOSEN, ids=str)
+def test_gram_takes_the_kernel_for_the_call(kernels, case, master):
+    architecture, operand, weighted, k = case
+    x = integers(1, 20, k, dtype=GRAM_DTYPES[operand])
+    check_gram(kernels, LATE, architecture, operand, x, weight=weights(1, 20) if weighted else None, master=master)
+    assert kernels.launched == [GRAM_CHOSEN[case], REDUCED[master]]
+
+
+def test_every_kernel_is_launched_here(kernels):
+    """By the two tables, whose tests assert what is launched."""
+    chosen = {name for names in CHOSEN.values() for name in names}
+    assert chosen | set(GRAM_CHOSEN.values()) | set(REDUCED.values()) == kernels.reachable
