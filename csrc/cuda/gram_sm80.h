@@ -30,6 +30,8 @@ struct GramSm80 {
   static constexpr int kThreads = kWarpRows * kWarpCols * 32;
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kSharedBytes = kStages * 2 * kTileBytes;
+  static constexpr int kStepsAtOnce = Weighted ? 1 : kDepth / 16;  // weighted terms take the registers of a second step
+  static constexpr int kPartsLeft = kPartsOf<TermsLeft, TermsRight>, kPartsRight = kPartsOf<TermsRight, TermsLeft>;
   static constexpr int kRowTiles = kGramTile / kWarpRows / 16, kColTiles = kGramTile / kWarpCols / 8;
   static_assert(kNarrow || (TermsLeft > 1 && TermsRight > 1), "fp32 is multiplied in terms of bf16");
   static_assert(!Weighted || TermsLeft > 1, "a weighted value has more bits than its source");
@@ -88,26 +90,26 @@ struct GramSm80 {
   }
 
   // Pairs of 16-bit values as read: weighted and split.
-  template <int Count>
-  static MIXRANK_DEVICE void split_pair(uint32_t pair, float low_weight, float high_weight, uint32_t (&terms)[Count]) {
-    split(Source::widen(static_cast<uint16_t>(pair & 0xFFFFu)) * low_weight,
-          Source::widen(static_cast<uint16_t>(pair >> 16)) * high_weight, terms);
+  template <int Terms, int Parts>
+  static MIXRANK_DEVICE void split_pair(uint32_t pair, float low_weight, float high_weight, uint32_t (&parts)[Parts]) {
+    split<Terms>(Source::widen(static_cast<uint16_t>(pair & 0xFFFFu)) * low_weight,
+          Source::widen(static_cast<uint16_t>(pair >> 16)) * high_weight, parts);
   }
 
-  static MIXRANK_DEVICE void load_left(uint32_t (&a)[TermsLeft][4], const char* tile, int col, int step, int lane,
+  static MIXRANK_DEVICE void load_left(uint32_t (&a)[kPartsLeft][4], const char* tile, int col, int step, int lane,
                                        const float (&weight)[4]) {
     if constexpr (kNarrow) {
       uint32_t r[4];
       load_matrices_transposed(r, tile + offset(step * 16 + lane % 8 + lane / 16 * 8, col + lane / 8 % 2 * 8));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (TermsLeft == 1) {
+        if constexpr (kPartsLeft == 1) {
           a[0][i] = r[i];
         } else {
-          uint32_t terms[TermsLeft];
-          split_pair(r[i], weight[i / 2 * 2], weight[i / 2 * 2 + 1], terms);
+          uint32_t parts[kPartsLeft];
+          split_pair<TermsLeft>(r[i], weight[i / 2 * 2], weight[i / 2 * 2 + 1], parts);
 #pragma unroll
-          for (int t = 0; t < TermsLeft; ++t) a[t][i] = terms[t];
+          for (int t = 0; t < kPartsLeft; ++t) a[t][i] = parts[t];
         }
       }
     } else {
@@ -120,33 +122,33 @@ struct GramSm80 {
           v[j] = value(tile, step * 16 + token_of(slot, lane), col + i % 2 * 8 + lane / 4);
           if constexpr (Weighted) v[j] *= weight[slot];
         }
-        uint32_t terms[TermsLeft];
-        split(v[0], v[1], terms);
+        uint32_t parts[kPartsLeft];
+        split<TermsLeft>(v[0], v[1], parts);
 #pragma unroll
-        for (int t = 0; t < TermsLeft; ++t) a[t][i] = terms[t];
+        for (int t = 0; t < kPartsLeft; ++t) a[t][i] = parts[t];
       }
     }
   }
 
-  static MIXRANK_DEVICE void load_right(uint32_t (&b)[2][TermsRight][2], const char* tile, int col, int step, int lane) {
+  static MIXRANK_DEVICE void load_right(uint32_t (&b)[2][kPartsRight][2], const char* tile, int col, int step, int lane) {
     uint32_t r[4];
     if constexpr (kNarrow) {
       load_matrices_transposed(r, tile + offset(step * 16 + lane % 16, col + lane / 16 * 8));
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t terms[TermsRight];
-      if constexpr (kNarrow && TermsRight == 1) {
-        terms[0] = r[i];
+      uint32_t parts[kPartsRight];
+      if constexpr (kNarrow && kPartsRight == 1) {
+        parts[0] = r[i];
       } else if constexpr (kNarrow) {
-        split_pair(r[i], 1.0f, 1.0f, terms);
+        split_pair<TermsRight>(r[i], 1.0f, 1.0f, parts);
       } else {
         const int at = col + i / 2 * 8 + lane / 4;
-        split(value(tile, step * 16 + token_of(i % 2 * 2, lane), at),
-              value(tile, step * 16 + token_of(i % 2 * 2 + 1, lane), at), terms);
+        split<TermsRight>(value(tile, step * 16 + token_of(i % 2 * 2, lane), at),
+                          value(tile, step * 16 + token_of(i % 2 * 2 + 1, lane), at), parts);
       }
 #pragma unroll
-      for (int t = 0; t < TermsRight; ++t) b[i / 2][t][i % 2] = terms[t];
+      for (int t = 0; t < kPartsRight; ++t) b[i / 2][t][i % 2] = parts[t];
     }
   }
 
@@ -189,7 +191,7 @@ struct GramSm80 {
           column_sum += Weighted ? v * weight_at(weight, first_row + token, where.last_row) : v;
         }
       }
-#pragma unroll
+#pragma unroll kStepsAtOnce
       for (int step = 0; step < kDepth / 16; ++step) {
         float weights[4] = {};
         if constexpr (Weighted) {
@@ -198,17 +200,17 @@ struct GramSm80 {
             weights[slot] = weight_at(weight, first_row + step * 16 + token_of(slot, lane), where.last_row);
           }
         }
-        uint32_t a[kRowTiles][TermsLeft][4];
+        uint32_t a[kRowTiles][kPartsLeft][4];
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) load_left(a[t], left, row + t * 16, step, lane, weights);
 #pragma unroll
         for (int j = 0; j < kColTiles; j += 2) {
-          uint32_t b[2][TermsRight][2];
+          uint32_t b[2][kPartsRight][2];
           load_right(b, right, col + j * 8, step, lane);
 #pragma unroll
           for (int t = 0; t < kRowTiles; ++t) {
-            multiply_terms<Terms>(sum[t][j], a[t], b[0]);
-            multiply_terms<Terms>(sum[t][j + 1], a[t], b[1]);
+            multiply_terms<Terms, TermsLeft, TermsRight>(sum[t][j], a[t], b[0]);
+            multiply_terms<Terms, TermsLeft, TermsRight>(sum[t][j + 1], a[t], b[1]);
           }
         }
       }

@@ -78,38 +78,53 @@ void launch_boxes(Launcher& launcher, const ProductParams& product) {
   launch_tiles<Kernel>(launcher, params, product);
 }
 
-// Tiles that fill a device, or half of it: with fewer of one size a smaller one is better. Not measured.
+// Tiles of 128 x 128 that fill a device, and tiles of the next size that fill half of it. Not measured.
 constexpr int64_t kManyTiles = 132, kSomeTiles = 66;
 // Up to so many rows a tile of 16 wastes least.
 constexpr int64_t kFewRows = 16;
 
-template <class Launcher>
-void product(Launcher& launcher, LinearOperand operand, const ProductParams& params) {
+// Tiles of 16 x 32, 32 x 32, 64 x 64 (128 x 64 in boxes) and 128 x 128.
+enum class ProductTile { kBySize, kFewRows, kSmall, kMedium, kLarge };
+
+inline ProductTile tile_by_size(const ProductParams& params, bool boxes) {
   const auto tiles = [&](int rows, int cols) { return ceil_div(params.M, rows) * tile_columns(params, cols); };
-  const bool many = tiles(128, 128) >= kManyTiles, boxes = launcher.architecture() == 90 && boxes_reach(params);
+  if (params.M <= kFewRows) return ProductTile::kFewRows;
+  if (tiles(128, 128) >= kManyTiles) return ProductTile::kLarge;
+  return tiles(boxes ? 128 : 64, 64) >= kSomeTiles ? ProductTile::kMedium : ProductTile::kSmall;
+}
+
+template <class Launcher>
+void product_in_boxes(Launcher& launcher, const ProductParams& params, bool large) {
+  const bool sparse = params.sparse.size != 0;
+  if (large && sparse) {
+    launch_boxes<ProductSm90<128, true>>(launcher, params);
+  } else if (large) {
+    launch_boxes<ProductSm90<128, false>>(launcher, params);
+  } else if (sparse) {
+    launch_boxes<ProductSm90<64, true>>(launcher, params);
+  } else {
+    launch_boxes<ProductSm90<64, false>>(launcher, params);
+  }
+}
+
+template <class Launcher>
+void product(Launcher& launcher, LinearOperand operand, const ProductParams& params, ProductTile tile) {
+  const bool boxes = launcher.architecture() == 90 && boxes_reach(params);
+  if (tile == ProductTile::kBySize) tile = tile_by_size(params, boxes);
   if (operand == LinearOperand::kFloat32Two) {
     launch_tiles<ProductSm80<Float32<2>, 64, 64, 2, 2, 4>>(launcher, params, params);
   } else if (operand == LinearOperand::kFloat32Three) {
     launch_tiles<ProductSm80<Float32<3>, 64, 64, 2, 2, 4>>(launcher, params, params);
-  } else if (params.M <= kFewRows) {
+  } else if (tile == ProductTile::kFewRows) {
     launch_tiles<ProductSm80<BFloat16, 16, 32, 1, 2, 8>>(launcher, params, params);
-  } else if (tiles(boxes ? 128 : 64, 64) < kSomeTiles) {
+  } else if (tile == ProductTile::kSmall) {
     launch_tiles<ProductSm80<BFloat16, 32, 32, 2, 2, 6>>(launcher, params, params);
   } else if (boxes) {
-    const bool sparse = params.sparse.size != 0;
-    if (many && sparse) {
-      launch_boxes<ProductSm90<128, true>>(launcher, params);
-    } else if (many) {
-      launch_boxes<ProductSm90<128, false>>(launcher, params);
-    } else if (sparse) {
-      launch_boxes<ProductSm90<64, true>>(launcher, params);
-    } else {
-      launch_boxes<ProductSm90<64, false>>(launcher, params);
-    }
-  } else if (many) {
-    launch_tiles<ProductSm80<BFloat16, 128, 128, 2, 4, 3>>(launcher, params, params);
-  } else {
+    product_in_boxes(launcher, params, tile == ProductTile::kLarge);
+  } else if (tile == ProductTile::kMedium) {
     launch_tiles<ProductSm80<BFloat16, 64, 64, 2, 2, 4>>(launcher, params, params);
+  } else {
+    launch_tiles<ProductSm80<BFloat16, 128, 128, 2, 4, 3>>(launcher, params, params);
   }
 }
 
@@ -132,10 +147,16 @@ inline int cluster_of(const LinearArguments& call, int architecture) {
   return !reach || boxes > 8 ? 0 : boxes > 4 ? 4 : 2;
 }
 
-// How many launches serve a call best: 1 or 2.
-inline int launches_of(const LinearArguments& call, int architecture) {
+// How a call is served. What has no kernel for it is passed over.
+struct LinearForm {
+  int launches;      // 1 or 2
+  ProductTile tile;  // of two launches
+};
+
+inline LinearForm form_by_size(const LinearArguments& call, int architecture) {
   const int cluster = cluster_of(call, architecture);
-  return cluster > 0 && ceil_div(call.M, 128) * cluster >= kManyBlocks ? 1 : 2;
+  const bool one = cluster > 0 && ceil_div(call.M, 128) * cluster >= kManyBlocks;
+  return {one ? 1 : 2, ProductTile::kBySize};
 }
 
 // The intermediate stays in shared memory.
@@ -146,6 +167,7 @@ void linear_in_one(Launcher& launcher, const LinearArguments& call) {
   params.x = launcher.map(call.x, call.K, call.M, 1, call.x_stride, 0, Kernel::kRows);
   for (int i = 0; i < 2; ++i) {
     const LinearArguments::Factors& pair = call.factors[call.factors[i].rank > 0 ? i : 0];
+    params.ranks[i] = call.factors[i].rank;
     params.boxes[i] = static_cast<int>(ceil_div(call.factors[i].rank, kRankBox));
     params.down[i] = launcher.map(pair.down, call.K, pair.rank, 1, pair.down_stride, 0, kRankBox);
     params.up[i] = launcher.map(pair.up, pair.rank, call.N, 1, pair.up_stride, 0, Kernel::kCols);
@@ -159,7 +181,7 @@ void linear_in_one(Launcher& launcher, const LinearArguments& call) {
 
 // The intermediate of both pairs of factors goes through `hidden`, then everything into one sum.
 template <class Launcher>
-void linear_in_two(Launcher& launcher, const LinearArguments& call) {
+void linear_in_two(Launcher& launcher, const LinearArguments& call, ProductTile tile) {
   const int size = call.operand == LinearOperand::kBFloat16 ? 2 : 4;
   const int count = call.factors[1].rank > 0 ? 2 : 1;
   const int64_t stride = hidden_stride(call.factors[0].rank, call.factors[1].rank);
@@ -184,19 +206,19 @@ void linear_in_two(Launcher& launcher, const LinearArguments& call) {
     up.terms[i] = {hidden, pair.up, stride, pair.up_stride, pair.rank, 16, access_of(pair.up, pair.up_stride * size, size)};
   }
   up.follows = true;
-  product(launcher, call.operand, down);
-  product(launcher, call.operand, up);
+  product(launcher, call.operand, down, tile);
+  product(launcher, call.operand, up, tile);
 }
 
 template <class Launcher>
-void linear(Launcher& launcher, const LinearArguments& call, int launches) {
+void linear(Launcher& launcher, const LinearArguments& call, LinearForm form) {
   const int cluster = cluster_of(call, launcher.architecture());
-  if (launches == 1 && cluster == 2) {
+  if (form.launches == 1 && cluster == 2) {
     linear_in_one<2>(launcher, call);
-  } else if (launches == 1 && cluster == 4) {
+  } else if (form.launches == 1 && cluster == 4) {
     linear_in_one<4>(launcher, call);
   } else {
-    linear_in_two(launcher, call);
+    linear_in_two(launcher, call, form.tile);
   }
 }
 

@@ -38,7 +38,8 @@ Tensor cuda_linear(const Tensor& x,                // [M, K]
                    const Optional& col,            // [nnz]
                    const Optional& values,         // [nnz, b, b]
                    int64_t terms,                  // of bf16 in an fp32 value, 2 or 3
-                   int64_t launches) {             // 1 or 2 where there is a choice, 0 for the better; returns [M, N]
+                   int64_t launches,               // 1 or 2 where there is a choice, 0 by size
+                   int64_t tile) {                 // ProductTile; returns [M, N]
   const Dtype dtype = checked_dtype(kOp, "x", x);
   check(dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat32, kOp, ": x must be bfloat16 or float32, but it was ",
         dtype_name(x));
@@ -94,18 +95,20 @@ Tensor cuda_linear(const Tensor& x,                // [M, K]
     sparse.size = size_of("values", values->size(2));
   }
   check(launches >= 0 && launches <= 2, kOp, ": launches must be 0, 1 or 2, but it was ", launches);
+  check(tile >= 0 && tile <= 4, kOp, ": tile must be at least 0 and at most 4, but it was ", tile);
   Tensor y = new_tensor(x, {call.M, call.N});
   call.y = y.mutable_data_ptr();
   Launcher launcher(x);
-  const int architecture = launcher.architecture();
-  int chosen = launches == 0 ? launches_of(call, architecture) : static_cast<int>(launches);
-  if (cluster_of(call, architecture) == 0) chosen = 2;
+  LinearForm form = form_by_size(call, launcher.architecture());
+  if (launches != 0) form.launches = static_cast<int>(launches);
+  if (cluster_of(call, launcher.architecture()) == 0) form.launches = 2;
+  form.tile = static_cast<ProductTile>(tile);
   std::optional<Tensor> hidden;
-  if (chosen == 2) {
+  if (form.launches == 2) {
     hidden = new_tensor(x, {call.M, hidden_stride(call.factors[0].rank, call.factors[1].rank)});
     call.hidden = hidden->mutable_data_ptr();
   }
-  linear(launcher, call, chosen);
+  linear(launcher, call, form);
   return y;
 }
 
@@ -114,7 +117,7 @@ Tensor cuda_linear(const Tensor& x,                // [M, K]
 STABLE_TORCH_LIBRARY_FRAGMENT(mixrank_kernels, m) {
   m.def(
       "_cuda_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? residual_down, Tensor? residual_up, "
-      "Tensor? crow, Tensor? col, Tensor? values, int terms, int launches=0) -> Tensor");
+      "Tensor? crow, Tensor? col, Tensor? values, int terms, int launches=0, int tile=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixrank_kernels, CUDA, m) { m.impl("_cuda_linear", TORCH_BOX(&cuda_linear)); }

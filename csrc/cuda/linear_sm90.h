@@ -20,7 +20,7 @@ constexpr int kRankBox = 64;
 struct LinearSm90Params {
   TensorMap x;                 // boxes of 128 rows
   TensorMap down[2], up[2];    // of each pair of factors: boxes of 64 and of 128 rows
-  int boxes[2];                // of 64 ranks, of each pair
+  int ranks[2], boxes[2];      // of each pair, and in boxes of 64
   ProductParams::Output y;     // [M, N], aligned
   const void* bias;            // [N], or null
   int64_t M;
@@ -140,7 +140,7 @@ struct LinearSm90 {
 
   // The intermediate of Boxes boxes of ranks, 64 rows to each group, into this block's shared memory.
   template <int Boxes>
-  static MIXRANK_DEVICE void multiply_down(const Block& block, int group, int warp, int lane) {
+  static MIXRANK_DEVICE void multiply_down(const Params& params, const Block& block, int group, int warp, int lane) {
     float sum[Boxes * 32] = {};
     for (int i = 0; i < block.chunks; ++i) {
       block.down.wait(i);
@@ -160,12 +160,16 @@ struct LinearSm90 {
     group_wait<0>();
     group_fence_sums(sum);
     block.down.release(block.chunks - 1);
+    // Past the last rank an infinite x times zero is NaN, which must not meet the zeros of up.
 #pragma unroll
     for (int i = 0; i < Boxes * 8; ++i) {
+      const int box = block.share.first + i / 8;
+      const int left = params.ranks[pair_of(params, box)] - rank_of(params, box) - (i % 8 * 8 + lane % 4 * 2);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t pair = BFloat16::narrow(sum[i * 4 + half * 2], sum[i * 4 + half * 2 + 1]);
-        char* to = block.hidden + (block.share.first + i / 8) * kBoxBytes +
+        const uint32_t pair = BFloat16::narrow(left > 0 ? sum[i * 4 + half * 2] : 0.0f,
+                                               left > 1 ? sum[i * 4 + half * 2 + 1] : 0.0f);
+        char* to = block.hidden + box * kBoxBytes +
                    box_offset(warp * 16 + half * 8 + lane / 4, i % 8 * 8 + lane % 4 * 2);
         memcpy(to, &pair, sizeof(pair));
       }
@@ -241,9 +245,9 @@ struct LinearSm90 {
     } else {
       const int group = warp / 4;
       if (block.share.count == 2) {
-        multiply_down<2>(block, group, warp, lane);
+        multiply_down<2>(params, block, group, warp, lane);
       } else if (block.share.count == 1) {
-        multiply_down<1>(block, group, warp, lane);
+        multiply_down<1>(params, block, group, warp, lane);
       }
       share_hidden(block);
       multiply_up(params, block, group, warp, lane);

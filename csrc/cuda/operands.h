@@ -1,7 +1,7 @@
 // Operands of mma.sync: read from tiles in shared memory, and split into terms of 16 bits where they are wider.
 //
 // A tile has rows of 128 bytes, swizzled as in tiles.h: 64 elements of 16 bits or 32 floats, which is kDepth. A step is 16 terms. An
-// fp32 value is the sum of its first `kTerms` bf16 terms: 2 keep 16 bits of it, 3 keep all 24. Which of the 16 terms a thread holds
+// fp32 value is the sum of its first `Terms` bf16 terms: 2 keep 16 bits of it, 3 keep all 24. Which of the 16 terms a thread holds
 // is free as long as both operands agree, so four floats that are adjacent serve as terms 2t, 2t+1, 2t+8, 2t+9.
 #pragma once
 
@@ -26,9 +26,23 @@ MIXRANK_DEVICE float rest(float value, float term) {
   return (term - term) == 0.0f || term != term ? value - term : 0.0f;
 }
 
-// The first Terms bf16 terms of two values, in pairs.
-template <int Terms>
-MIXRANK_DEVICE void split(float low, float high, uint32_t (&pairs)[Terms]) {
+// A pair of bf16 values, but zero for the infinite ones.
+MIXRANK_DEVICE uint32_t finite_bf16(uint32_t pair) {
+  if ((pair & 0x7FFFu) == 0x7F80u) pair &= 0xFFFF0000u;
+  if ((pair & 0x7FFF0000u) == 0x7F800000u) pair &= 0xFFFFu;
+  return pair;
+}
+
+// An operand in parts: its terms, and where the other operand has several terms (OtherTerms), one part more: the first term, which is
+// what the other's lesser terms are multiplied with, without infinite values. Infinity times a term that happens to be zero is NaN,
+// where infinity times the whole value is not.
+template <int Terms, int OtherTerms>
+constexpr int kPartsOf = Terms + (OtherTerms > 1 ? 1 : 0);
+
+// The parts of two values, in pairs.
+template <int Terms, int Parts>
+MIXRANK_DEVICE void split(float low, float high, uint32_t (&pairs)[Parts]) {
+  static_assert(Parts == Terms || Parts == Terms + 1);
 #pragma unroll
   for (int i = 0; i < Terms; ++i) {
     pairs[i] = pack_bf16(low, high);
@@ -37,13 +51,14 @@ MIXRANK_DEVICE void split(float low, float high, uint32_t (&pairs)[Terms]) {
       high = rest(high, high_bf16(pairs[i]));
     }
   }
+  if constexpr (Parts > Terms) pairs[Terms] = finite_bf16(pairs[0]);
 }
 
 // Elements of 16 bits, as they are.
 struct BFloat16 {
   using Element = uint16_t;
   static constexpr bool kIsBFloat16 = true;
-  static constexpr int kTerms = 1;
+  static constexpr int kTerms = 1, kParts = 1;
   static constexpr int kDepth = 64;
 
   MIXRANK_DEVICE static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -57,7 +72,7 @@ struct BFloat16 {
 struct Float16 {
   using Element = uint16_t;
   static constexpr bool kIsBFloat16 = false;
-  static constexpr int kTerms = 1;
+  static constexpr int kTerms = 1, kParts = 1;
 
   MIXRANK_DEVICE static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     multiply_fp16(sum, a, b[0], b[1]);
@@ -69,7 +84,7 @@ struct Float16 {
 template <int Terms>
 struct Float32 {
   using Element = float;
-  static constexpr int kTerms = Terms;
+  static constexpr int kTerms = Terms, kParts = kPartsOf<Terms, Terms>;
   static constexpr int kDepth = 32;
 
   MIXRANK_DEVICE static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -79,22 +94,33 @@ struct Float32 {
   MIXRANK_DEVICE static float widen(float value) { return value; }
 };
 
-// sum += a b over all pairs of terms that count, the smallest first.
+// sum += a b over all pairs of terms that count, the smallest first. Where both have several terms the products are summed by
+// themselves first: tensor cores cut off what falls below their sum, which would show in many small steps of a long one.
 template <class Operand, int TermsA, int TermsB>
-MIXRANK_DEVICE void multiply_terms(float (&sum)[4], const uint32_t (&a)[TermsA][4], const uint32_t (&b)[TermsB][2]) {
-  constexpr int kMost = TermsA > TermsB ? TermsA : TermsB;
+MIXRANK_DEVICE void multiply_terms(float (&sum)[4], const uint32_t (&a)[kPartsOf<TermsA, TermsB>][4],
+                                   const uint32_t (&b)[kPartsOf<TermsB, TermsA>][2]) {
+  if constexpr (TermsA == 1 && TermsB == 1) {
+    Operand::multiply(sum, a[0], b[0]);
+  } else {
+    constexpr int kMost = TermsA > TermsB ? TermsA : TermsB;
+    float step[4] = {};
 #pragma unroll
-  for (int order = kMost - 1; order >= 0; --order) {
+    for (int order = kMost - 1; order >= 0; --order) {
 #pragma unroll
-    for (int i = 0; i < TermsA; ++i) {
-      if (order - i >= 0 && order - i < TermsB) Operand::multiply(sum, a[i], b[order - i]);
+      for (int i = 0; i < TermsA; ++i) {
+        const int j = order - i;
+        if (j < 0 || j >= TermsB) continue;
+        Operand::multiply(step, a[i == 0 && j > 0 ? TermsA : i], b[j == 0 && i > 0 ? TermsB : j]);
+      }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += step[i];
   }
 }
 
 // Step `step` of 16 rows of a tile of adjacent terms, as the left operand.
 template <class Operand>
-MIXRANK_DEVICE void load_left(uint32_t (&a)[Operand::kTerms][4], const char* tile, int row, int step, int lane) {
+MIXRANK_DEVICE void load_left(uint32_t (&a)[Operand::kParts][4], const char* tile, int row, int step, int lane) {
   if constexpr (sizeof(typename Operand::Element) == 2) {
     load_matrices(a[0], tile + box_offset(row + lane % 16, step * 16 + lane / 16 * 8));
   } else {
@@ -102,11 +128,11 @@ MIXRANK_DEVICE void load_left(uint32_t (&a)[Operand::kTerms][4], const char* til
     for (int half = 0; half < 2; ++half) {
       float v[4];
       memcpy(v, tile + box_offset(row + half * 8 + lane / 4, (lane % 4 * 2 + step) * 8), sizeof(v));
-      uint32_t first[Operand::kTerms], last[Operand::kTerms];
-      split(v[0], v[1], first);
-      split(v[2], v[3], last);
+      uint32_t first[Operand::kParts], last[Operand::kParts];
+      split<Operand::kTerms>(v[0], v[1], first);
+      split<Operand::kTerms>(v[2], v[3], last);
 #pragma unroll
-      for (int i = 0; i < Operand::kTerms; ++i) {
+      for (int i = 0; i < Operand::kParts; ++i) {
         a[i][half] = first[i];
         a[i][half + 2] = last[i];
       }
@@ -116,7 +142,7 @@ MIXRANK_DEVICE void load_left(uint32_t (&a)[Operand::kTerms][4], const char* til
 
 // The same as two right operands of 8 rows each.
 template <class Operand>
-MIXRANK_DEVICE void load_right(uint32_t (&b)[2][Operand::kTerms][2], const char* tile, int row, int step, int lane) {
+MIXRANK_DEVICE void load_right(uint32_t (&b)[2][Operand::kParts][2], const char* tile, int row, int step, int lane) {
   if constexpr (sizeof(typename Operand::Element) == 2) {
     uint32_t r[4];
     load_matrices(r, tile + box_offset(row + lane / 16 * 8 + lane % 8, step * 16 + lane / 8 % 2 * 8));
@@ -126,11 +152,11 @@ MIXRANK_DEVICE void load_right(uint32_t (&b)[2][Operand::kTerms][2], const char*
     for (int half = 0; half < 2; ++half) {
       float v[4];
       memcpy(v, tile + box_offset(row + half * 8 + lane / 4, (lane % 4 * 2 + step) * 8), sizeof(v));
-      uint32_t first[Operand::kTerms], last[Operand::kTerms];
-      split(v[0], v[1], first);
-      split(v[2], v[3], last);
+      uint32_t first[Operand::kParts], last[Operand::kParts];
+      split<Operand::kTerms>(v[0], v[1], first);
+      split<Operand::kTerms>(v[2], v[3], last);
 #pragma unroll
-      for (int i = 0; i < Operand::kTerms; ++i) {
+      for (int i = 0; i < Operand::kParts; ++i) {
         b[half][i][0] = first[i];
         b[half][i][1] = last[i];
       }

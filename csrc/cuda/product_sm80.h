@@ -101,20 +101,20 @@ struct ProductSm80 {
 
   static MIXRANK_DEVICE void multiply_chunk(float (&sum)[kRowTiles][kColTiles][4], const char* stage, int row, int col,
                                             int lane) {
-    constexpr int kTerms = Operand::kTerms;
+    constexpr int kParts = Operand::kParts;
 #pragma unroll
     for (int step = 0; step < kDepth / 16; ++step) {
-      uint32_t a[kRowTiles][kTerms][4];
+      uint32_t a[kRowTiles][kParts][4];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) load_left<Operand>(a[i], stage, row + i * 16, step, lane);
 #pragma unroll
       for (int j = 0; j < kColTiles; j += 2) {
-        uint32_t b[2][kTerms][2];
+        uint32_t b[2][kParts][2];
         load_right<Operand>(b, stage + Rows * kBoxRowBytes, col + j * 8, step, lane);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          multiply_terms<Operand>(sum[i][j], a[i], b[0]);
-          multiply_terms<Operand>(sum[i][j + 1], a[i], b[1]);
+          multiply_terms<Operand, Operand::kTerms, Operand::kTerms>(sum[i][j], a[i], b[0]);
+          multiply_terms<Operand, Operand::kTerms, Operand::kTerms>(sum[i][j + 1], a[i], b[1]);
         }
       }
     }

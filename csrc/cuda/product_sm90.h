@@ -32,7 +32,7 @@ struct ProductSm90 {
   using Stages = WholePipeline<kStages, kLeftBytes + kRightBytes>;
   static constexpr int kArchitecture = 90;
   static constexpr int kThreads = Stages::kThreads;
-  static constexpr int kBlocksPerSm = HasSparse ? 1 : 2;
+  static constexpr int kBlocksPerSm = HasSparse && Cols == 128 ? 1 : 2;
   static constexpr int kSharedBytes = Stages::kSharedBytes;
   static constexpr int kGroupRows = 64;
   static constexpr int kOutputBoxBytes = kGroupRows * kBoxRowBytes;

@@ -13,8 +13,8 @@ MIXRANK_DEVICE int64_t index_at(const void* indices, bool wide, int64_t i) {
 
 // Four adjacent elements as two pairs of terms.
 template <class Operand>
-MIXRANK_DEVICE void load_four(const typename Operand::Element* from, bool aligned, uint32_t (&first)[Operand::kTerms],
-                              uint32_t (&last)[Operand::kTerms]) {
+MIXRANK_DEVICE void load_four(const typename Operand::Element* from, bool aligned, uint32_t (&first)[Operand::kParts],
+                              uint32_t (&last)[Operand::kParts]) {
   typename Operand::Element v[4];
   if (aligned) {
     if constexpr (sizeof(v) == 8) {
@@ -32,8 +32,8 @@ MIXRANK_DEVICE void load_four(const typename Operand::Element* from, bool aligne
     first[0] = v[0] | static_cast<uint32_t>(v[1]) << 16;
     last[0] = v[2] | static_cast<uint32_t>(v[3]) << 16;
   } else {
-    split(v[0], v[1], first);
-    split(v[2], v[3], last);
+    split<Operand::kTerms>(v[0], v[1], first);
+    split<Operand::kTerms>(v[2], v[3], last);
   }
 }
 
@@ -43,7 +43,7 @@ MIXRANK_DEVICE void add_sparse(float (&sum)[RowTiles][ColTiles][4], const Sparse
                                int64_t M, int N, int lane) {
   using Element = typename Operand::Element;
   static_assert(ColTiles % 2 == 0);
-  constexpr int kTerms = Operand::kTerms;
+  constexpr int kParts = Operand::kParts;
   const auto* x = static_cast<const Element*>(term.x);
   const int64_t size = term.size;
 #pragma unroll
@@ -56,27 +56,27 @@ MIXRANK_DEVICE void add_sparse(float (&sum)[RowTiles][ColTiles][4], const Sparse
       const int64_t k = index_at(term.col, term.wide_indices, e) * size;
       const Element* values = static_cast<const Element*>(term.values) + (e * size + n % size) * size;
       for (int step = 0; step < size; step += 16) {
-        uint32_t b[2][kTerms][2];
+        uint32_t b[2][kParts][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          uint32_t low[kTerms], high[kTerms];
+          uint32_t low[kParts], high[kParts];
           load_four<Operand>(values + (half * 8 + lane / 4) * size + step + lane % 4 * 4, term.aligned, low, high);
 #pragma unroll
-          for (int i = 0; i < kTerms; ++i) b[half][i][0] = low[i], b[half][i][1] = high[i];
+          for (int i = 0; i < kParts; ++i) b[half][i][0] = low[i], b[half][i][1] = high[i];
         }
 #pragma unroll
         for (int tile = 0; tile < RowTiles; ++tile) {
-          uint32_t a[kTerms][4];
+          uint32_t a[kParts][4];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int64_t m = row + tile * 16 + half * 8 + lane / 4;
-            uint32_t low[kTerms] = {}, high[kTerms] = {};
+            uint32_t low[kParts] = {}, high[kParts] = {};
             if (m < M) load_four<Operand>(x + m * term.x_stride + k + step + lane % 4 * 4, term.aligned, low, high);
 #pragma unroll
-            for (int i = 0; i < kTerms; ++i) a[i][half] = low[i], a[i][half + 2] = high[i];
+            for (int i = 0; i < kParts; ++i) a[i][half] = low[i], a[i][half + 2] = high[i];
           }
-          multiply_terms<Operand>(sum[tile][pair * 2], a, b[0]);
-          multiply_terms<Operand>(sum[tile][pair * 2 + 1], a, b[1]);
+          multiply_terms<Operand, Operand::kTerms, Operand::kTerms>(sum[tile][pair * 2], a, b[0]);
+          multiply_terms<Operand, Operand::kTerms, Operand::kTerms>(sum[tile][pair * 2 + 1], a, b[1]);
         }
       }
     }

@@ -25,7 +25,7 @@ struct Launcher {
 };
 
 void every_launch(Launcher& launcher, const LinearArguments& linear_call, const GramArguments& gram_call, const GramPlan& plan) {
-  linear(launcher, linear_call, 0);
+  linear(launcher, linear_call, {});
   gram(launcher, gram_call, plan, nullptr, nullptr);
 }
 

@@ -63,7 +63,7 @@ const char* kernels_launched() { return launched.c_str(); }
 int64_t linear_hidden_stride(int64_t R, int64_t Q) { return hidden_stride(static_cast<int>(R), static_cast<int>(Q)); }
 
 // sizes: architecture, late, seed, operand, M, K, N, x_stride, R, down_stride, up_stride, Q, residual_down_stride,
-// residual_up_stride, block size, wide indices, aligned, launches. pointers: x, down, up, residual_down, residual_up, bias, crow, col,
+// residual_up_stride, block size, wide indices, aligned, launches, tile. pointers: x, down, up, residual_down, residual_up, bias, crow, col,
 // values, hidden, y.
 const char* linear_emulated(const int64_t* sizes, void* const* pointers) {
   return emulator::message_of([&] {
@@ -82,7 +82,7 @@ const char* linear_emulated(const int64_t* sizes, void* const* pointers) {
     call.hidden = pointers[9];
     call.y = pointers[10];
     Launcher launcher(sizes[0], sizes[1], sizes[2]);
-    linear(launcher, call, static_cast<int>(sizes[17]));
+    linear(launcher, call, {static_cast<int>(sizes[17]), static_cast<ProductTile>(sizes[18])});
     launcher.finish();
   });
 }

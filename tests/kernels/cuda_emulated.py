@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +63,26 @@ WHOLE, HALVES, PAIRS, SINGLE, UNEVEN = Layout(8, 8), Layout(4, 4), Layout(2, 2),
 ALL_LAYOUTS = (WHOLE, PAIRS, SINGLE, HALVES, UNEVEN)
 
 
+class Tile(IntEnum):
+    """ProductTile of launch_product.h."""
+
+    BY_SIZE = 0
+    FEW_ROWS = 1
+    SMALL = 2
+    MEDIUM = 3
+    LARGE = 4
+
+
+class Form(NamedTuple):
+    """LinearForm of launch_product.h."""
+
+    launches: int
+    tile: Tile = Tile.BY_SIZE
+
+
+ONE_LAUNCH, TWO_LAUNCHES = Form(1), Form(2)
+
+
 class Kernels:
     """The library. ``launched`` are the kernels of the last call, in their order."""
 
@@ -98,11 +120,11 @@ class Kernels:
         bias: Tensor | None = None,  # [N]
         blocks: tuple[Tensor, Tensor, Tensor] | None = None,  # crow [N / b + 1], col [nnz], values [nnz, b, b]
         layouts: Sequence[Layout] = (DENSE,),
-        launches: int = 2,
+        form: Form = TWO_LAUNCHES,
     ) -> Tensor:  # [M, N]
         """The operands lie in memory as ``layouts`` say, in turns: x, down, up, residual_down, residual_up.
 
-        With ``launches`` 1 a call that can takes one launch.
+        A ``form`` that has no kernel for a call is passed over.
         """
         M, K = x.shape
         N = pairs[0][1].shape[0]
@@ -122,7 +144,7 @@ class Kernels:
         aligned = blocks is not None and all(one.data_ptr() % four == 0 for one in (placed[0], values))
         sizes = [architecture, order.late, order.seed, operand, M, K, N, strides[0], ranks[0], strides[1], strides[2]]
         sizes += [ranks[1], strides[3], strides[4], 0 if blocks is None else values.shape[-1]]
-        sizes += [blocks is not None and crow.dtype == torch.int64, aligned and strides[0] % 4 == 0, launches]
+        sizes += [blocks is not None and crow.dtype == torch.int64, aligned and strides[0] % 4 == 0, *form]
         pointers = [*placed, *[None] * (5 - len(placed)), None if bias is None else layouts[-1].place(bias)[0]]
         self._call("linear_emulated", sizes, [*pointers, crow, col, values, hidden.tensor, y.tensor])
         hidden.assert_untouched()
