@@ -79,3 +79,11 @@ def computes():
             pytest.skip("Triton's interpreter does not multiply bfloat16 blocks correctly; the GPU tests cover it")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The CUDA kernels on the emulator, which is built when the first test asks for it."""
+    from .cuda_emulated import Kernels
+
+    return Kernels()

@@ -1,5 +1,5 @@
 // The CUDA kernels on the emulator, through the same host code that launches them on a device: C functions for
-// test_cuda_emulated.py. Sizes and pointers come as arrays, in the order that the functions read them in.
+// cuda_emulated.py. Sizes and pointers come as arrays, in the order that the functions read them in.
 #include <cxxabi.h>
 
 #include <cstdlib>

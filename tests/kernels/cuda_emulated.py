@@ -35,6 +35,8 @@ class Order:
 
 
 EAGER, LATE = Order(False, 0), Order(True, 1)
+# Six seeds in a row have everything that depends on the seed in all combinations.
+ORDERS = [Order(late, seed) for late in (False, True) for seed in range(6)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ DENSE = Layout(0, 0)
 # By what the kernels may read at once: 16 bytes (of either size of element), 4 bytes, one element.
 WHOLE, HALVES, PAIRS, SINGLE, UNEVEN = Layout(8, 8), Layout(4, 4), Layout(2, 2), Layout(1, 1), Layout(0, 3)
 ALL_LAYOUTS = (WHOLE, PAIRS, SINGLE, HALVES, UNEVEN)
+# Every operand where the copy engine reaches it, and each kind of access for each operand.
+LAYOUTS = {"whole": (WHOLE,)} | {f"mixed{i}": ALL_LAYOUTS[i:] + ALL_LAYOUTS[:i] for i in range(len(ALL_LAYOUTS))}
 
 
 class Tile(IntEnum):
@@ -200,3 +204,7 @@ def _integers(values: int | Sequence[int]):
     if isinstance(values, int):
         return ctypes.c_int64(values)
     return (ctypes.c_int64 * len(values))(*map(int, values))
+
+
+def integers(*shape: int, dtype: torch.dtype, bound: int = 1) -> Tensor:
+    return torch.randint(-bound, bound + 1, shape).to(dtype)

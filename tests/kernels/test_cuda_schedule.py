@@ -6,7 +6,6 @@ from collections import Counter
 from itertools import pairwise, product
 from math import ceil
 
-import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -14,11 +13,6 @@ from .cuda_emulated import Kernels
 
 SPLIT_STEP, SPLIT_ROWS_MAX = 64, 4096
 TILE, QUAD = 128, 256
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    return Kernels()
 
 
 def triangle(kernels: Kernels, index: int) -> tuple[int, ...]:
