@@ -71,10 +71,14 @@ stage() {
 
 missing() {
     "$python" - <<'END'
+from importlib.metadata import version
 from importlib.util import find_spec
 
 needed = "torch torchvision triton numpy timm safetensors typer rich pytest hypothesis setuptools pybind11 ninja".split()
-print(*(name for name in needed if find_spec(name) is None))
+absent = [name for name in needed if find_spec(name) is None]
+if "setuptools" not in absent and int(version("setuptools").split(".")[0]) < 77:
+    absent.append("setuptools>=77")
+print(*absent)
 END
 }
 

@@ -2,6 +2,8 @@
 
 ``ours``
     the operator as the layer serves it, with packed weights, and without packing.
+``forms``
+    the CUDA kernels in one launch and in two, with each tile: what their own choice rests on.
 ``factors``
     the same factors through other libraries; for a residual, factors to which the branch was joined beforehand.
 ``add``
@@ -21,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +34,7 @@ from mixrank_bench import engines as libraries
 from mixrank_bench.engines import Engine, Program, Unavailable
 from mixrank_bench.measures import ADDMM, OUT_DTYPE, SERVED, SSYRK, UNPACKED
 from mixrank_bench.ops import TOKENS, Case
-from mixrank_kernels import backend, ops, packing, reference, testing
+from mixrank_kernels import backend, cuda, ops, packing, reference, testing
 
 ENGINES = {
     "torch eager": libraries.eager,
@@ -44,6 +46,12 @@ ENGINES = {
 DEVICE_ENGINES = {"torch eager": libraries.eager, "torch.compile": libraries.compiled_sum}
 COMPILING = ("torch.compile", "zentorch")
 ROUNDED = "rounded"
+FORMS = {
+    "one launch": cuda.Form(1),
+    "two launches, tiles of 32": cuda.Form(2, cuda.Tile.SMALL),
+    "two launches, tiles of 64": cuda.Form(2, cuda.Tile.MEDIUM),
+    "two launches, tiles of 128": cuda.Form(2, cuda.Tile.LARGE),
+}
 _PEER_FACTOR = 4.0
 
 
@@ -109,6 +117,9 @@ def field(
 
     for name, variant in ours(case, arguments, unpacked=unpacked, forced=forced).items():
         offer("ours", name, lambda variant=variant: variant)
+    if "cuda" in forced and "gram" not in case.op and case.dtype == torch.bfloat16:
+        for name, form in FORMS.items():
+            offer("forms", name, lambda form=form: _in_form(case, arguments, form))
     if "gram" in case.op:
         for name, build in _gram_peers(case, arguments).items():
             offer("gram", name, build)
@@ -148,7 +159,7 @@ def verdicts(
     yardstick = next(testing.run(testing.plain(case.op), arguments))
     found: dict[tuple[str, str], str | None] = {}
     for group, named in variants.variants.items():
-        factor = 1.0 if group == "ours" else _PEER_FACTOR
+        factor = 1.0 if group in ("ours", "forms") else _PEER_FACTOR
         for name, variant in named.items():
             found[group, name] = None
             try:
@@ -198,6 +209,18 @@ def ours(
     for name in forced:
         made[name] = Variant(lambda: operator(**arguments), within=functools.partial(backend.use, name))
     return made
+
+
+def _in_form(case: Case, arguments: dict[str, Tensor | None], form: cuda.Form) -> Variant:
+    """Our operator by the CUDA kernels in a form; what has no kernel in it is passed over, so it may be another one."""
+    operator = getattr(ops, case.op)
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        with backend.use("cuda"), cuda.form(*form):
+            yield
+
+    return Variant(lambda: operator(**arguments), within=within)
 
 
 def _accumulating(

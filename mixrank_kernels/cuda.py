@@ -8,7 +8,11 @@ the extension ``mixrank_kernels._cuda`` is loaded at the first question. Alphabe
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +21,45 @@ from mixrank_kernels._load import CUDA_EXTENSION, REBUILD, load_cuda_extension
 
 # Sides of a block of values are whole steps of a tensor core.
 BLOCK_STEP = 16
+
+
+class Tile(IntEnum):
+    """Tiles of 16 x 32, 32 x 32, 64 x 64 (128 x 64 on Hopper) and 128 x 128: ProductTile of launch_product.h."""
+
+    BY_SIZE = 0
+    FEW_ROWS = 1
+    SMALL = 2
+    MEDIUM = 3
+    LARGE = 4
+
+
+class Form(NamedTuple):
+    """How a linear operator is served: launches (0 is by size), and the tile of two launches."""
+
+    launches: int = 0
+    tile: Tile = Tile.BY_SIZE
+
+
+_form = Form()
+
+
+@contextlib.contextmanager
+def form(launches: int = 0, tile: Tile = Tile.BY_SIZE) -> Iterator[None]:
+    """Within the block, serve linear operators in this form where there is a kernel for it, in the whole process.
+
+    For measurements: what is chosen by size rests on them. fp32 has one form.
+
+    Raises:
+        ValueError: ``launches`` is none of 0, 1 and 2.
+    """
+    global _form
+    if launches not in (0, 1, 2):
+        raise ValueError(f"launches must be 0, 1 or 2, but it was {launches}")
+    before, _form = _form, Form(launches, Tile(tile))
+    try:
+        yield
+    finally:
+        _form = before
 
 
 @functools.cache
@@ -75,7 +118,7 @@ def lowrank_residual_linear(
     factors = [None if t is None else _rows(t) for t in (down, up, residual_down, residual_up)]
     bias, crow, col, values = (None if t is None else t.contiguous() for t in (bias, crow, col, values))
     y = torch.ops.mixrank_kernels._cuda_linear(
-        rows, factors[0], factors[1], bias, factors[2], factors[3], crow, col, values, _terms()
+        rows, factors[0], factors[1], bias, factors[2], factors[3], crow, col, values, _terms(), *_form
     )
     return y.reshape(shape)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mixrank_kernels.cuda import Form
 
 from . import emulator
 from .test_guard_bands import Banded
@@ -65,23 +65,6 @@ WHOLE, HALVES, PAIRS, SINGLE, UNEVEN = Layout(8, 8), Layout(4, 4), Layout(2, 2),
 ALL_LAYOUTS = (WHOLE, PAIRS, SINGLE, HALVES, UNEVEN)
 # Every operand where the copy engine reaches it, and each kind of access for each operand.
 LAYOUTS = {"whole": (WHOLE,)} | {f"mixed{i}": ALL_LAYOUTS[i:] + ALL_LAYOUTS[:i] for i in range(len(ALL_LAYOUTS))}
-
-
-class Tile(IntEnum):
-    """ProductTile of launch_product.h."""
-
-    BY_SIZE = 0
-    FEW_ROWS = 1
-    SMALL = 2
-    MEDIUM = 3
-    LARGE = 4
-
-
-class Form(NamedTuple):
-    """LinearForm of launch_product.h."""
-
-    launches: int
-    tile: Tile = Tile.BY_SIZE
 
 
 ONE_LAUNCH, TWO_LAUNCHES = Form(1), Form(2)

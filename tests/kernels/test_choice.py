@@ -112,6 +112,22 @@ def test_a_torch_without_cuda_does_not_load_the_extension(monkeypatch):
     assert load_cuda_extension() is None
 
 
+def test_a_form_holds_for_a_block(monkeypatch):
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments[-2:])
+        return torch.ones(3, 32)
+
+    monkeypatch.setattr(torch.ops.mixrank_kernels, "_cuda_linear", call, raising=False)
+    with cuda.form(1), cuda.form(2, cuda.Tile.LARGE):
+        cuda.lowrank_linear(*linear(torch.float32))
+    cuda.lowrank_linear(*linear(torch.float32))
+    assert calls == [(2, 4), (0, 0)]
+    with pytest.raises(ValueError, match="launches must be 0, 1 or 2, but it was 3"), cuda.form(3):
+        pass
+
+
 def test_old_devices_are_refused(fake_device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0" in cuda.refusal("lowrank_linear", fake_cuda(3, 32), fake_cuda(4, 32), fake_cuda(8, 4))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels import testing
+from mixrank_kernels.cuda import Form, Tile
 
 from .cuda_emulated import (
     ALL_LAYOUTS,
@@ -25,10 +26,8 @@ from .cuda_emulated import (
     ORDERS,
     TWO_LAUNCHES,
     WHOLE,
-    Form,
     Kernels,
     Order,
-    Tile,
     integers,
 )
 
