@@ -82,7 +82,8 @@ def refusal(op: str, *arguments: Tensor | None) -> str | None:
     values = arguments[8] if op == "lowrank_residual_linear" else None
     if values is not None and values.shape[-1] % BLOCK_STEP:
         return f"it takes blocks of a multiple of {BLOCK_STEP}, and values has blocks of {values.shape[-1]}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    # Tensors without memory may be on a device that is not there.
+    if x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs compute capability 8.0 or higher"
     return None
 
