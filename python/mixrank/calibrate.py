@@ -41,6 +41,10 @@ class LayerStats:
     total: Tensor
     rows: int
 
+    def __add__(self, other: LayerStats) -> LayerStats:
+        """The sums over the tokens of both."""
+        return LayerStats(self.side, self.gram + other.gram, self.total + other.total, self.rows + other.rows)
+
 
 class CalibrationStats(Mapping[str, LayerStats]):
     """Statistics by layer name. Layers that receive the same input may share one object.
@@ -48,10 +52,27 @@ class CalibrationStats(Mapping[str, LayerStats]):
     Attributes:
         images: number of images that went in.
         seconds: wall-clock time that calibration took.
+        held_out: statistics of the images that were kept apart, or None.
     """
 
-    def __init__(self, layers: dict[str, LayerStats], images: int, seconds: float) -> None:
-        self._layers, self.images, self.seconds = layers, images, seconds
+    def __init__(
+        self,
+        layers: dict[str, LayerStats],
+        images: int,
+        seconds: float,
+        held_out: CalibrationStats | None = None,
+    ) -> None:
+        self._layers, self.images, self.seconds, self.held_out = layers, images, seconds, held_out
+
+    def merged(self) -> CalibrationStats:
+        """Statistics of all images, with none held out any more."""
+        if self.held_out is None:
+            return self
+        sums: dict[int, LayerStats] = {}
+        for name, layer in self._layers.items():
+            sums.setdefault(id(layer), layer + self.held_out[name])
+        layers = {name: sums[id(layer)] for name, layer in self._layers.items()}
+        return CalibrationStats(layers, self.images + self.held_out.images, self.seconds)
 
     def __getitem__(self, name: str) -> LayerStats:
         return self._layers[name]
@@ -191,8 +212,54 @@ def _arrange(linears: dict[str, nn.Linear], groups: list[list[str]]) -> list[_Ac
     return result
 
 
+def _held_out(first: int, count: int, share: float) -> Tensor:
+    """Which of ``count`` images from number ``first`` on are held out: evenly spread, whatever the batches are."""
+    index = torch.arange(first, first + count + 1, dtype=torch.float64)
+    return ((index * share + 1e-9).floor().diff() > 0).cpu()
+
+
+class _Part:
+    """The images that are held out, or those that are not: their accumulators and number."""
+
+    def __init__(self) -> None:
+        self.accumulators: list[_Accumulator] = []
+        self.images = 0
+
+    def arrange(self, linears: dict[str, nn.Linear], groups: list[list[str]]) -> None:
+        """Take up the groups of layers that images of a new size show."""
+        if self.accumulators:
+            self.accumulators = [part for whole in self.accumulators for part in whole.split(groups)]
+        else:
+            self.accumulators = _arrange(linears, groups)
+
+    def run(self, model: nn.Module, images: Tensor, names: list[str]) -> None:
+        """Let images pass through the model and be summed."""
+        for accumulator in self.accumulators:
+            accumulator.names = names
+        with _hooked(each.module.register_forward_hook(each) for each in self.accumulators):
+            model(images)
+        self.images += len(images)
+
+    def finish(self, linears: dict[str, nn.Linear]) -> dict[str, LayerStats]:
+        """The statistics by layer name.
+
+        Raises:
+            InputError: a layer was never called.
+        """
+        idle = [accumulator.name for accumulator in self.accumulators if accumulator.rows == 0]
+        if idle:
+            raise InputError(f"layer {idle[0]} ({len(idle)} in all) was never called, so it has no statistics")
+        finished = {name: stats for each in self.accumulators for stats in [each.finish()] for name in each.layers}
+        return {name: finished[name] for name in linears}
+
+
 def calibrate(
-    model: nn.Module, batches: Iterable, *, progress: bool = False, dtype: torch.dtype | None = None
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    held_out: float = 0.0,
+    progress: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> CalibrationStats:
     """Run the model over images and accumulate the statistics of every compressible layer.
 
@@ -204,6 +271,8 @@ def calibrate(
         model: a model whose linear layers :func:`mixrank.models.compressible_linears` finds.
         batches: :class:`mixrank.data.Batch` objects, image tensors ``[B, C, H, W]``, or tuples and lists that begin
             with one. Labels are not used.
+        held_out: share of the images, in [0, 1), whose statistics are kept apart, to tell errors on images that the
+            factors were not made from. They are spread evenly, and the same ones whatever the batches are.
         progress: show a progress bar with the time left.
         dtype: run the model under autocast in this dtype (bfloat16 is about twice as fast on recent CPUs);
             the sums stay in float64. None: the model's own dtype.
@@ -212,7 +281,8 @@ def calibrate(
         Statistics by layer name.
 
     Raises:
-        InputError: no images; no layer to compress; a layer sees NaN or infinite values (named with the image).
+        InputError: no images, or too few to hold any out; no layer to compress; a layer sees NaN or infinite values
+            (named with the image).
 
     Example:
         >>> import timm, torch
@@ -220,38 +290,41 @@ def calibrate(
         >>> calibrate(model, [torch.randn(2, 3, 32, 32)])["blocks.0.attn.proj"].gram.shape
         torch.Size([192, 192])
     """
+    if not 0 <= held_out < 1:
+        raise InputError(f"held_out must be at least 0 and below 1, but it was {held_out}")
     linears = compressible_linears(model)
     if not linears:
         raise InputError(f"the model ({type(model).__name__}) has no linear layer that can be compressed")
     parameter = next(model.parameters())
-    training, images, started = model.training, 0, time.perf_counter()
-    accumulators: list[_Accumulator] = []
+    training, started = model.training, time.perf_counter()
+    parts = [_Part(), _Part()] if held_out else [_Part()]
     sizes: set[torch.Size] = set()
     try:
         model.eval()
         with torch.inference_mode(), torch.autocast(parameter.device.type, dtype, enabled=dtype is not None):
             for item in track(batches, "calibrating", enabled=progress):
-                batch = as_batch(item, images)
+                first = sum(part.images for part in parts)
+                batch = as_batch(item, first)
                 inputs = batch.images.to(parameter.device, parameter.dtype)
                 if inputs.shape[1:] not in sizes:
                     groups = _groups(model, linears, inputs[:1])
-                    if sizes:
-                        accumulators = [part for whole in accumulators for part in whole.split(groups)]
-                    else:
-                        accumulators = _arrange(linears, groups)
+                    for part in parts:
+                        part.arrange(linears, groups)
                     sizes.add(inputs.shape[1:])
-                for accumulator in accumulators:
-                    accumulator.names = batch.names
-                with _hooked(each.module.register_forward_hook(each) for each in accumulators):
-                    model(inputs)
-                images += len(batch.images)
+                apart = _held_out(first, len(inputs), held_out)
+                for part, chosen in zip(parts, (~apart, apart), strict=False):
+                    if chosen.any():
+                        index = chosen.nonzero().flatten()
+                        images = inputs if chosen.all() else inputs[index.to(inputs.device)]
+                        part.run(model, images, [batch.names[i] for i in index.tolist()])
     finally:
         model.train(training)
+    seconds = time.perf_counter() - started
+    images = sum(part.images for part in parts)
     if images == 0:
         raise InputError("calibration needs at least one image, but there was none")
-    idle = [accumulator.name for accumulator in accumulators if accumulator.rows == 0]
-    if idle:
-        raise InputError(f"layer {idle[0]} ({len(idle)} in all) was never called, so it has no statistics")
-    finished = {name: stats for each in accumulators for stats in [each.finish()] for name in each.layers}
-    layers = {name: finished[name] for name in linears}
-    return CalibrationStats(layers, images, time.perf_counter() - started)
+    if any(part.images == 0 for part in parts):
+        raise InputError(f"held_out={held_out} needs more images, but there were {images}")
+    layers, *others = (part.finish(linears) for part in parts)
+    apart = CalibrationStats(others[0], parts[1].images, seconds) if others else None
+    return CalibrationStats(layers, parts[0].images, seconds, apart)

@@ -203,3 +203,36 @@ def test_calibration_without_images_or_layers_is_refused(model):
         calibrate(model, [])
     with pytest.raises(InputError, match=r"\(Conv2d\) has no linear layer that can be compressed"):
         calibrate(nn.Conv2d(3, 4, 3), [torch.ones(1, 3, 8, 8)])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.25, 1 / 3, 0.5, 0.9])
+def test_images_that_are_held_out_are_spread_evenly_whatever_the_batches_are(model, share):
+    images = torch.randn(20, 3, 32, 32)
+    whole = calibrate(model, [images])
+    parts = [calibrate(model, images.split(size), held_out=share) for size in (1, 7, 20)]
+    for stats in parts:
+        assert stats.held_out.images == int(20 * share + 1e-6)
+        assert stats.images + stats.held_out.images == stats.merged().images == 20
+        assert stats.merged().held_out is None
+        for name in whole:
+            assert stats[name].rows + stats.held_out[name].rows == whole[name].rows
+            torch.testing.assert_close(stats.merged()[name].gram, whole[name].gram, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(stats.merged()[name].total, whole[name].total, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(stats.held_out[name].gram, parts[0].held_out[name].gram, rtol=1e-5, atol=1e-4)
+
+
+def test_merged_statistics_share_what_the_parts_share(model):
+    names = split_qkv_(model)
+    merged = calibrate(model, [torch.randn(4, 3, 32, 32)], held_out=0.5).merged()
+    assert merged[f"{names[0]}.parts.0"] is merged[f"{names[0]}.parts.2"]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_shares_that_cannot_be_held_out_are_refused(model, images, share):
+    with pytest.raises(InputError, match=f"held_out must be at least 0 and below 1, but it was {share}"):
+        calibrate(model, [images], held_out=share)
+
+
+def test_too_few_images_to_hold_any_out_are_refused(model, images):
+    with pytest.raises(InputError, match=r"held_out=0\.2 needs more images, but there were 4"):
+        calibrate(model, [images[:4]], held_out=0.2)
