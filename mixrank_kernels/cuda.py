@@ -21,6 +21,7 @@ from mixrank_kernels._load import CUDA_EXTENSION, REBUILD, load_cuda_extension
 
 # Sides of a block of values are whole steps of a tensor core.
 BLOCK_STEP = 16
+LEAST_CAPABILITY = (8, 0)
 
 
 class Tile(IntEnum):
@@ -82,10 +83,15 @@ def refusal(op: str, *arguments: Tensor | None) -> str | None:
     values = arguments[8] if op == "lowrank_residual_linear" else None
     if values is not None and values.shape[-1] % BLOCK_STEP:
         return f"it takes blocks of a multiple of {BLOCK_STEP}, and values has blocks of {values.shape[-1]}"
-    # Tensors without memory may be on a device that is not there.
-    if x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "it needs compute capability 8.0 or higher"
+    if x.is_cuda and _capability(x.device) < LEAST_CAPABILITY:
+        return f"it needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or higher"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a device; the least where there is none, as for tensors without memory."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else LEAST_CAPABILITY
 
 
 def lowrank_linear(
