@@ -1,11 +1,11 @@
-// From the operands of a Gram operator to launches; Launcher as in launch_product.h.
+// From the operands of a Gram operator to launches.
 #pragma once
 
 #include "cuda/gram_quad_sm90.h"
 #include "cuda/gram_reduce.h"
 #include "cuda/gram_sm80.h"
 #include "cuda/gram_sm90.h"
-#include "cuda/launch_product.h"
+#include "cuda/launch.h"
 
 namespace mixrank {
 
@@ -40,7 +40,7 @@ inline int access_of(const GramArguments& call, const void* base, int64_t stride
   return access_of(base, (stride | (call.params.batches > 1 ? batch_stride : 0)) * size, size);
 }
 
-// From so many tiles along a side on, quads waste little.
+// From so many tiles along a side on, quads waste little. Not measured.
 constexpr int64_t kQuadTiles = 5;
 
 inline GramKernel kernel_of(const GramArguments& call, int architecture) {

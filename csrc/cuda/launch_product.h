@@ -1,11 +1,7 @@
-// From the operands of a linear operator to launches. A Launcher is CUDA's (launcher.cuh) or the emulator's:
-//
-//   int architecture();                             80 or 90, for the kernels of that architecture
-//   TensorMap map(base, cols, rows, batches, row_stride, batch_stride, box_rows);   strides in elements of 16 bits
-//   void launch<Kernel>(int64_t blocks, const Params&, bool overlaps);   overlaps: may begin before the last launch has ended;
-//                                                   in clusters of Kernel::kCluster blocks where there is such a number
+// From the operands of a linear operator to launches.
 #pragma once
 
+#include "cuda/launch.h"
 #include "cuda/linear_sm90.h"
 #include "cuda/product_sm80.h"
 #include "cuda/product_sm90.h"
@@ -38,11 +34,6 @@ constexpr int kHiddenStep = 8;
 
 // Elements of one row of the intermediate: that of each pair of factors on a boundary of 16 bytes.
 inline int64_t hidden_stride(int R, int Q) { return round_up(R, kHiddenStep) + round_up(Q, kHiddenStep); }
-
-inline int access_of(const void* base, int64_t row_bytes, int element_bytes) {
-  const uint64_t bits = reinterpret_cast<uint64_t>(base) | static_cast<uint64_t>(row_bytes);
-  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : element_bytes;
-}
 
 // Whether the copy engine can bring every operand and take every output.
 inline bool boxes_reach(const ProductParams& params) {
@@ -132,7 +123,7 @@ inline int rank_boxes(const LinearArguments& call) {
   return static_cast<int>(ceil_div(call.factors[0].rank, kRankBox) + ceil_div(call.factors[1].rank, kRankBox));
 }
 
-// From so many blocks on, clusters that hold 128 rows each fill a device.
+// From so many blocks on, clusters that hold 128 rows each fill a device. Not measured.
 constexpr int64_t kManyBlocks = 96;
 
 // Blocks of a cluster of the one launch that does everything, or 0 where there is no such kernel.

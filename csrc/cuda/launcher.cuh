@@ -1,4 +1,4 @@
-// Launches on torch's current stream of a device; see launch_product.h for what a Launcher is. Nothing here allocates or
+// Launches on torch's current stream of a device; see launch.h for what a Launcher is. Nothing here allocates or
 // synchronises, so that launches can be captured in a graph.
 #pragma once
 

@@ -10,7 +10,8 @@
 
 #include "cuda/operands.h"
 #include "cuda/pipeline_sm90.h"
-#include "cuda/product_sm80.h"
+#include "cuda/product_tiles.h"
+#include "cuda/sparse.h"
 
 namespace mixrank {
 
