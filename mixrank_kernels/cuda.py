@@ -19,8 +19,6 @@ from torch import Tensor
 
 from mixrank_kernels._load import CUDA_EXTENSION, REBUILD, load_cuda_extension
 
-# Sides of a block of values are whole steps of a tensor core.
-BLOCK_STEP = 16
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -80,9 +78,6 @@ def refusal(op: str, *arguments: Tensor | None) -> str | None:
         return "tensor cores have no terms for float64"
     if x.dtype == torch.float16 and "gram" not in op:
         return "its intermediate is in the dtype of x, whose range float16 values can leave"
-    values = arguments[8] if op == "lowrank_residual_linear" else None
-    if values is not None and values.shape[-1] % BLOCK_STEP:
-        return f"it takes blocks of a multiple of {BLOCK_STEP}, and values has blocks of {values.shape[-1]}"
     if x.is_cuda and _capability(x.device) < LEAST_CAPABILITY:
         return f"it needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or higher"
     return None

@@ -1,4 +1,4 @@
-// Quads of tiles of x^T z on Hopper: what gram_sm90.h computes, with a quarter of the reads for each product.
+// Quads of tiles of x^T z on Hopper: what gram_sm90.h computes, with half of the reads for each product.
 //
 // A cluster of two blocks takes a square of 256 x 256: four tiles of 128 x 128, one to each warpgroup. Both blocks need the same 256
 // columns of x, of which each has one half brought to both; the 128 columns of z are each block's own, and on the diagonal of a

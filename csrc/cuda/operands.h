@@ -118,6 +118,16 @@ MIXRANK_DEVICE void multiply_terms(float (&sum)[4], const uint32_t (&a)[kPartsOf
   }
 }
 
+// The four floats of step `step` that a thread holds of a row, as parts of the first and the last two.
+template <class Operand>
+MIXRANK_DEVICE void load_floats(uint32_t (&first)[Operand::kParts], uint32_t (&last)[Operand::kParts], const char* tile,
+                                int row, int step, int lane) {
+  float v[4];
+  memcpy(v, tile + box_offset(row, (lane % 4 * 2 + step) * 8), sizeof(v));
+  split<Operand::kTerms>(v[0], v[1], first);
+  split<Operand::kTerms>(v[2], v[3], last);
+}
+
 // Step `step` of 16 rows of a tile of adjacent terms, as the left operand.
 template <class Operand>
 MIXRANK_DEVICE void load_left(uint32_t (&a)[Operand::kParts][4], const char* tile, int row, int step, int lane) {
@@ -126,11 +136,8 @@ MIXRANK_DEVICE void load_left(uint32_t (&a)[Operand::kParts][4], const char* til
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float v[4];
-      memcpy(v, tile + box_offset(row + half * 8 + lane / 4, (lane % 4 * 2 + step) * 8), sizeof(v));
       uint32_t first[Operand::kParts], last[Operand::kParts];
-      split<Operand::kTerms>(v[0], v[1], first);
-      split<Operand::kTerms>(v[2], v[3], last);
+      load_floats<Operand>(first, last, tile, row + half * 8 + lane / 4, step, lane);
 #pragma unroll
       for (int i = 0; i < Operand::kParts; ++i) {
         a[i][half] = first[i];
@@ -150,11 +157,8 @@ MIXRANK_DEVICE void load_right(uint32_t (&b)[2][Operand::kParts][2], const char*
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float v[4];
-      memcpy(v, tile + box_offset(row + half * 8 + lane / 4, (lane % 4 * 2 + step) * 8), sizeof(v));
       uint32_t first[Operand::kParts], last[Operand::kParts];
-      split<Operand::kTerms>(v[0], v[1], first);
-      split<Operand::kTerms>(v[2], v[3], last);
+      load_floats<Operand>(first, last, tile, row + half * 8 + lane / 4, step, lane);
 #pragma unroll
       for (int i = 0; i < Operand::kParts; ++i) {
         b[half][i][0] = first[i];

@@ -32,11 +32,6 @@ MIXRANK_DEVICE uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-MIXRANK_DEVICE uint32_t pack_fp16(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 MIXRANK_DEVICE float widen_fp16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
 // cp.async: Bytes (4, 8 or 16) from global to shared memory, of which the last Bytes - valid are filled with zeros.

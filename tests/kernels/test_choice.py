@@ -94,9 +94,6 @@ def test_cuda_kernels_refuse_what_they_have_no_kernel_for(fake_device):
     gram = fake_cuda(32, 32, dtype=torch.float32)
     assert cuda.refusal("gram_accumulate_", gram, fake_cuda(3, 32, dtype=torch.float16)) is None
     assert "float64" in cuda.refusal("gram_accumulate_", gram, fake_cuda(3, 32, dtype=torch.float64))
-    blocks = (None,) * 5 + (fake_cuda(1, 8, 8),)
-    refusal = cuda.refusal("lowrank_residual_linear", fake_cuda(3, 32), fake_cuda(4, 32), fake_cuda(8, 4), *blocks)
-    assert refusal == "it takes blocks of a multiple of 16, and values has blocks of 8"
 
 
 def test_without_the_cuda_extension_everything_else_serves(monkeypatch):

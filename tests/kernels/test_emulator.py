@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import c_bool, c_float, c_int64, c_uint32
+from ctypes import c_float, c_int64, c_uint32
 
 import numpy as np
 import pytest
@@ -276,17 +276,14 @@ def test_tensor_maps_are_refused_as_the_driver_refuses_them(run, name, bad):
 
 
 def test_pairs_are_rounded_to_nearest_even(run):
-    values = np.concatenate([np.random.default_rng(0).normal(size=999), [0.0, 65519, 65520, 1e-8, np.inf, -6.0e-8]])
+    values = np.concatenate([np.random.default_rng(0).normal(size=999), [0.0, 1e-8, np.inf, -6.0e-8]])
     values = values.astype(np.float32)
     function = run.library.pack
-    function.restype, function.argtypes = c_uint32, [c_float, c_float, c_bool]
+    function.restype, function.argtypes = c_uint32, [c_float, c_float]
     for low, high in zip(values, values[::-1], strict=True):
-        with np.errstate(over="ignore"):
-            halves = np.array([low, high]).astype(np.float16).view(np.uint16)
-        assert function(low, high, False) == int(halves[0]) | int(halves[1]) << 16
         wide = np.array([low, high]).view(np.uint32).astype(np.uint64)
         rounded = (wide + 0x7FFF + (wide >> 16 & 1)) >> 16
-        assert function(low, high, True) == int(rounded[0]) | int(rounded[1]) << 16
+        assert function(low, high) == int(rounded[0]) | int(rounded[1]) << 16
 
 
 def test_what_does_not_compile_is_shown(tmp_path):

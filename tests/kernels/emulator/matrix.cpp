@@ -18,14 +18,6 @@ void widen_pair(uint32_t pair, bool bf16, float* low, float* high) {
   *high = widen_bits(static_cast<uint16_t>(pair >> 16), bf16);
 }
 
-template <class T>
-uint32_t pack(float low, float high) {
-  T pair[2];
-  narrow(low, &pair[0]);
-  narrow(high, &pair[1]);
-  return pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
-}
-
 void require_whole_warp(uint32_t mask, const char* instruction) {
   if (mask != kWholeWarp) machine().fail(std::string(instruction) + " got a mask of less than the warp");
 }
@@ -340,8 +332,12 @@ namespace mixrank {
 
 using emulator::machine;
 
-uint32_t pack_bf16(float low, float high) { return emulator::pack<BFloat>(low, high); }
-uint32_t pack_fp16(float low, float high) { return emulator::pack<Half>(low, high); }
+uint32_t pack_bf16(float low, float high) {
+  BFloat pair[2];
+  narrow(low, &pair[0]);
+  narrow(high, &pair[1]);
+  return pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
+}
 float widen_fp16(uint16_t bits) { return widen(Half{bits}); }
 
 void group_fence() {

@@ -199,7 +199,7 @@ const char* check_map(int64_t base, int64_t cols, int64_t rows, int64_t batches,
   });
 }
 
-uint32_t pack(float low, float high, bool bf16) { return bf16 ? pack_bf16(low, high) : pack_fp16(low, high); }
+uint32_t pack(float low, float high) { return pack_bf16(low, high); }
 }
 
 }  // namespace mixrank

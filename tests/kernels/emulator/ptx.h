@@ -77,7 +77,6 @@ T shuffle(Lanes lanes, uint32_t mask, T value, int operand, int width) {
 char* shared_memory();
 uint32_t shared_address(const void* shared);
 uint32_t pack_bf16(float low, float high);
-uint32_t pack_fp16(float low, float high);
 float widen_fp16(uint16_t bits);
 
 template <int Bytes>
