@@ -90,7 +90,7 @@ if with_cuda:
             include_dirs=include_dirs,
             extra_compile_args={
                 "cxx": host,
-                "nvcc": ["-O3", "-lineinfo", "-std=c++20", "-DUSE_CUDA", "-Xptxas=-v", *macros],
+                "nvcc": ["-O3", "-lineinfo", "-std=c++20", "-DUSE_CUDA", *macros],
             },
             extra_link_args=level,
         )
