@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from mixrank.apply import restructure_
 from mixrank.data import check_preprocessing
 from mixrank.errors import InputError
+from mixrank.files import write_tensors
 from mixrank.models import (
     ModelSpec,
     check_shapes,
@@ -119,7 +117,11 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
     if unknown:
         raise InputError(f"{unknown[0]} is {tensors[unknown[0]].dtype}, which a checkpoint cannot hold")
     _skeleton(_parse(text, tensors, path), "the model")
-    _write(path, _unshared(state), text)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    write_tensors(path, _unshared(state), {_KEY: text})
 
 
 def _has_exposed_qkv(model: nn.Module) -> bool:
@@ -137,30 +139,6 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
         owners.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     return tensors
-
-
-def _write(path: Path, tensors: dict[str, Tensor], text: str) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file")
-    if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(tensors, temporary, metadata={_KEY: text})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(mode)  # safetensors makes its file anew, closed to everyone else
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:

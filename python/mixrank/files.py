@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from mixrank.errors import InputError
 
@@ -47,6 +52,27 @@ def write_text(path: Path, text: str) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write contiguous tensors on the CPU that share no memory as safetensors, or leave what was there untouched."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        save_file(dict(tensors), temporary, metadata=metadata)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)  # safetensors makes its file anew, closed to everyone else
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _umask() -> int:
