@@ -1,0 +1,133 @@
+"""Sensitivity: how far the model's logits move when one layer alone is replaced by its factors.
+
+An error of a layer's outputs says little about what the model makes of it: of two layers with the same relative error
+one can move the logits a thousand times as far. So each layer is replaced alone, at the rank that a first plan gives
+it, and the divergence of the logits is measured. The divergences of single layers add up to about that of the plan as
+a whole, and between neighbouring ranks a layer's divergence follows its output error; that is what
+:func:`mixrank.allocate.allocate` with ``energy="sensitivity"`` makes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixrank.blocks import block_of, blocks_of
+from mixrank.decompose import Factorisation
+from mixrank.errors import InputError
+from mixrank.fidelity import compare
+from mixrank.nn import MixedRankLinear
+from mixrank.plan import Plan
+from mixrank.progress import track
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What replacing one layer does.
+
+    Attributes:
+        rank: R, at which it was measured.
+        divergence: mean KL of the model's logits from the dense model's, in nats, with this layer alone replaced.
+    """
+
+    rank: int
+    divergence: float
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    plan: Plan,
+    factorisations: Mapping[str, Factorisation],
+    batches: Iterable[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> dict[str, Sensitivity]:
+    """Replace every layer that the plan factors, one at a time, and measure the divergence of the logits.
+
+    One pass through the model for each layer, from the layer's block on: what the blocks before it return is kept.
+
+    Args:
+        model: the dense model, in any mode; it is as it was afterwards.
+        plan: the ranks to measure at.
+        factorisations: what :func:`mixrank.decompose.decompose` returned for the model.
+        batches: image tensors ``[B, C, H, W]``; a few dozen images tell the layers apart.
+        dtype: run the model under autocast in this dtype.
+        progress: show a progress bar with the time left.
+
+    Returns:
+        By layer name, for those layers that the plan factors.
+
+    Raises:
+        InputError: there is no image, or the model does not return finite logits of at least two classes.
+    """
+    parameter = next(model.parameters())
+    batches = [batch.to(parameter.device, parameter.dtype) for batch in batches]
+    if not batches:
+        raise InputError("sensitivity needs at least one image, but there was none")
+    ranks = {layer.name: layer.rank for layer in plan.layers if layer.rank is not None}
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(parameter.device.type, dtype, enabled=dtype is not None):
+            replay = _Replay(model, batches)
+            return {
+                name: Sensitivity(rank, replay.divergence(name, factorisations[name], rank))
+                for name, rank in track(ranks.items(), "measuring layers", total=len(ranks), enabled=progress)
+            }
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class _Replay:
+    """The dense model on some batches, gone through again from any block on."""
+
+    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
+        self.model, self.batches, self.blocks = model, batches, blocks_of(model)
+        self.outputs: list[dict[str, list[object]]] = []  # for each batch, by block, of each of its calls
+        logits = []
+        for batch in batches:
+            outputs: dict[str, list[object]] = {name: [] for name in self.blocks}
+            handles = [
+                block.register_forward_hook(lambda _m, _a, output, calls=outputs[name]: calls.append(output))
+                for name, block in self.blocks.items()
+            ]
+            try:
+                logits.append(model(batch))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.outputs.append(outputs)
+        self.logits = torch.cat(logits).float()
+
+    def divergence(self, name: str, factorisation: Factorisation, rank: int) -> float:
+        """Mean KL of the logits with one layer replaced."""
+        linear = self.model.get_submodule(name)
+        names = list(self.blocks)
+        earlier = names[: names.index(block_of(name, names))]
+        self.model.set_submodule(name, MixedRankLinear.from_factors(*factorisation.factors(rank)).eval())
+        try:
+            logits = []
+            for batch, outputs in zip(self.batches, self.outputs, strict=True):
+                with self._replayed(earlier, outputs):
+                    logits.append(self.model(batch))
+        finally:
+            self.model.set_submodule(name, linear)
+        return compare(torch.cat(logits).float(), self.logits).divergence
+
+    @contextmanager
+    def _replayed(self, names: list[str], outputs: dict[str, list[object]]) -> Iterator[None]:
+        """Blocks that return what they returned before, without any work."""
+        try:
+            for name in names:
+                calls = iter(outputs[name])
+                self.blocks[name].forward = lambda *_args, calls=calls, **_kwargs: next(calls)
+            yield
+        finally:
+            for name in names:
+                del self.blocks[name].forward
