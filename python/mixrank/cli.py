@@ -1,4 +1,4 @@
-"""The command line: ``mixrank compress | evaluate | inspect | report | bench | demo``.
+"""The command line: ``mixrank compress | compensate | evaluate | inspect | report | bench | demo``.
 
 Only arguments are declared here. What a command does lives in its own module and is imported when the command
 runs, so that ``mixrank --help`` does not wait for timm and matplotlib.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mixrank import cli_bench
+from mixrank import cli_bench, cli_compensate
 from mixrank.errors import InputError
 
 BAD_INPUT = 2
@@ -232,6 +232,7 @@ def report(
     print(f"report      {out}")
 
 
+app.command(epilog=cli_compensate.EPILOG)(cli_compensate.compensate)
 app.command(epilog=cli_bench.EPILOG)(cli_bench.bench)
 
 

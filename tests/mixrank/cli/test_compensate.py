@@ -1,0 +1,81 @@
+"""``mixrank compensate``: what it writes, what it refuses, and that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixrank import checkpoint
+from mixrank.views import Views
+
+
+def arguments(world, out: Path, *more: str) -> list[str]:
+    fixed = ["compensate", str(world.checkpoint), "--weights", str(world.weights), "--images", str(world.flat)]
+    fixed += ["--out", str(out), "--quiet", "--batch-size", "4", "--held-out", "0.3", "--learning-rate", "1e-3"]
+    return [*fixed, *more]
+
+
+def test_it_writes_a_checkpoint_that_follows_the_dense_model_at_least_as_well(world, tmp_path: Path) -> None:
+    out, data_file = tmp_path / "trained.safetensors", tmp_path / "result.json"
+    result = world.invoke(*arguments(world, out, "--steps", "4", "--json", str(data_file)))
+    assert result.exit_code == 0, result.output
+    assert "divergence" in result.stdout
+    data = json.loads(data_file.read_text())
+    assert data["compensation"]["after"]["divergence"] <= data["compensation"]["before"]["divergence"]
+    assert data["compensation"]["steps"] == 4
+    before, after = checkpoint.read_header(world.checkpoint), checkpoint.read_header(out)
+    assert after.plan == before.plan
+    assert after.metadata["compensation"]["options"]["batch_size"] == 4
+    assert {name: info.shape for name, info in after.tensors.items()} == {
+        name: info.shape for name, info in before.tensors.items()
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"trained.safetensors", "result.json"}
+
+
+def test_an_interrupted_run_goes_on_with_resume_and_writes_the_same_bytes(world, tmp_path: Path, monkeypatch) -> None:
+    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
+    assert world.invoke(*arguments(world, whole, "--steps", "10")).exit_code == 0
+    batch, calls = Views.batch, []
+
+    def interrupted(self, step: int) -> torch.Tensor:
+        calls.append(step)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Views, "batch", interrupted)
+        assert world.invoke(*arguments(world, broken, "--steps", "10")).exit_code == 130
+    assert not broken.exists()
+    state = tmp_path / "broken.safetensors.state"
+    assert state.exists()
+    assert "--resume" in world.refused(*arguments(world, broken, "--steps", "10"))
+    assert "another run" in world.refused(*arguments(world, broken, "--steps", "11", "--resume"))
+    assert world.invoke(*arguments(world, broken, "--steps", "10", "--resume")).exit_code == 0
+    assert broken.read_bytes() == whole.read_bytes()
+    assert not state.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "exactly one of --steps and --minutes must be given"),
+        (["--steps", "1", "--minutes", "1"], "exactly one of --steps and --minutes must be given"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "1", "--min-scale", "2"], "min_scale must be in (0, 1]"),
+        (["--steps", "1", "--dtype", "int8"], "--dtype must be float32 or bfloat16, got int8"),
+        (["--steps", "1", "--limit", "1"], "at least 2 images are needed, but there were 1"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(world, tmp_path: Path, more: list[str], message: str) -> None:
+    assert message in world.refused(*arguments(world, tmp_path / "out.safetensors", *more))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_checkpoint_and_an_output_over_the_input_are_refused(world, tmp_path: Path) -> None:
+    missing = ["compensate", str(tmp_path / "none"), "--images", str(world.flat), "--out", str(tmp_path / "o")]
+    assert "does not exist" in world.refused(*missing, "--steps", "1")
+    assert "would overwrite an input" in world.refused(*arguments(world, world.checkpoint, "--steps", "1"))
