@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
-from mixrank.calibrate import CalibrationStats, LayerStats, calibrate
+from mixrank.calibrate import calibrate
 from mixrank.checkpoint import load, save
 from mixrank.compress import CompressionResult, compress
 from mixrank.decompose import Factorisation, decompose
@@ -16,6 +16,7 @@ from mixrank.evaluate import evaluate
 from mixrank.models import create_model
 from mixrank.nn import MixedRankLinear, SplitLinear
 from mixrank.plan import Plan
+from mixrank.stats import CalibrationStats, LayerStats
 from mixrank_kernels import __version__
 
 __all__ = [

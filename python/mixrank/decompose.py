@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mixrank.calibrate import CalibrationStats, LayerStats
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
 from mixrank.nn import check_rank
 from mixrank.progress import track
+from mixrank.stats import CalibrationStats, LayerStats
 
 FACTORS = ("aware", "svd")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank import InputError, calibrate
-from mixrank.calibrate import side_of
+from mixrank.accumulate import side_of
 from mixrank.data import Batch
 from mixrank.decompose import factorise
 from mixrank.models import compressible_linears, split_qkv_

@@ -11,9 +11,9 @@ from torch import nn
 
 import mixrank
 from mixrank import InputError, calibrate, decompose
-from mixrank.calibrate import LayerStats
 from mixrank.decompose import factorise
 from mixrank.models import split_qkv_
+from mixrank.stats import LayerStats
 
 STRATEGIES = list(itertools.product(["svd", "aware"], [False, True], [False, True]))
 
