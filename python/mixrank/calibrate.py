@@ -4,54 +4,89 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mixrank.accumulate import Part, groups_of
+from mixrank.accumulate import Measure, Part, groups_of
 from mixrank.data import as_batch
 from mixrank.errors import InputError
+from mixrank.gradients import backward
 from mixrank.models import compressible_linears
 from mixrank.progress import track
 from mixrank.stats import CalibrationStats
+from mixrank.weighting import Weighting
+
+CHUNK = 8  # images whose activations are held at once where gradients have to flow
+DEFAULT_HELD_OUT = 0.2
 
 
-def _held_out(first: int, count: int, share: float) -> Tensor:
-    """Which of ``count`` images from number ``first`` on are held out: evenly spread, whatever the batches are."""
-    index = torch.arange(first, first + count + 1, dtype=torch.float64)
-    return ((index * share + 1e-9).floor().diff() > 0).cpu()
+def _held_out(first: int, count: int, share: float, views: int) -> Tensor:
+    """Which of ``count`` views from number ``first`` on are of images that are held out.
+
+    They are evenly spread over the images, whatever the batches are, and all views of an image stay together.
+    """
+    image = torch.arange(first, first + count, dtype=torch.float64).div(views, rounding_mode="floor")
+    return ((image + 1) * share + 1e-9).floor() > (image * share + 1e-9).floor()
+
+
+def check_calibration(
+    model: nn.Module, *, held_out: float | None, weighting: str | Weighting, draws: int, gradients: bool
+) -> Measure:
+    """Return what :func:`calibrate` shall measure; raise InputError where its arguments are outside their ranges."""
+    if held_out is not None and not 0 <= held_out < 1:
+        raise InputError(f"held_out must be at least 0 and below 1, but it was {held_out}")
+    if draws < 1:
+        raise InputError(f"draws must be at least 1, but it was {draws}")
+    measure = Measure(Weighting.of(weighting), getattr(model, "num_prefix_tokens", 0) or 0, gradients)
+    if measure.weighting.kind == "class" and not measure.prefix_tokens:
+        raise InputError(f"weighting 'class' needs a model with a class token, but {type(model).__name__} has none")
+    return measure
 
 
 def calibrate(
     model: nn.Module,
     batches: Iterable,
     *,
-    held_out: float = 0.0,
+    held_out: float | None = 0.0,
+    weighting: str | Weighting = "none",
+    gradients: bool = False,
+    draws: int = 1,
+    seed: int = 0,
     progress: bool = False,
     dtype: torch.dtype | None = None,
 ) -> CalibrationStats:
     """Run the model over images and accumulate the statistics of every compressible layer.
 
-    The model runs in evaluation mode without gradients, and comes back in the mode that it was in. The first image of
+    The model runs in evaluation mode, and comes back in the mode that it was in. The first image of
     each size passes through it once more, alone and before the others, to find the layers that share an input. Which
-    layers do must not depend on anything but the size of the images.
+    layers do must not depend on anything but the size of the images. Where gradients have to flow, eight images at
+    a time pass through the model and back.
 
     Args:
         model: a model whose linear layers :func:`mixrank.models.compressible_linears` finds.
         batches: :class:`mixrank.data.Batch` objects, image tensors ``[B, C, H, W]``, or tuples and lists that begin
-            with one. Labels are not used.
+            with one. Labels are not used. An attribute ``views`` says how many views of each image follow each other.
         held_out: share of the images, in [0, 1), whose statistics are kept apart, to tell errors on images that the
-            factors were not made from. They are spread evenly, and the same ones whatever the batches are.
+            factors were not made from. They are spread evenly, and the same ones whatever the batches are. None: a
+            fifth, or none of fewer than five images.
+        weighting: how much each token counts, see :mod:`mixrank.weighting`.
+        gradients: also sum the outer products of the gradients of the loss with respect to each layer's outputs, for
+            ``factors="fisher"``.
+        draws: labels that each image draws from the model's answer, for gradients.
+        seed: of the labels that are drawn.
         progress: show a progress bar with the time left.
         dtype: run the model under autocast in this dtype (bfloat16 is about twice as fast on recent CPUs);
             the sums stay in float64. None: the model's own dtype.
 
     Returns:
-        Statistics by layer name.
+        Statistics by layer name. A layer that was never called has none and is named in ``idle``.
 
     Raises:
-        InputError: no images, or too few to hold any out; no layer to compress; a layer sees NaN or infinite values
-            (named with the image).
+        InputError: no images, or too few to hold any out; no layer to compress, or none was called; a layer sees NaN
+            or infinite values (named with the image); gradients of a model that is no classifier; an argument
+            outside its range.
 
     Example:
         >>> import timm, torch
@@ -59,41 +94,65 @@ def calibrate(
         >>> calibrate(model, [torch.randn(2, 3, 32, 32)])["blocks.0.attn.proj"].gram.shape
         torch.Size([192, 192])
     """
-    if not 0 <= held_out < 1:
-        raise InputError(f"held_out must be at least 0 and below 1, but it was {held_out}")
+    measure = check_calibration(model, held_out=held_out, weighting=weighting, draws=draws, gradients=gradients)
     linears = compressible_linears(model)
     if not linears:
         raise InputError(f"the model ({type(model).__name__}) has no linear layer that can be compressed")
+    share = DEFAULT_HELD_OUT if held_out is None else held_out
+    views = getattr(batches, "views", 1)
     parameter = next(model.parameters())
     training, started = model.training, time.perf_counter()
-    parts = [Part(), Part()] if held_out else [Part()]
+    parts = [Part(linears, measure) for _ in range(2 if share else 1)]
     sizes: set[torch.Size] = set()
     try:
         model.eval()
-        with torch.inference_mode(), torch.autocast(parameter.device.type, dtype, enabled=dtype is not None):
+        autocast = torch.autocast(parameter.device.type, dtype, enabled=dtype is not None)
+        # What is made in inference mode cannot take part in a backward pass.
+        with torch.inference_mode(not measure.backward), torch.no_grad(), autocast:
             for item in track(batches, "calibrating", enabled=progress):
                 first = sum(part.images for part in parts)
                 batch = as_batch(item, first)
                 inputs = batch.images.to(parameter.device, parameter.dtype)
                 if inputs.shape[1:] not in sizes:
-                    groups = groups_of(model, linears, inputs[:1])
+                    groups = groups_of(linears, partial(_once, model, inputs[:1]))
                     for part in parts:
-                        part.arrange(linears, groups)
+                        part.arrange(groups)
                     sizes.add(inputs.shape[1:])
-                apart = _held_out(first, len(inputs), held_out)
+                apart = _held_out(first, len(inputs), share, views)
                 for part, chosen in zip(parts, (~apart, apart), strict=False):
-                    if chosen.any():
-                        index = chosen.nonzero().flatten()
-                        images = inputs if chosen.all() else inputs[index.to(inputs.device)]
-                        part.run(model, images, [batch.names[i] for i in index.tolist()])
+                    for index in chosen.nonzero().flatten().split(CHUNK if measure.backward else max(1, len(inputs))):
+                        if len(index):
+                            images = inputs if len(index) == len(inputs) else inputs[index.to(inputs.device)]
+                            names = [batch.names[i] for i in index.tolist()]
+                            forward = partial(model, images)
+                            if measure.backward:
+                                numbers = (index + first).tolist()
+                                forward = partial(backward, model, images, numbers, names, draws, seed)
+                            part.run(forward, names)
     finally:
         model.train(training)
     seconds = time.perf_counter() - started
-    images = sum(part.images for part in parts)
-    if images == 0:
+    total = sum(part.images for part in parts)
+    if total == 0:
         raise InputError("calibration needs at least one image, but there was none")
-    if any(part.images == 0 for part in parts):
-        raise InputError(f"held_out={held_out} needs more images, but there were {images}")
-    layers, *others = (part.finish(linears) for part in parts)
-    apart = CalibrationStats(others[0], parts[1].images, seconds) if others else None
-    return CalibrationStats(layers, parts[0].images, seconds, apart)
+    if held_out and any(part.images == 0 for part in parts):
+        raise InputError(f"held_out={held_out} needs more images, but there were {-(-total // views)}")
+    return _finish(linears, [part for part in parts if part.images], views, seconds)
+
+
+def _once(model: nn.Module, image: Tensor) -> object:
+    return model(image.clone())
+
+
+def _finish(linears: dict[str, nn.Linear], parts: list[Part], views: int, seconds: float) -> CalibrationStats:
+    layers, *others = (part.finish(views) for part in parts)
+    reached = {name for name in layers if all(name in other for other in others)}
+    idle = tuple(name for name in linears if name not in reached)
+    if not reached:
+        raise InputError(f"layer {idle[0]} ({len(idle)} in all) was never called, so there are no statistics")
+    results = [
+        CalibrationStats({name: found[name] for name in found if name in reached}, images, seconds, idle=idle)
+        for found, images in zip((layers, *others), (-(-part.images // views) for part in parts), strict=True)
+    ]
+    results[0].held_out = results[1] if others else None
+    return results[0]
