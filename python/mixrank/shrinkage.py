@@ -59,8 +59,8 @@ def oas(output_gram: Tensor, weight_values: Tensor, weight_basis: Tensor, images
     """The pull that the oracle approximating shrinkage estimate of the inputs' covariance stands for.
 
     Chen, Wiesel, Eldar, Hero 2010, equation 23: ``(1 - rho) G + rho tr(G) / p I`` with ``rho`` from ``tr(G)``,
-    ``tr(G^2)``, p and the sample size, here the number of images. G is the covariance of the inputs as far as the weight passes
-    it on: ``V^T G V`` for ``W = U s V^T``, from the outputs by division by the singular values.
+    ``tr(G^2)``, p and the sample size, here the number of images. G is the covariance of the inputs as far as the
+    weight passes it on: ``V^T G V`` for ``W = U s V^T``, from the outputs by division by the singular values.
 
     Args:
         output_gram: ``[S, S]``, covariance of the outputs.
@@ -85,5 +85,5 @@ def oas(output_gram: Tensor, weight_values: Tensor, weight_basis: Tensor, images
 
 
 def score(errors: Tensor, ranks: int) -> float:
-    """The geometric mean of the errors ``[S + 1]`` at the ranks from 1 to ``ranks``: it weighs their relative changes."""
+    """The geometric mean of the errors ``[S + 1]`` at the ranks from 1 to ``ranks``."""
     return errors[1 : ranks + 1].clamp(min=torch.finfo(errors.dtype).tiny).log().mean().exp().item()
