@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from mixrank.allocate import allocate, check_budget
+from mixrank.allocate import ENERGIES, allocate, check_budget
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate, check_calibration
 from mixrank.decompose import FISHER_SHRINK, LayerShape, check_strategy, decompose
+from mixrank.errors import InputError
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.result import CompressionResult, layer_reports, notes
+from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
 from mixrank.weighting import Weighting
 
 Value = TypeVar("Value")
@@ -41,6 +44,8 @@ def compress(
     step: int = 8,
     min_rank: float | None = None,
     max_rank: float | None = None,
+    sequential: bool = False,
+    ridge: float = RIDGE,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> CompressionResult:
@@ -71,6 +76,10 @@ def compress(
         step: ranks are multiples of this.
         min_rank: lowest rank of a layer, a number or a share of its full rank.
         max_rank: highest rank of a layer, a number or a share of its full rank.
+        sequential: fit each layer to the inputs that the compressed layers before it give, see
+            :mod:`mixrank.sequential`. The ranks are those of the weights' energy, found without images, or (with
+            another ``energy``) of a calibration of the dense model, so that ``images`` are gone through twice.
+        ridge: pull of sequentially fitted weights towards the original ones, above 0.
         dtype: run the calibration under autocast in this dtype.
         progress: show progress bars with the time left.
 
@@ -103,29 +112,66 @@ def compress(
             "keep": keep, "max_bytes": max_bytes, "max_macs": max_macs, "ranks": ranks, "energy": energy, "step": step,
             "min_rank": min_rank, "max_rank": max_rank,
         }  # fmt: skip
-        apart = images is not None and held_out != 0
-        centre = check_strategy(
-            factors, centre, shrink, calibrated=images is not None, held_out=apart, fisher_shrink=fisher_shrink
-        )
-        measuring = {
-            "held_out": held_out, "weighting": weighting, "draws": draws, "gradients": factors == "fisher"
-        }  # fmt: skip
+        calibrated = images is not None
+        apart = calibrated and held_out != 0
+        strategy = {"factors": factors, "shrink": shrink, "fisher_shrink": fisher_shrink}
+        centre = check_strategy(centre=centre, calibrated=calibrated, held_out=apart, **strategy)
+        strategy["centre"] = centre
+        measuring = {"held_out": held_out, "weighting": weighting, "draws": draws, "gradients": factors == "fisher"}
         check_calibration(model, **measuring)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in compressible_linears(model).items()}
         check_budget(model, shapes, **allocation)
+        check_energy(energy, ranks, calibrated=calibrated, held_out=apart)
+        twice = ranks == "mixed" and energy != "weight"
+        if sequential:
+            check_sequential(images, factors, shrink, Weighting.of(weighting).kind, ridge, twice=twice)
         stats = None
-        if images is not None:
-            running = {"seed": seed, "progress": progress, "dtype": dtype}
-            stats = timed("calibrate", lambda: calibrate(model, images, **measuring, **running))
-        strategy = {"factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink}
-        factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **strategy))
+        running = {"progress": progress, "dtype": dtype}
+        if calibrated and (twice or not sequential):
+            stats = timed("calibrate", lambda: calibrate(model, images, seed=seed, **measuring, **running))
+        first = strategy if stats is not None or not sequential else {"factors": "svd", "centre": False}
+        factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **first))
+        factorisations = {name: replace(made, shape=shapes[name]) for name, made in factorisations.items()}
         plan = timed("allocate", lambda: allocate(model, factorisations, **allocation))
+        if sequential:
+            del strategy["fisher_shrink"]
+            options = {"ridge": ridge, "strategy": strategy, **running}
+            fitted, count = timed("sequential", lambda: compress_blocks_(model, images, plan, **options))
+            factorisations |= fitted
+            model.mixrank_plan = plan
+        else:
+            count = 0 if stats is None else stats.all_images
+            timed("apply", lambda: apply_(model, plan, factorisations))
         reports = layer_reports(plan, factorisations)
-        timed("apply", lambda: apply_(model, plan, factorisations))
     except BaseException:
         for name in split:
             model.set_submodule(name, fused[name])
         hide_qkv_(model, exposed)
         raise
-    count = 0 if stats is None else stats.images + (0 if stats.held_out is None else stats.held_out.images)
     return CompressionResult(plan, reports, count, seconds, notes(reports, stats))
+
+
+def check_energy(energy: str, ranks: str, *, calibrated: bool, held_out: bool) -> None:
+    """Raise InputError where mixed ranks go by an energy that the statistics to come will not have."""
+    needed = ENERGIES[energy] if ranks == "mixed" else None
+    if needed is not None and not (held_out if "held-out" in needed else calibrated):
+        raise InputError(f"energy={energy!r} needs {needed}, but there are none")
+
+
+def check_sequential(
+    images: Iterable | None, factors: str, shrink: float | str, weighting: str, ridge: float, *, twice: bool
+) -> None:
+    """Raise InputError for what sequential calibration cannot do."""
+    check_ridge(ridge)
+    if images is None:
+        raise InputError("sequential=True needs calibration images, but there were none")
+    if factors == "fisher" or shrink == "auto" or weighting != "none":
+        raise InputError(
+            "sequential=True takes factors='aware' or 'svd', a number or 'oas' as shrink and no weighting, but "
+            f"factors={factors!r}, shrink={shrink!r} and weighting={weighting!r} were given"
+        )
+    if twice and iter(images) is images:
+        raise InputError(
+            "sequential=True with an energy other than 'weight' goes through the images twice, but they were an "
+            "iterator: give a list or a loader"
+        )

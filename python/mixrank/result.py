@@ -27,7 +27,7 @@ class LayerReport:
         out_features: N.
         rank: R, or None where the layer stayed dense.
         relative_error: squared output error on the calibration images relative to the output's energy; 0 for a
-            dense layer; None without calibration.
+            dense layer; None without calibration. Of a layer that was fitted sequentially, the error of the truncation.
         held_out_error: the same on images that the factors were not made from (those compared are made without them);
             None where no images were held out.
         shrink: the pull of the factors towards ``"svd"``, ``"inf"`` for ``"svd"`` itself; None without one.
@@ -57,7 +57,8 @@ class CompressionResult:
         plan: the ranks, as applied.
         layers: a report for each layer, in the order of the model.
         images: number of calibration images, those held out included; further views of an image do not count.
-        seconds: wall-clock seconds of the steps ``calibrate``, ``decompose``, ``allocate`` and ``apply``.
+        seconds: wall-clock seconds of the steps ``calibrate``, ``decompose``, ``allocate`` and ``apply`` (or
+            ``sequential``).
         notes: sentences that the user should read: layers that were never called, too few images.
     """
 
@@ -125,6 +126,6 @@ def notes(layers: list[LayerReport], stats: CalibrationStats | None) -> list[str
         if new > GAP * seen:
             found.append(
                 f"the mean relative error is {new:.3f} on images held out but {seen:.3f} on the calibration images: "
-                f"use more than {stats.merged().images} images, or a larger shrink"
+                f"use more than {stats.all_images} images, or a larger shrink"
             )
     return found

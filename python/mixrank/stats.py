@@ -63,6 +63,11 @@ class CalibrationStats(Mapping[str, LayerStats]):
     ) -> None:
         self._layers, self.images, self.seconds, self.held_out, self.idle = layers, images, seconds, held_out, idle
 
+    @property
+    def all_images(self) -> int:
+        """Number of images, those held out included."""
+        return self.images + (0 if self.held_out is None else self.held_out.images)
+
     def merged(self) -> CalibrationStats:
         """Statistics of all images, with none held out any more."""
         if self.held_out is None:
@@ -72,7 +77,7 @@ class CalibrationStats(Mapping[str, LayerStats]):
             if id(layer) not in sums:
                 sums[id(layer)] = layer + self.held_out[name]
         layers = {name: sums[id(layer)] for name, layer in self._layers.items()}
-        return CalibrationStats(layers, self.images + self.held_out.images, self.seconds, idle=self.idle)
+        return CalibrationStats(layers, self.all_images, self.seconds, idle=self.idle)
 
     def __getitem__(self, name: str) -> LayerStats:
         return self._layers[name]
