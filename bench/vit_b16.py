@@ -32,11 +32,12 @@ from safetensors.torch import save_file
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
-from mixrank.calibrate import CalibrationStats, LayerStats, calibrate
+from mixrank.calibrate import calibrate
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.models import create_model, preprocessing, split_qkv_
+from mixrank.stats import CalibrationStats, LayerStats
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.memory import peak_megabytes
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
-from mixrank.calibrate import CalibrationStats, LayerStats, calibrate
+from mixrank.calibrate import calibrate
 from mixrank.checkpoint import load, save
-from mixrank.compress import CompressionResult, compress
+from mixrank.compress import compress
 from mixrank.decompose import Factorisation, decompose
 from mixrank.errors import InputError
 from mixrank.evaluate import evaluate
 from mixrank.models import create_model
 from mixrank.nn import MixedRankLinear, SplitLinear
 from mixrank.plan import Plan
+from mixrank.result import CompressionResult
+from mixrank.stats import CalibrationStats, LayerStats
+from mixrank.weighting import Weighting
 from mixrank_kernels import __version__
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "MixedRankLinear",
     "Plan",
     "SplitLinear",
+    "Weighting",
     "__version__",
     "allocate",
     "apply_",

@@ -25,7 +25,27 @@ from mixrank.nn import SplitLinear
 from mixrank.plan import LayerPlan, Plan
 
 RANKS = ("mixed", "uniform")
-ENERGIES = ("weight", "output")
+# What an energy's error needs besides the weight.
+ENERGIES = {"weight": None, "output": "calibration images", "held_out": "held-out images", "mixed": "held-out images"}
+
+
+def remaining_error(factorisation: Factorisation, energy: str) -> Tensor | None:
+    """The error that each rank from 0 to min(N, K) leaves, relative, ``[S + 1]``; None where it is not known.
+
+    Args:
+        factorisation: of the layer.
+        energy: one of :data:`ENERGIES`, see :func:`allocate`.
+    """
+    if energy == "output":
+        return factorisation.output_error
+    if energy == "held_out":
+        return factorisation.held_out_error
+    kept = factorisation.weight_energy.cumsum(0)
+    weight = torch.cat([kept.new_ones(1), (1 - kept).clamp(min=0)])
+    if energy == "weight":
+        return weight
+    held_out = factorisation.held_out_error
+    return None if held_out is None else (weight * held_out).sqrt()
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,8 @@ def allocate(
     ranks: str = "mixed",
     energy: str = "weight",
     step: int = 8,
+    min_rank: float | None = None,
+    max_rank: float | None = None,
 ) -> Plan:
     """Choose a rank, or the dense weight, for every layer under one budget.
 
@@ -83,16 +105,21 @@ def allocate(
         max_macs: multiply-accumulate operations for one image that may remain.
         ranks: ``"mixed"``, or ``"uniform"``: the same share of every layer.
         energy: what the error of a layer means for mixed ranks: the share of its squared singular values that is cut
-            (``"weight"``), or the relative squared error of its outputs on the calibration images (``"output"``, the
-            paper's objective).
+            (``"weight"``), the relative squared error of its outputs on the calibration images (``"output"``, the
+            paper's objective) or on images held out (``"held_out"``), or the geometric mean of the first and the last
+            (``"mixed"``).
         step: ranks are multiples of this (or the layer's full rank, if that is smaller).
+        min_rank: no layer gets a lower rank: a number of at least 1, or below 1 a share of the full rank min(N, K).
+        max_rank: no layer gets a higher rank or stays dense, but for those that a factorisation would not make
+            smaller: a number or share as for ``min_rank``.
 
     Returns:
         The plan. Its cost is never above the budget.
 
     Raises:
         InputError: no or several budgets, a budget outside its range or below what is possible (the message says
-            the smallest possible), an unknown strategy, ``energy="output"`` without statistics.
+            the smallest possible), an unknown strategy, an energy without the statistics that it needs, limits of
+            the rank that leave none.
 
     Example:
         >>> import timm
@@ -104,17 +131,20 @@ def allocate(
     """
     shapes = {name: factorisation.shape for name, factorisation in factorisations.items()}
     limits = {"keep": keep, "max_bytes": max_bytes, "max_macs": max_macs}
-    budget, fixed = check_budget(model, shapes, ranks=ranks, energy=energy, step=step, **limits)
-    if ranks == "mixed" and energy == "output" and any(f.output_energy is None for f in factorisations.values()):
-        raise InputError("energy='output' needs calibration statistics, but the layers were decomposed without any")
+    bounds = {"step": step, "min_rank": min_rank, "max_rank": max_rank}
+    budget, fixed = check_budget(model, shapes, ranks=ranks, energy=energy, **bounds, **limits)
+    if ranks == "uniform":
+        energy = "weight"  # plays no part
+    if any(remaining_error(factorisation, energy) is None for factorisation in factorisations.values()):
+        raise InputError(f"energy={energy!r} needs {ENERGIES[energy]}, but the layers were decomposed without any")
     choices = {
         name: _points(name, shape, choice, factorisations[name], budget, energy)
-        for name, shape, choice in _ranks(shapes, budget, step)
+        for name, shape, choice in _ranks(shapes, budget, **bounds)
     }
     available = budget.limit - fixed
     chosen = greedy(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, step)
-    options = {"ranks": ranks, "energy": energy, "step": step} | {
-        name: value for name, value in limits.items() if value is not None
+    options = {"ranks": ranks, "energy": energy} | {
+        name: value for name, value in (bounds | limits).items() if value is not None
     }
     return _plan(model, shapes, chosen, options)
 
@@ -129,6 +159,8 @@ def check_budget(
     ranks: str,
     energy: str,
     step: int,
+    min_rank: float | None = None,
+    max_rank: float | None = None,
 ) -> tuple[Budget, int]:
     """Check the options and the budget of :func:`allocate` from the layers' sizes alone.
 
@@ -143,9 +175,13 @@ def check_budget(
             raise InputError(f"{name} must be one of {', '.join(known)}, but it was {value!r}")
     if step < 1:
         raise InputError(f"step must be at least 1, but it was {step}")
+    for name, value in (("min_rank", min_rank), ("max_rank", max_rank)):
+        if value is not None and not (0 < value < 1 or (value >= 1 and value == int(value))):
+            raise InputError(f"{name} must be a whole number of at least 1 or a share below 1, but it was {value}")
     budget = _budget(model, shapes, keep, max_bytes, max_macs)
     fixed = budget.total - sum(budget.cost(name, shape, None) for name, shape in shapes.items())
-    least = fixed + sum(budget.cost(name, shape, ranks_[0]) for name, shape, ranks_ in _ranks(shapes, budget, step))
+    choices = _ranks(shapes, budget, step, min_rank, max_rank)
+    least = fixed + sum(budget.cost(name, shape, ranks_[0]) for name, shape, ranks_ in choices)
     if least > budget.limit:
         raise InputError(_too_small(budget, least, keep))
     return budget, fixed
@@ -205,25 +241,42 @@ def tokens_per_layer(model: nn.Module) -> dict[str, int]:
 
 
 def _ranks(
-    shapes: Mapping[str, LayerShape], budget: Budget, step: int
+    shapes: Mapping[str, LayerShape], budget: Budget, step: int, min_rank: float | None, max_rank: float | None
 ) -> Iterator[tuple[str, LayerShape, list[int | None]]]:
-    """Each layer's choices with rising cost, the dense weight (None) last; no rank costs as much as that."""
+    """Each layer's choices with rising cost, the dense weight (None) last; no rank costs as much as that.
+
+    Under a highest rank the dense weight is a choice only where there is no other.
+    """
     for name, shape in shapes.items():
         full = min(shape.in_features, shape.out_features)
+        lowest, highest = _limit(min_rank, full, 1), _limit(max_rank, full, full)
+        if lowest > highest:
+            raise InputError(f"min_rank={min_rank} is above max_rank={max_rank} for layer {name} of full rank {full}")
         dense = budget.cost(name, shape, None)
-        steps = (min(rank, full) for rank in range(step, full + step, step))
-        yield name, shape, [*(rank for rank in steps if budget.cost(name, shape, rank) < dense), None]
+        steps = [min(rank, full) for rank in range(step, full + step, step)]
+        worth = [rank for rank in steps if budget.cost(name, shape, rank) < dense]
+        fitting = [rank for rank in worth if lowest <= rank <= highest]
+        if worth and not fitting and max_rank is not None and lowest <= max(worth):
+            raise InputError(
+                f"no multiple of step={step} is a rank from {lowest} to {highest}, as min_rank and max_rank want "
+                f"for layer {name}"
+            )
+        yield name, shape, [*fitting, *([None] if max_rank is None or not fitting else [])]
+
+
+def _limit(value: float | None, full: int, default: int) -> int:
+    """A limit of the rank that is given as a number, a share of the full rank or not at all."""
+    if value is None:
+        return default
+    return min(int(value), full) if value >= 1 else max(1, round(value * full))
 
 
 def _points(
     name: str, shape: LayerShape, ranks: list[int | None], factorisation: Factorisation, budget: Budget, energy: str
 ) -> list[Point]:
     """The layer's choices with their costs and the errors that they leave."""
-    if energy == "weight" or factorisation.output_energy is None:
-        kept = factorisation.weight_energy.cumsum(0)
-    else:
-        kept = 1 - factorisation.centred_share * (1 - factorisation.output_energy.cumsum(0))
-    errors = [0.0 if rank is None else max(0.0, 1 - kept[rank - 1].item()) for rank in ranks]
+    remaining = remaining_error(factorisation, energy)
+    errors = [0.0 if rank is None else remaining[rank].item() for rank in ranks]
     return [Point(rank, budget.cost(name, shape, rank), error) for rank, error in zip(ranks, errors, strict=True)]
 
 
@@ -264,7 +317,8 @@ def greedy(choices: dict[str, list[Point]], available: int) -> dict[str, Point]:
 
 def steps(points: list[Point]) -> list[Point]:
     """The points after the first that the greedy choice visits: the hull of the ranks, and the dense weight last."""
-    return [*lower_hull(points[:-1])[1:], points[-1]] if len(points) > 1 else []
+    dense = [point for point in points[1:] if point.rank is None]
+    return [*lower_hull([point for point in points if point.rank is not None])[1:], *dense]
 
 
 def lower_hull(points: list[Point]) -> list[Point]:

@@ -3,104 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from mixrank.allocate import allocate, check_budget
+from mixrank.allocate import ENERGIES, allocate, check_budget
 from mixrank.apply import apply_
-from mixrank.calibrate import calibrate
-from mixrank.decompose import Factorisation, LayerShape, check_strategy, decompose
+from mixrank.calibrate import calibrate, check_calibration
+from mixrank.decompose import FISHER_SHRINK, LayerShape, check_strategy, decompose
+from mixrank.errors import InputError
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
-from mixrank.plan import Plan
-
-CURVE_POINTS = 33
+from mixrank.result import CompressionResult, layer_reports, notes
+from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
+from mixrank.weighting import Weighting
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer before and after, and its curves on a grid of at most 33 ranks.
-
-    Attributes:
-        name: the layer's name.
-        in_features: K.
-        out_features: N.
-        rank: R, or None where the layer stayed dense.
-        relative_error: squared output error on the calibration images relative to the output's energy; 0 for a
-            dense layer; None without calibration.
-        energy_ranks: the grid of ranks.
-        output_energy_kept: share of the (centred) output energy kept at each rank of the grid; None
-            without calibration.
-        weight_energy_kept: share of the squared singular values kept at each rank of the grid by truncated SVD.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    rank: int | None
-    relative_error: float | None
-    energy_ranks: list[int]
-    output_energy_kept: list[float] | None
-    weight_energy_kept: list[float]
-
-
-@dataclass(frozen=True)
-class CompressionResult:
-    """What :func:`compress` did.
-
-    Attributes:
-        plan: the ranks, as applied.
-        layers: a report for each layer, in the order of the model.
-        images: number of calibration images.
-        seconds: wall-clock seconds of the steps ``calibrate``, ``decompose``, ``allocate`` and ``apply``.
-    """
-
-    plan: Plan
-    layers: list[LayerReport]
-    images: int
-    seconds: dict[str, float]
-
-    def to_json(self) -> dict:
-        """Return the result in terms of JSON."""
-        return {
-            "plan": self.plan.to_json(),
-            "layers": [asdict(layer) for layer in self.layers],
-            "images": self.images,
-            "seconds": self.seconds,
-        }
-
-
-def layer_reports(plan: Plan, factorisations: Mapping[str, Factorisation]) -> list[LayerReport]:
-    """Describe every layer of a plan: its rank, its error on the calibration images and its energy curves."""
-    reports = []
-    for layer in plan.layers:
-        factorisation = factorisations[layer.name]
-        full = min(layer.in_features, layer.out_features)
-        grid = sorted({max(1, round(full * i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)})
-        index = torch.tensor(grid) - 1
-        output = factorisation.output_energy
-        if output is None:
-            error = None
-        else:
-            error = 0.0 if layer.rank is None else factorisation.relative_error(layer.rank)
-        reports.append(
-            LayerReport(
-                name=layer.name,
-                in_features=layer.in_features,
-                out_features=layer.out_features,
-                rank=layer.rank,
-                relative_error=error,
-                energy_ranks=grid,
-                output_energy_kept=None if output is None else output.cumsum(0)[index].tolist(),
-                weight_energy_kept=factorisation.weight_energy.cumsum(0)[index].tolist(),
-            )
-        )
-    return reports
 
 
 def compress(
@@ -114,9 +34,18 @@ def compress(
     ranks: str = "mixed",
     energy: str = "weight",
     centre: bool | None = None,
-    shrink: float = 0.0,
+    shrink: float | str = 0.0,
+    fisher_shrink: float = FISHER_SHRINK,
+    weighting: str | Weighting = "none",
+    held_out: float | None = None,
+    draws: int = 1,
+    seed: int = 0,
     split_qkv: bool = False,
     step: int = 8,
+    min_rank: float | None = None,
+    max_rank: float | None = None,
+    sequential: bool = False,
+    ridge: float = RIDGE,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> CompressionResult:
@@ -129,13 +58,28 @@ def compress(
         keep: share of *all* parameters that may remain, in (0, 1]. Or give ``max_bytes`` or ``max_macs``.
         max_bytes: bytes of parameters and persistent buffers that may remain.
         max_macs: multiply-accumulate operations for one image that may remain.
-        factors: ``"aware"`` (least output error on the calibration images) or ``"svd"``.
+        factors: ``"aware"`` (least output error on the calibration images), ``"fisher"`` (least loss to second order,
+            for classifiers) or ``"svd"``.
         ranks: ``"mixed"`` or ``"uniform"``.
-        energy: what mixed ranks save: ``"weight"`` or ``"output"`` energy, see :func:`mixrank.allocate.allocate`.
-        centre: move the mean of what is lost into the bias; None: only for ``factors="aware"``.
-        shrink: pull of ``"aware"`` factors towards ``"svd"``, at least 0; guards against few calibration images.
+        energy: what mixed ranks save: ``"weight"``, ``"output"``, ``"held_out"`` or ``"mixed"`` energy, see
+            :func:`mixrank.allocate.allocate`.
+        centre: move the mean of what is lost into the bias; None: not for ``factors="svd"``.
+        shrink: pull of the factors towards ``"svd"``, at least 0; guards against few calibration images. ``"auto"``:
+            for each layer by the error on images held out; ``"oas"``: by the number of images.
+        fisher_shrink: pull of the gradients' Gram matrix towards the identity, for ``"fisher"``.
+        weighting: how much each calibration token counts, see :mod:`mixrank.weighting`.
+        held_out: share of the images on which factors made without them are judged; the factors in the model are
+            made from all. None: a fifth, or none of fewer than five images.
+        draws: labels that each image draws from the model's answer, where gradients are needed.
+        seed: of these draws.
         split_qkv: give q, k and v ranks of their own instead of the fused layer's one.
         step: ranks are multiples of this.
+        min_rank: lowest rank of a layer, a number or a share of its full rank.
+        max_rank: highest rank of a layer, a number or a share of its full rank.
+        sequential: fit each layer to the inputs that the compressed layers before it give, see
+            :mod:`mixrank.sequential`. The ranks are those of the weights' energy, found without images, or (with
+            another ``energy``) of a calibration of the dense model, so that ``images`` are gone through twice.
+        ridge: pull of sequentially fitted weights towards the original ones, above 0.
         dtype: run the calibration under autocast in this dtype.
         progress: show progress bars with the time left.
 
@@ -165,22 +109,69 @@ def compress(
     split = split_qkv_(model) if split_qkv else ()
     try:
         allocation = {
-            "keep": keep, "max_bytes": max_bytes, "max_macs": max_macs, "ranks": ranks, "energy": energy, "step": step
+            "keep": keep, "max_bytes": max_bytes, "max_macs": max_macs, "ranks": ranks, "energy": energy, "step": step,
+            "min_rank": min_rank, "max_rank": max_rank,
         }  # fmt: skip
-        centre = check_strategy(factors, centre, shrink, calibrated=images is not None)
+        calibrated = images is not None
+        apart = calibrated and held_out != 0
+        strategy = {"factors": factors, "shrink": shrink, "fisher_shrink": fisher_shrink}
+        centre = check_strategy(centre=centre, calibrated=calibrated, held_out=apart, **strategy)
+        strategy["centre"] = centre
+        measuring = {"held_out": held_out, "weighting": weighting, "draws": draws, "gradients": factors == "fisher"}
+        check_calibration(model, **measuring)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in compressible_linears(model).items()}
         check_budget(model, shapes, **allocation)
+        check_energy(energy, ranks, calibrated=calibrated, held_out=apart)
+        twice = ranks == "mixed" and energy != "weight"
+        if sequential:
+            check_sequential(images, factors, shrink, Weighting.of(weighting).kind, ridge, twice=twice)
         stats = None
-        if images is not None:
-            stats = timed("calibrate", lambda: calibrate(model, images, progress=progress, dtype=dtype))
-        strategy = {"factors": factors, "centre": centre, "shrink": shrink}
-        factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **strategy))
+        running = {"progress": progress, "dtype": dtype}
+        if calibrated and (twice or not sequential):
+            stats = timed("calibrate", lambda: calibrate(model, images, seed=seed, **measuring, **running))
+        first = strategy if stats is not None or not sequential else {"factors": "svd", "centre": False}
+        factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **first))
+        factorisations = {name: replace(made, shape=shapes[name]) for name, made in factorisations.items()}
         plan = timed("allocate", lambda: allocate(model, factorisations, **allocation))
+        if sequential:
+            del strategy["fisher_shrink"]
+            options = {"ridge": ridge, "strategy": strategy, **running}
+            fitted, count = timed("sequential", lambda: compress_blocks_(model, images, plan, **options))
+            factorisations |= fitted
+            model.mixrank_plan = plan
+        else:
+            count = 0 if stats is None else stats.all_images
+            timed("apply", lambda: apply_(model, plan, factorisations))
         reports = layer_reports(plan, factorisations)
-        timed("apply", lambda: apply_(model, plan, factorisations))
     except BaseException:
         for name in split:
             model.set_submodule(name, fused[name])
         hide_qkv_(model, exposed)
         raise
-    return CompressionResult(plan, reports, 0 if stats is None else stats.images, seconds)
+    return CompressionResult(plan, reports, count, seconds, notes(reports, stats))
+
+
+def check_energy(energy: str, ranks: str, *, calibrated: bool, held_out: bool) -> None:
+    """Raise InputError where mixed ranks go by an energy that the statistics to come will not have."""
+    needed = ENERGIES[energy] if ranks == "mixed" else None
+    if needed is not None and not (held_out if "held-out" in needed else calibrated):
+        raise InputError(f"energy={energy!r} needs {needed}, but there are none")
+
+
+def check_sequential(
+    images: Iterable | None, factors: str, shrink: float | str, weighting: str, ridge: float, *, twice: bool
+) -> None:
+    """Raise InputError for what sequential calibration cannot do."""
+    check_ridge(ridge)
+    if images is None:
+        raise InputError("sequential=True needs calibration images, but there were none")
+    if factors == "fisher" or shrink == "auto" or weighting != "none":
+        raise InputError(
+            "sequential=True takes factors='aware' or 'svd', a number or 'oas' as shrink and no weighting, but "
+            f"factors={factors!r}, shrink={shrink!r} and weighting={weighting!r} were given"
+        )
+    if twice and iter(images) is images:
+        raise InputError(
+            "sequential=True with an energy other than 'weight' goes through the images twice, but they were an "
+            "iterator: give a list or a loader"
+        )

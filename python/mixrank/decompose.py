@@ -1,33 +1,42 @@
 """Decomposition: the factors of a layer for every rank at once, and the error that each rank would make.
 
-Every strategy here projects the weight on the leading directions of its output space, ``W_R = V_R V_R^T W``, so that
-``up = V_R`` and ``down = V_R^T W`` (Azizi, Nazemi, Pedram 2024, the activation-aware SVD, written without an
-inverse). The strategies differ in the matrix whose leading eigenvectors are taken:
+Every strategy projects the weight on the leading directions of its output space, ``W_R = U_R D_R^T W``, so that
+``up = U_R`` and ``down = D_R^T W`` (Azizi, Nazemi, Pedram 2024, the activation-aware SVD, written without an
+inverse of a Gram matrix). The strategies differ in the directions:
 
 ``svd``
-    ``W W^T``: the truncated singular value decomposition of the weight.
+    U = D, the leading eigenvectors of ``W W^T``: the truncated singular value decomposition of the weight.
 ``aware``
-    ``W G W^T``, G the (centred) Gram matrix of the inputs: the least error of the layer's outputs on the
-    calibration images. With ``shrink`` above 0 both matrices are brought to trace 1 and ``shrink`` times the first is
-    added: what the calibration images do not show counts as if it were seen evenly (a ridge on G).
+    U = D, the leading eigenvectors of ``W G W^T``, G the (centred) Gram matrix of the inputs: the least error of the
+    layer's outputs on the calibration images. ``shrink`` pulls them towards ``svd``, see :mod:`mixrank.shrinkage`.
+``fisher``
+    The least error ``|O^1/2 (W - W_R) G^1/2|``, O the Gram matrix of the gradients of the loss with respect to the
+    outputs: what the loss loses to second order where O and G are independent (Kronecker-factored Fisher information,
+    Martens and Grosse 2015). With the leading eigenvectors V of ``O^1/2 W G W^T O^1/2``, ``U = O^-1/2 V`` and
+    ``D = O^1/2 V``: an oblique projection. O is brought to mean eigenvalue 1, and ``fisher_shrink`` times the identity
+    added, which bounds its inverse.
 
 For N > K the work is done in the K coordinates of ``W = Q R`` instead of the N of the output space.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mixrank.calibrate import CalibrationStats, LayerStats
+from mixrank import shrinkage
+from mixrank.directions import Directions, Space
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
 from mixrank.nn import check_rank
 from mixrank.progress import track
+from mixrank.stats import CalibrationStats, LayerStats
 
-FACTORS = ("aware", "svd")
+FACTORS = ("aware", "svd", "fisher")
+FISHER_SHRINK = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,19 +67,27 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Factorisation:
-    """A layer's weight in an ordered basis of its output space. S = min(N, K).
+    """A layer's weight in ordered directions of its output space. S = min(N, K).
+
+    Errors are relative to the energy of all outputs (before the bias), for each rank from 0 (nothing but the mean,
+    where that goes into the bias) to S; they hold for the exact factors.
 
     Attributes:
         shape: the sizes of the layer.
         frame: ``[N, S]`` float64 with orthonormal columns that span the outputs, or None for the identity (N <= K).
         core: ``[S, K]`` float64, the weight in the coordinates of ``frame``.
-        basis: ``[S, S]`` float64, orthonormal columns, the most important direction first.
+        up_basis: ``[S, S]`` float64, the columns of ``up`` in the coordinates of ``frame``, the most important first.
+        down_basis: ``[S, S]`` float64, its inverse transposed: what ``down`` reads. The same matrix, with orthonormal
+            columns, but for ``"fisher"``.
         weight_energy: ``[S]`` float64, squared singular values of the weight as shares of their sum.
-        output_energy: ``[S]`` float64, share of the layer's (centred) output energy along each direction of ``basis``
-            on the calibration images; None without statistics.
+        output_error: ``[S + 1]`` float64, squared error on the calibration images; None without statistics.
+        held_out_error: ``[S + 1]`` float64, squared error on images held out, of factors that were made without them;
+            None without such images.
+        fisher_error: ``[S + 1]`` float64, squared error on the calibration images in the metric O of ``"fisher"``; None
+            for the others.
+        shrink: the pull towards ``"svd"`` that these factors have; None for ``"svd"``.
         mean: ``[S]`` float64, the mean output before the bias in the coordinates of ``frame``, where it is
             to go into the bias; else None.
-        centred_share: energy about the mean as a share of all output energy; 1 where the mean is not taken out.
         bias: ``[N]`` the layer's bias or None.
         like: an empty tensor with the dtype and device that the factors are cast to.
     """
@@ -78,11 +95,14 @@ class Factorisation:
     shape: LayerShape
     frame: Tensor | None
     core: Tensor
-    basis: Tensor
+    up_basis: Tensor
+    down_basis: Tensor
     weight_energy: Tensor
-    output_energy: Tensor | None
+    output_error: Tensor | None
+    held_out_error: Tensor | None
+    fisher_error: Tensor | None
+    shrink: float | None
     mean: Tensor | None
-    centred_share: float
     bias: Tensor | None
     like: Tensor
 
@@ -93,23 +113,30 @@ class Factorisation:
             InputError: the rank is below 1 or above min(N, K).
         """
         check_rank(rank, self.shape.in_features, self.shape.out_features)
-        leading = self.basis[:, :rank]
-        down, up = leading.mT @ self.core, self._outside(leading)
+        writes, reads = self.up_basis[:, :rank], self.down_basis[:, :rank]
+        down, up = reads.mT @ self.core, self._outside(writes)
         bias = self.bias
         if self.mean is not None:
-            lost = self._outside(self.mean - leading @ (leading.mT @ self.mean))
+            lost = self._outside(self.mean - writes @ (reads.mT @ self.mean))
             bias = lost if bias is None else bias.double().cpu() + lost
         return self._cast(down), self._cast(up), None if bias is None else self._cast(bias)
 
-    def relative_error(self, rank: int) -> float | None:
+    def relative_error(self, rank: int, *, held_out: bool = False) -> float | None:
         """Squared error of the layer's output over all calibration tokens, relative to the output's energy.
 
-        None without statistics. The value is the closed form; it holds for the exact factors.
+        Args:
+            rank: R.
+            held_out: over the tokens of the images held out instead.
+
+        Returns:
+            The closed form, which holds for the exact factors; None without such statistics.
+
+        Raises:
+            InputError: the rank is below 1 or above min(N, K).
         """
         check_rank(rank, self.shape.in_features, self.shape.out_features)
-        if self.output_energy is None:
-            return None
-        return self.centred_share * max(0.0, 1.0 - self.output_energy[:rank].sum().item())
+        errors = self.held_out_error if held_out else self.output_error
+        return None if errors is None else errors[rank].item()
 
     def _outside(self, coordinates: Tensor) -> Tensor:
         return coordinates if self.frame is None else self.frame @ coordinates
@@ -118,15 +145,26 @@ class Factorisation:
         return tensor.to(self.like.device, self.like.dtype).contiguous()
 
 
-def check_strategy(factors: str, centre: bool | None, shrink: float, *, calibrated: bool) -> bool:
+def check_strategy(
+    factors: str,
+    centre: bool | None,
+    shrink: float | str,
+    *,
+    calibrated: bool,
+    held_out: bool = True,
+    fisher_shrink: float = FISHER_SHRINK,
+) -> bool:
     """Return whether factors are centred; raise InputError for an unknown strategy or one that needs statistics."""
     if factors not in FACTORS:
         raise InputError(f"factors must be one of {', '.join(FACTORS)}, but it was {factors!r}")
-    if not 0 <= shrink < float("inf"):
-        raise InputError(f"shrink must be a number of at least 0, but it was {shrink}")
-    centre = factors == "aware" if centre is None else centre
-    if not calibrated and (factors == "aware" or centre):
+    shrinkage.check_shrink(shrink)
+    if not 0 < fisher_shrink < math.inf:
+        raise InputError(f"fisher_shrink must be a number above 0, but it was {fisher_shrink}")
+    centre = factors != "svd" if centre is None else centre
+    if not calibrated and (factors != "svd" or centre):
         raise InputError(f"factors={factors!r} with centre={centre} needs calibration images, but there were none")
+    if factors != "svd" and shrink == "auto" and not held_out:
+        raise InputError("shrink='auto' needs images that are held out, but there were none")
     return centre
 
 
@@ -134,56 +172,62 @@ def factorise(
     linear: nn.Linear,
     stats: LayerStats | None = None,
     *,
+    held_out: LayerStats | None = None,
     factors: str = "aware",
     centre: bool | None = None,
-    shrink: float = 0.0,
+    shrink: float | str = 0.0,
+    fisher_shrink: float = FISHER_SHRINK,
 ) -> Factorisation:
     """Decompose one linear layer.
 
     Args:
         linear: the layer; its weight ``[N, K]`` is not changed.
-        stats: its statistics; needed for ``factors="aware"`` and for ``centre``.
-        factors: ``"aware"`` or ``"svd"``, see the module.
-        centre: move the mean of what is lost into the bias, and measure errors about the mean. None: only for
-            ``"aware"``, where it always lowers the error on the calibration images.
-        shrink: pull of ``"aware"`` factors towards ``"svd"``, at least 0.
+        stats: its statistics; needed for ``factors="aware"`` and ``"fisher"`` and for ``centre``.
+        held_out: statistics of other images. Factors that are made without them tell the error on them (and
+            ``shrink="auto"``); the factors returned are made from both.
+        factors: ``"aware"``, ``"svd"`` or ``"fisher"``, see the module.
+        centre: move the mean of what is lost into the bias, and measure errors about the mean. None: not for
+            ``"svd"``; it always lowers the error on the calibration images.
+        shrink: pull of the factors towards ``"svd"``, at least 0; ``"auto"``: the one of a few with the least error
+            on the images held out; ``"oas"``: by a formula, from the number of images.
+        fisher_shrink: pull of O towards the identity, above 0.
 
     Raises:
         InputError: an unknown strategy, missing statistics, or statistics of a layer of another size.
     """
-    centre = check_strategy(factors, centre, shrink, calibrated=stats is not None)
+    calibrated = stats is not None
+    strategy = {"held_out": held_out is not None, "fisher_shrink": fisher_shrink}
+    centre = check_strategy(factors, centre, shrink, calibrated=calibrated, **strategy)
     weight = linear.weight.detach().double().cpu()
     if not weight.isfinite().all():
         raise InputError(f"the weight of a layer of shape {list(weight.shape)} has NaN or infinite values")
-    frame, core = (None, weight) if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(weight)
-    weight_gram = core @ core.mT
-    weight_energy, weight_basis = _leading(weight_gram)
-    if stats is None:
-        output_gram = mean = None
+    space = Space(weight)
+    errors: dict[str, Tensor | None] = dict.fromkeys(("output_error", "held_out_error", "fisher_error"))
+    moments = None
+    if stats is not None:
+        make = Directions(space, factors, centre, fisher_shrink)
+        if held_out is not None:
+            shrink, errors["held_out_error"] = make.tried(stats, held_out, shrink)
+            stats = stats + held_out
+        moments, metric = space.moments(stats), make.metric(stats)
+        pull = make.pull(moments, shrink, stats.images)
+        up, down = make.bases(moments, metric, pull)
+        errors["output_error"] = make.errors(up, down, moments, moments.mean)
+        if factors == "fisher":
+            errors["fisher_error"] = make.errors(up, down, moments, moments.mean, metric)
     else:
-        output_gram, mean = _output_moments(core, frame, stats)
-    energy_all = None if output_gram is None else output_gram.trace()
-    if centre:
-        output_gram = output_gram - torch.outer(mean, mean)
-    if factors == "aware":
-        pull = shrink * _unit_trace(weight_gram) if shrink else 0.0
-        basis = _leading(_unit_trace(output_gram) + pull)[1]
-    else:
-        basis = weight_basis
-    output_energy, centred_share = None, 1.0
-    if output_gram is not None:
-        along = ((output_gram @ basis) * basis).sum(0).clamp_(min=0)
-        output_energy = _shares(along)
-        centred_share = (along.sum() / energy_all).item() if energy_all > 0 else 0.0
+        up = down = space.weight_basis
+        pull = None
     return Factorisation(
         shape=LayerShape.of(linear, centre),
-        frame=frame,
-        core=core,
-        basis=basis,
-        weight_energy=_shares(weight_energy),
-        output_energy=output_energy,
-        mean=mean if centre else None,
-        centred_share=centred_share,
+        frame=space.frame,
+        core=space.core,
+        up_basis=up,
+        down_basis=down,
+        weight_energy=_shares(space.weight_values),
+        **errors,
+        shrink=None if factors == "svd" else pull,
+        mean=moments.mean if centre else None,
         bias=None if linear.bias is None else linear.bias.detach(),
         like=linear.weight.detach().new_empty(0),
     )
@@ -195,21 +239,24 @@ def decompose(
     *,
     factors: str = "aware",
     centre: bool | None = None,
-    shrink: float = 0.0,
+    shrink: float | str = 0.0,
+    fisher_shrink: float = FISHER_SHRINK,
     progress: bool = False,
 ) -> dict[str, Factorisation]:
     """Decompose every compressible layer of a model, in float64 on the CPU.
 
     Args:
         model: the dense model; it is not changed.
-        stats: what :func:`mixrank.calibrate.calibrate` returned for this model, or None for plain SVD.
-        factors: ``"aware"`` or ``"svd"``.
-        centre: move the mean of what is lost into the bias; None: only for ``"aware"``.
-        shrink: pull of ``"aware"`` factors towards ``"svd"``, at least 0.
+        stats: what :func:`mixrank.calibrate.calibrate` returned for this model, or None for plain SVD. Images held
+            out tell the errors of factors that were made without them; the factors returned are made from all.
+        factors: ``"aware"``, ``"svd"`` or ``"fisher"``.
+        centre: move the mean of what is lost into the bias; None: not for ``"svd"``.
+        shrink: pull of the factors towards ``"svd"``: at least 0, ``"auto"`` or ``"oas"``, see :func:`factorise`.
+        fisher_shrink: pull of O towards the identity, for ``"fisher"``.
         progress: show a progress bar with the time left.
 
     Returns:
-        A :class:`Factorisation` by layer name.
+        A :class:`Factorisation` by layer name, for the layers that have statistics.
 
     Raises:
         InputError: an unknown strategy, missing statistics, or statistics that are not of this model.
@@ -223,26 +270,20 @@ def decompose(
     """
     result = {}
     layers = compressible_linears(model)
+    strategy = {"factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink}
     for name, linear in track(layers.items(), "decomposing", total=len(layers), enabled=progress):
-        if stats is not None and name not in stats:
-            raise InputError(f"the statistics have no layer {name}: they are of another model")
+        layer = apart = None
+        if stats is not None:
+            if name in stats.idle:
+                continue
+            if name not in stats:
+                raise InputError(f"the statistics have no layer {name}: they are of another model")
+            layer, apart = stats[name], None if stats.held_out is None else stats.held_out[name]
         try:
-            layer = None if stats is None else stats[name]
-            result[name] = factorise(linear, layer, factors=factors, centre=centre, shrink=shrink)
+            result[name] = factorise(linear, layer, held_out=apart, **strategy)
         except InputError as error:
             raise InputError(f"layer {name}: {error}") from error
     return result
-
-
-def _leading(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (none below zero) and eigenvectors, the largest first."""
-    values, vectors = torch.linalg.eigh(symmetric)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
-
-
-def _unit_trace(symmetric: Tensor) -> Tensor:
-    trace = symmetric.trace()
-    return symmetric / trace if trace > 0 else symmetric
 
 
 def _shares(energy: Tensor) -> Tensor:
@@ -251,16 +292,3 @@ def _shares(energy: Tensor) -> Tensor:
     if total > 0:
         return energy / total
     return torch.zeros_like(energy).index_fill_(0, torch.tensor(0), 1.0)
-
-
-def _output_moments(core: Tensor, frame: Tensor | None, stats: LayerStats) -> tuple[Tensor, Tensor]:
-    """Second moment ``[S, S]`` and mean ``[S]`` of the outputs before the bias, in the coordinates of ``frame``."""
-    wanted = core.shape[1] if stats.side == "input" else core.shape[0] if frame is None else frame.shape[0]
-    if stats.gram.shape[0] != wanted:
-        raise InputError(f"statistics of the {stats.side} must be of size {wanted}, but were {stats.gram.shape[0]}")
-    second, mean = stats.gram / stats.rows, stats.total / stats.rows
-    if stats.side == "input":
-        return core @ second @ core.mT, core @ mean
-    if frame is not None:
-        return frame.mT @ second @ frame, frame.mT @ mean
-    return second, mean

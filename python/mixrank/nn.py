@@ -100,7 +100,7 @@ class MixedRankLinear(nn.Module):
         Args:
             linear: the layer, weight ``[N, K]``; it is not changed.
             rank: R, from 1 to min(K, N).
-            stats: the layer's :class:`mixrank.calibrate.LayerStats`; with them the factors minimise the error of the
+            stats: the layer's :class:`mixrank.stats.LayerStats`; with them the factors minimise the error of the
                 centred outputs on the calibration images and the mean goes into the bias, without them
                 the factors are the truncated SVD of the weight.
 

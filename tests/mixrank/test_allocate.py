@@ -74,7 +74,7 @@ def test_tokens_per_layer_counts_one_image(model):
         ({"max_macs": 1000}, r"max_macs must be at least \d+ for this model and step, but it was 1000"),
         ({"keep": 0.5, "step": 0}, "step must be at least 1, but it was 0"),
         ({"keep": 0.5, "ranks": "random"}, "ranks must be one of mixed, uniform, but it was 'random'"),
-        ({"keep": 0.5, "energy": "solar"}, "energy must be one of weight, output, but it was 'solar'"),
+        ({"keep": 0.5, "energy": "solar"}, "energy must be one of weight, output, held_out, mixed, but it was 'solar'"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused_before_the_work(model, budget, message):
@@ -102,7 +102,7 @@ def test_the_smallest_keep_that_is_named_is_possible(model):
 
 
 def test_output_energy_needs_statistics(model):
-    with pytest.raises(InputError, match="energy='output' needs calibration statistics"):
+    with pytest.raises(InputError, match="energy='output' needs calibration images"):
         allocate(model, decompose(model, factors="svd"), keep=0.5, energy="output")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank import InputError, calibrate
-from mixrank.calibrate import side_of
+from mixrank.accumulate import side_of
 from mixrank.data import Batch
 from mixrank.decompose import factorise
 from mixrank.models import compressible_linears, split_qkv_
@@ -89,7 +89,7 @@ def test_factors_from_shared_inputs_are_those_from_outputs():
         assert (inputs[name].side, outputs[name].side) == ("input", "output")
         linear = shared.get_submodule(name)
         a, b = (factorise(linear, stats[name]) for stats in (inputs, outputs))
-        torch.testing.assert_close(a.output_energy, b.output_energy, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(a.output_error, b.output_error, rtol=1e-9, atol=1e-12)
         for rank in (1, 5, 11):
             (down_a, up_a, bias_a), (down_b, up_b, bias_b) = a.factors(rank), b.factors(rank)
             torch.testing.assert_close(up_a @ down_a, up_b @ down_b, rtol=1e-7, atol=1e-9)

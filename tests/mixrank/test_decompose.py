@@ -11,9 +11,9 @@ from torch import nn
 
 import mixrank
 from mixrank import InputError, calibrate, decompose
-from mixrank.calibrate import LayerStats
 from mixrank.decompose import factorise
 from mixrank.models import split_qkv_
+from mixrank.stats import LayerStats
 
 STRATEGIES = list(itertools.product(["svd", "aware"], [False, True], [False, True]))
 
@@ -98,7 +98,7 @@ def test_the_mean_goes_into_the_bias_even_where_there_was_none():
 
 
 def test_strategies_that_cannot_be_are_refused(model, images):
-    with pytest.raises(InputError, match="factors must be one of aware, svd, but it was 'magic'"):
+    with pytest.raises(InputError, match="factors must be one of aware, svd, fisher, but it was 'magic'"):
         decompose(model, factors="magic")
     with pytest.raises(InputError, match="factors='aware' with centre=True needs calibration images"):
         decompose(model, factors="aware")

@@ -1,0 +1,254 @@
+"""Accumulators: the running sums over one side of a layer, fed by forward hooks.
+
+A layer's factors need the Gram matrix of its outputs (before the bias), ``W G W^T``, where G is the Gram matrix of
+its inputs. A layer with N <= K therefore accumulates its own outputs, ``[N, N]``, and only a layer with N > K its
+inputs, ``[K, K]``: each layer costs the square of its smaller side. Layers that receive the very same tensor (separate
+q, k and v, the two halves of a gated MLP, the parts of a split layer) share one ``[K, K]`` of it where that is less.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mixrank.errors import InputError
+from mixrank.stats import LayerStats, output_frame
+from mixrank.weighting import Weighting
+from mixrank_kernels import ops
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is summed.
+
+    Attributes:
+        weighting: how much each token counts.
+        prefix_tokens: number of the model's tokens before those of the patches.
+        gradients: also sum the outer products of the gradients with respect to the outputs.
+    """
+
+    weighting: Weighting
+    prefix_tokens: int
+    gradients: bool
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients have to flow."""
+        return self.gradients or self.weighting.kind == "gradient"
+
+    @property
+    def shared(self) -> bool:
+        """Whether layers with the same input have the same sums over it."""
+        return self.weighting.shared and not self.gradients
+
+
+@dataclass
+class _Call:
+    """Rows of one call that wait for their weights."""
+
+    observed: Tensor
+    weight: Tensor
+
+
+class Accumulator:
+    """The running sums over one side of ``layers``: one layer, or several with the same input.
+
+    ``names`` are those of the images that are passing through.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear], measure: Measure) -> None:
+        self.layers, self.side, self.measure = layers, side_of(*layers.values()), measure
+        size = self.module.in_features if self.side == "input" else self.module.out_features
+        device = self.module.weight.device
+        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+        self.gradient: Tensor | None = None
+        self.frame: Tensor | None = None
+        if measure.gradients:
+            frame, core = output_frame(self.module.weight)
+            self.frame = None if frame is None else frame.to(device, torch.float32)
+            self.gradient = torch.zeros(len(core), len(core), dtype=torch.float64, device=device)
+        self.rows: float = 0
+        self.tokens = 0
+        self.names: list[str] = []
+        self.waiting: list[_Call] = []
+
+    @property
+    def name(self) -> str:
+        """The first of the layers, which is observed for all of them."""
+        return next(iter(self.layers))
+
+    @property
+    def module(self) -> nn.Linear:
+        return self.layers[self.name]
+
+    def split(self, groups: list[list[str]]) -> list[Accumulator]:
+        """Return an accumulator for the layers of each group; all of them go on from the sums so far."""
+        idle = [name for name in self.layers if not any(name in group for group in groups)]
+        parts = [{name: self.layers[name] for name in group if name in self.layers} for group in [*groups, idle]]
+        parts = [part for part in parts if part]
+        if len(parts) == 1:
+            return [self]
+        results = []
+        for part in parts:
+            result = copy.copy(self)
+            result.layers, result.gram, result.total, result.waiting = part, self.gram.clone(), self.total.clone(), []
+            results.append(result)
+        return results
+
+    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        observed = (arguments[0] if self.side == "input" else output).detach()
+        if self.measure.weighting.kind == "gradient":
+            if output.requires_grad:
+                # The model may write over the tensor before its gradient comes.
+                call = _Call(observed.clone(), torch.zeros(output.shape[:-1], dtype=torch.float64))
+                output.register_hook(lambda gradient: self._receive(gradient, call))
+                self.waiting.append(call)
+            return
+        if self.gradient is not None and output.requires_grad:
+            output.register_hook(lambda gradient: self._receive(gradient, None))
+        weight = self.measure.weighting.of_tokens(
+            output.detach(), self.module.bias, len(self.names), self.measure.prefix_tokens
+        )
+        self._add(observed, weight)
+
+    def _receive(self, gradient: Tensor, call: _Call | None) -> None:
+        """Take the gradient of the loss with respect to one call's output, ``[..., N]``."""
+        gradient = gradient.float()
+        if call is not None:
+            call.weight += gradient.square().sum(-1, dtype=torch.float64).to(call.weight.device)
+        if self.gradient is not None:
+            ops.gram_accumulate_(self.gradient, gradient if self.frame is None else gradient @ self.frame)
+
+    def flush(self) -> None:
+        """Add the calls whose weights the gradients have brought."""
+        for call in self.waiting:
+            self._add(call.observed, call.weight.to(call.observed.device))
+        self.waiting = []
+
+    def _add(self, observed: Tensor, weight: Tensor | None) -> None:
+        ops.gram_accumulate_(self.gram, observed, weight, self.total)
+        count = observed.numel() // observed.shape[-1]
+        self.tokens += count
+        self.rows += count if weight is None else weight.sum().item()
+        if not self.total.isfinite().all():
+            raise InputError(
+                f"the {self.side} of layer {self.name} has NaN or infinite values for {self._culprit(observed)}"
+            )
+
+    def _culprit(self, observed: Tensor) -> str:
+        if observed.shape[0] != len(self.names):
+            return f"one of the images {self.names[0]} to {self.names[-1]}"
+        broken = ~observed.isfinite().flatten(1).all(1)
+        return self.names[int(broken.nonzero()[0])] if broken.any() else "the sum over all images so far"
+
+    def finish(self, images: int) -> LayerStats:
+        """Return the sums over some images, those of outputs with the bias taken out."""
+        gram, total = self.gram, self.total
+        if self.side == "output" and self.module.bias is not None:
+            bias = self.module.bias.detach().double()
+            cross = torch.outer(total, bias)
+            gram = gram - cross - cross.mT + self.rows * torch.outer(bias, bias)
+            total = total - self.rows * bias
+        gradient = None if self.gradient is None else self.gradient.cpu()
+        return LayerStats(self.side, gram.cpu(), total.cpu(), self.rows, gradient, images)
+
+
+def side_of(*linears: nn.Linear) -> str:
+    """The side of linear layers with the same input whose Gram matrices have fewer elements in all.
+
+    That of one layer is ``"output"`` where N <= K, else ``"input"``. Several take ``"input"``, ``[K, K]`` once, where
+    one of them has N > K or their ``[N, N]`` come to more.
+    """
+    size = linears[0].in_features
+    outputs = [linear.out_features for linear in linears]
+    return "output" if max(outputs) <= size and sum(n * n for n in outputs) <= size * size else "input"
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there only inside the block."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for two tensors that are alive with the same memory and contents; None where that cannot be told."""
+    if tensor.is_inference() or tensor.numel() == 0:
+        return None
+    return tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor._version
+
+
+def groups_of(linears: dict[str, nn.Linear], run: Callable[[], object]) -> list[list[str]]:
+    """Names of the layers that ``run`` calls, in this order, together where they are handed the very same tensor.
+
+    A layer that is called more than once stands alone.
+    """
+    # The tensors are kept too: memory that was freed and used again would look like the same tensor.
+    calls: dict[str, list[tuple[Hashable, Tensor | None]]] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0] if arguments else None
+            calls.setdefault(name, []).append((None if x is None else _identity(x), x))
+
+        return record
+
+    handles = (linear.register_forward_pre_hook(recorder(name)) for name, linear in linears.items())
+    # Tensors made in inference mode do not count their changes in place.
+    with torch.inference_mode(False), torch.no_grad(), hooked(handles):
+        run()
+    groups: dict[Hashable, list[str]] = {}
+    for name, seen in calls.items():
+        key = seen[0][0] if len(seen) == 1 else None
+        groups.setdefault(name if key is None else key, []).append(name)
+    return list(groups.values())
+
+
+class Part:
+    """The images that are held out, or those that are not: their accumulators and number."""
+
+    def __init__(self, linears: dict[str, nn.Linear], measure: Measure) -> None:
+        self.linears, self.measure = linears, measure
+        self.accumulators: list[Accumulator] = []
+        self.images = 0
+
+    def arrange(self, groups: list[list[str]]) -> None:
+        """Take up the groups of layers that images of a new size show."""
+        self.accumulators = [part for whole in self.accumulators for part in whole.split(groups)]
+        known = {name for accumulator in self.accumulators for name in accumulator.layers}
+        for group in groups:
+            layers = {name: self.linears[name] for name in group if name not in known}
+            if layers and self.measure.shared and side_of(*layers.values()) == "input":
+                self.accumulators.append(Accumulator(layers, self.measure))
+            else:
+                self.accumulators += [Accumulator({name: layer}, self.measure) for name, layer in layers.items()]
+
+    def run(self, forward: Callable[[], object], names: list[str]) -> None:
+        """Sum what passes through the layers during ``forward``, a pass of the images with these names."""
+        for accumulator in self.accumulators:
+            accumulator.names = names
+        with hooked(each.module.register_forward_hook(each) for each in self.accumulators):
+            forward()
+        for accumulator in self.accumulators:
+            accumulator.flush()
+        self.images += len(names)
+
+    def finish(self, views: int) -> dict[str, LayerStats]:
+        """The statistics by layer name, of the layers that were called; an image came in ``views`` views."""
+        finished = {
+            name: stats
+            for each in self.accumulators
+            if each.tokens
+            for stats in [each.finish(-(-self.images // views))]
+            for name in each.layers
+        }
+        return {name: finished[name] for name in self.linears if name in finished}

@@ -1,0 +1,132 @@
+"""The directions of a layer's output space in which its weight is cut, and the error of each cut in closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixrank import shrinkage
+from mixrank.errors import InputError
+from mixrank.stats import LayerStats, output_frame
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the outputs before the bias, in the coordinates of a layer's frame: second moment and mean."""
+
+    second: Tensor  # [S, S]
+    mean: Tensor  # [S]
+
+    def about(self, point: Tensor) -> Tensor:
+        """The second moment about a point [S]."""
+        cross = torch.outer(self.mean, point)
+        return self.second - cross - cross.mT + torch.outer(point, point)
+
+
+class Space:
+    """What a weight can output: its coordinates, and the weight's own directions in them."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.frame, self.core = output_frame(weight)
+        self.weight_gram = self.core @ self.core.mT
+        self.weight_values, self.weight_basis = leading(self.weight_gram)
+        n, k = weight.shape
+        self.break_even = max(1, min(n * k // (n + k), min(n, k)))
+
+    def moments(self, stats: LayerStats) -> Moments:
+        core, frame = self.core, self.frame
+        wanted = core.shape[1] if stats.side == "input" else core.shape[0] if frame is None else frame.shape[0]
+        if stats.gram.shape[0] != wanted:
+            raise InputError(f"statistics of the {stats.side} must be of size {wanted}, but were {stats.gram.shape[0]}")
+        rows = stats.rows if stats.rows > 0 else 1.0
+        second, mean = stats.gram / rows, stats.total / rows
+        if stats.side == "input":
+            return Moments(core @ second @ core.mT, core @ mean)
+        if frame is not None:
+            return Moments(frame.mT @ second @ frame, frame.mT @ mean)
+        return Moments(second, mean)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Makes directions from statistics by one strategy, and tells their errors.
+
+    Attributes:
+        space: of the layer.
+        factors: ``"aware"``, ``"svd"`` or ``"fisher"``, see :mod:`mixrank.decompose`.
+        centre: whether the mean of what is lost goes into the bias.
+        fisher_shrink: pull of O towards the identity.
+    """
+
+    space: Space
+    factors: str
+    centre: bool
+    fisher_shrink: float
+
+    def metric(self, stats: LayerStats) -> Tensor | None:
+        """O of ``"fisher"``, ``[S, S]`` with mean eigenvalue 1 before the identity is added; None for the others."""
+        if self.factors != "fisher":
+            return None
+        if stats.gradient is None:
+            raise InputError("factors='fisher' needs statistics with gradients, but there were none")
+        size = len(stats.gradient)
+        return size * shrinkage.unit_trace(stats.gradient) + self.fisher_shrink * torch.eye(size, dtype=torch.float64)
+
+    def pull(self, moments: Moments, shrink: float | str, images: int | None) -> float:
+        """The pull that ``shrink`` stands for."""
+        if shrink != "oas" or self.factors == "svd":
+            return shrink
+        if images is None:
+            raise InputError("shrink='oas' needs statistics that know their number of images")
+        space = self.space
+        return shrinkage.oas(self._used(moments), space.weight_values, space.weight_basis, images)
+
+    def _used(self, moments: Moments) -> Tensor:
+        return moments.about(moments.mean) if self.centre else moments.second
+
+    def bases(self, moments: Moments, metric: Tensor | None, shrink: float) -> tuple[Tensor, Tensor]:
+        """Up and down basis."""
+        if self.factors == "svd" or (math.isinf(shrink) and metric is None):
+            return self.space.weight_basis, self.space.weight_basis
+        gram = shrinkage.pulled(self._used(moments), self.space.weight_gram, shrink)
+        if metric is None:
+            basis = leading(gram)[1]
+            return basis, basis
+        values, vectors = torch.linalg.eigh(metric)
+        half = (vectors * values.sqrt()) @ vectors.mT
+        basis = leading(half @ gram @ half)[1]
+        return (vectors / values.sqrt()) @ (vectors.mT @ basis), half @ basis
+
+    def errors(self, up: Tensor, down: Tensor, moments: Moments, mean: Tensor, metric: Tensor | None = None) -> Tensor:
+        """Squared error at the ranks 0 to S by the energy of all outputs, ``[S + 1]``; ``mean`` is in the bias."""
+        gram = moments.about(mean) if self.centre else moments.second
+        # The error of rank r is the sum of |lost_i . lost_j| over i, j >= r: what is read along i is not written.
+        measured = up if metric is None else metric @ up
+        lost = (up.mT @ measured) * (down.mT @ gram @ down)
+        steps = lost.diagonal() + 2 * lost.triu(1).sum(1)
+        energy = moments.second.trace() if metric is None else (moments.second * metric).sum()
+        tails = torch.cat([steps.flip(0).cumsum(0).flip(0), steps.new_zeros(1)]).clamp(min=0)
+        return tails / energy if energy > 0 else torch.zeros_like(tails)
+
+    def tried(self, stats: LayerStats, held_out: LayerStats, shrink: float | str) -> tuple[float | str, Tensor]:
+        """The pull (chosen, for ``"auto"``) and the errors on images held out, of factors made without them."""
+        moments, metric, apart = self.space.moments(stats), self.metric(stats), self.space.moments(held_out)
+        pulls = shrinkage.GRID if shrink == "auto" and self.factors != "svd" else (shrink,)
+        goal = self.metric(held_out)
+        scores, errors = {}, {}
+        for each in pulls:
+            up, down = self.bases(moments, metric, self.pull(moments, each, stats.images))
+            errors[each] = self.errors(up, down, apart, moments.mean)
+            judged = errors[each] if goal is None else self.errors(up, down, apart, moments.mean, goal)
+            scores[each] = shrinkage.score(judged, self.space.break_even)
+        best = shrinkage.strongest_of_the_best(scores) if len(pulls) > 1 else pulls[0]
+        return best, errors[best]
+
+
+def leading(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (none below zero) and eigenvectors, the largest first."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values.flip(0).clamp(min=0), vectors.flip(1)

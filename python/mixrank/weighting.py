@@ -1,0 +1,117 @@
+"""Weights of the calibration tokens: how much each counts in the statistics of a layer.
+
+The squared error that factors minimise is a sum over tokens; a weight multiplies a token's term.
+
+``none``
+    Every token counts alike.
+``image``
+    ``1 / |Y_b|^2``, ``Y_b`` the outputs of the layer for image b before the bias: every image's *relative* error counts
+    alike (the objective of Azizi, Nazemi and Pedram 2024).
+``token``
+    ``1 / |y|^2``: every token's relative error counts alike.
+``clip``
+    ``min(1, c / |y|)^2``: tokens with an output longer than c count as if it were of length c. ``level`` from 1 on:
+    c is this multiple of the median length in the image; below 1: c is this quantile of the lengths.
+``class``
+    Prefix tokens (class token, registers) together count ``level`` times as much as all patches together, by default
+    as much.
+``gradient``
+    The squared norm of the gradient of the loss with respect to the layer's output at this token: how much the
+    model's answer depends on it. The labels of the loss are drawn from the model's own answer, so that the weights are
+    the traces of the Fisher information of the outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixrank.errors import InputError
+
+WEIGHTINGS = ("none", "image", "token", "clip", "class", "gradient")
+_DEFAULT_LEVEL = {"clip": 2.0, "class": 1.0}
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """A way to weight tokens.
+
+    Attributes:
+        kind: one of ``none``, ``image``, ``token``, ``clip``, ``class``, ``gradient``; see the module.
+        level: the number above 0 that ``clip`` and ``class`` take; None: 2 and 1.
+
+    Raises:
+        InputError: an unknown kind, or a level that is not above 0 or not wanted.
+    """
+
+    kind: str = "none"
+    level: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in WEIGHTINGS:
+            raise InputError(f"weighting must be one of {', '.join(WEIGHTINGS)}, but it was {self.kind!r}")
+        if self.level is None:
+            return
+        if self.kind not in _DEFAULT_LEVEL:
+            raise InputError(f"weighting {self.kind!r} takes no level, but it was {self.level}")
+        if not 0 < self.level < float("inf"):
+            raise InputError(f"the level of weighting {self.kind!r} must be a number above 0, but it was {self.level}")
+
+    @classmethod
+    def of(cls, weighting: str | Weighting) -> Weighting:
+        """A weighting from its kind alone, or itself."""
+        return weighting if isinstance(weighting, Weighting) else cls(weighting)
+
+    @property
+    def value(self) -> float | None:
+        """The level, or its default."""
+        return _DEFAULT_LEVEL.get(self.kind) if self.level is None else self.level
+
+    @property
+    def shared(self) -> bool:
+        """Whether layers with the same input give its tokens the same weights."""
+        return self.kind in ("none", "class")
+
+    def of_tokens(self, output: Tensor, bias: Tensor | None, images: int, prefix: int) -> Tensor | None:
+        """The weights of one call's tokens; None: each counts 1.
+
+        Args:
+            output: ``[..., N]``, the layer's output.
+            bias: ``[N]`` or None, what is taken off it.
+            images: B; the leading dimensions hold the images one after the other, or all tokens count as one image's.
+            prefix: number of tokens before the patches, in outputs ``[B, T, N]``.
+
+        Returns:
+            Float64, the leading dimensions of ``output``. A token without any output has weight 0 where it would be
+            divided by.
+        """
+        if self.kind == "class":
+            return _by_class(output.shape[:-1], images, prefix, self.value).to(output.device)
+        if self.kind not in ("image", "token", "clip"):
+            return None
+        before_bias = output.float() if bias is None else output.float() - bias.float()
+        squares = before_bias.square().sum(-1, dtype=torch.float64)
+        if self.kind == "token" or squares.numel() == 0:
+            return _inverse(squares)
+        by_image = squares.reshape(images if squares.dim() and len(squares) % images == 0 else 1, -1)
+        if self.kind == "image":
+            weights = _inverse(by_image.sum(1, keepdim=True)).expand_as(by_image)
+        else:
+            multiple, share = (self.value, 0.5) if self.value >= 1 else (1.0, self.value)
+            limit = multiple**2 * by_image.quantile(share, dim=1, keepdim=True)
+            weights = (limit * _inverse(by_image)).clamp(max=1)
+        return weights.reshape(squares.shape)
+
+
+def _by_class(shape: torch.Size, images: int, prefix: int, ratio: float) -> Tensor:
+    """Ones, but for the prefix tokens of ``[B, T]``: each ``ratio`` times the patches by the prefix tokens."""
+    weights = torch.ones(shape, dtype=torch.float64)
+    if len(shape) == 2 and shape[0] == images and shape[1] > prefix:
+        weights[:, :prefix] = ratio * (shape[1] - prefix) / prefix
+    return weights
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values > 0, 1 / values, 0.0)

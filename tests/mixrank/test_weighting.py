@@ -1,0 +1,208 @@
+"""Weights of calibration tokens: the statistics are the weighted sums that they claim to be."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from mixrank import InputError, Weighting, calibrate
+from mixrank.gradients import draw
+from mixrank.models import compressible_linears
+from mixrank.stats import output_frame
+
+BY_OUTPUT = [
+    Weighting("none"),
+    Weighting("image"),
+    Weighting("token"),
+    Weighting("clip"),
+    Weighting("clip", 1.1),
+    Weighting("clip", 0.3),
+    Weighting("class"),
+    Weighting("class", 0.25),
+]
+
+
+def expected(weighting: Weighting, y: Tensor) -> Tensor:
+    """The weights of outputs before the bias ``[B, T, N]``, the first of the T tokens the class token."""
+    lengths = y.norm(dim=-1)
+    match weighting.kind:
+        case "image":
+            return (1 / lengths.square().sum(1, keepdim=True)).expand_as(lengths)
+        case "token":
+            return 1 / lengths.square()
+        case "clip":
+            level = weighting.value
+            limit = level * lengths.square().quantile(0.5, 1, True).sqrt() if level >= 1 else None
+            limit = lengths.square().quantile(level, 1, True).sqrt() if limit is None else limit
+            return (lengths.minimum(limit) / lengths).square()
+        case "class":
+            weights = torch.ones_like(lengths)
+            weights[:, 0] = weighting.value * (lengths.shape[1] - 1)
+            return weights
+    return torch.ones_like(lengths)
+
+
+def assert_weighted(layer, linear: nn.Linear, x: Tensor, weights: Tensor) -> None:
+    """Compare a layer's statistics with the weighted sums over its inputs ``[B, T, K]``."""
+    rows = x if layer.side == "input" else x @ linear.weight.double().mT
+    rows, weights = rows.flatten(0, 1), weights.flatten()[:, None]
+    gram = rows.mT @ (weights * rows)
+    assert layer.rows == pytest.approx(weights.sum().item(), rel=1e-4)
+    torch.testing.assert_close(layer.gram, gram, rtol=1e-3, atol=1e-5 * gram.abs().max().item())
+    total = (weights * rows).sum(0)
+    torch.testing.assert_close(layer.total, total, rtol=1e-3, atol=1e-4 * total.abs().max().item())
+
+
+@pytest.mark.parametrize("weighting", BY_OUTPUT, ids=str)
+def test_statistics_are_weighted_sums_whatever_the_batches_are(model, images, observed, weighting):
+    stats = [calibrate(model, images.split(size), weighting=weighting) for size in (6, 4)]
+    for name, x in observed(model, images).items():
+        linear, x = model.get_submodule(name), x.unflatten(0, (len(images), -1))
+        weights = expected(weighting, x @ linear.weight.double().mT)
+        for each in stats:
+            assert_weighted(each[name], linear, x, weights)
+
+
+@pytest.mark.parametrize("kind", ["image", "clip", "class"])
+def test_weights_hold_for_images_held_out_too(model, images, kind):
+    whole, parts = (calibrate(model, [images], weighting=kind, held_out=share).merged() for share in (0, 0.5))
+    for name in whole:
+        assert parts[name].rows == pytest.approx(whole[name].rows)
+        torch.testing.assert_close(parts[name].gram, whole[name].gram, rtol=1e-4, atol=1e-3)
+
+
+def test_layers_share_an_input_only_where_its_tokens_weigh_the_same():
+    args = {"img_size": 28, "depth": 1, "embed_dim": 96, "num_heads": 4, "num_classes": 3}
+    model = timm.create_model("eva02_base_patch14_224", **args).eval()
+    images = torch.randn(3, 3, 28, 28)
+    for kind, shared in (("none", True), ("class", True), ("token", False)):
+        stats = calibrate(model, [images], weighting=kind)
+        assert (stats["blocks.0.attn.q_proj"] is stats["blocks.0.attn.k_proj"]) == shared
+
+
+def test_windows_count_for_their_image():
+    """Swin hands its layers windows ``[B * windows, T, C]``; relative errors are still those of images."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=28, window_size=7, depths=(1, 1), num_heads=(1, 2)
+    )
+    seen = []
+    linear = model.layers[0].blocks[0].attn.qkv
+    images = torch.randn(2, 3, 28, 28) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    with linear.register_forward_hook(lambda _m, a, _o: seen.append(a[0])), torch.no_grad():
+        model.eval()(images)
+    layer = calibrate(model, [images], weighting="image")["layers.0.blocks.0.attn.qkv"]
+    x = seen[0].reshape(2, -1, linear.in_features).double()
+    energy = (x @ linear.weight.double().mT).square().sum((1, 2))
+    torch.testing.assert_close(
+        layer.gram, sum(e.mT @ e / w for e, w in zip(x, energy, strict=True)), rtol=1e-3, atol=1e-6
+    )
+
+
+def test_tokens_without_output_have_no_weight():
+    output = torch.zeros(2, 3, 4)
+    output[0, 1] = 2.0
+    for kind in ("image", "token"):
+        weights = Weighting(kind).of_tokens(output, None, 2, 1)
+        assert weights[0, 1] == 1 / 16
+        assert weights[1].abs().sum() == 0
+    assert Weighting("clip").of_tokens(output + 1, torch.ones(4), 2, 1).isfinite().all()
+    assert Weighting("image").of_tokens(output[:, :0], None, 2, 1).shape == (2, 0)
+
+
+def direct_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and gradients of the outputs, ``[B, T, ...]``, of the loss with these labels, by layer."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        linear.register_forward_hook(lambda _m, a, o, name=name: seen.update({name: (a[0].detach(), o)}))
+        for name, linear in compressible_linears(model).items()
+    ]
+    with torch.enable_grad():
+        loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
+    for handle in handles:
+        handle.remove()
+    return {name: (x, g) for (name, (x, _)), g in zip(seen.items(), gradients, strict=True)}
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_gradients_weight_tokens_and_are_summed(model, images, draws):
+    """Ten images, so that they pass in two chunks; labels do not depend on the batches."""
+    images = torch.cat([images, images.flip(3)])[:10]
+    stats = [
+        calibrate(model, images.split(size), weighting="gradient", gradients=True, draws=draws, seed=5)
+        for size in (10, 3)
+    ]
+    with torch.no_grad():
+        labels = draw(model(images), list(range(10)), draws, seed=5)
+    runs = [direct_gradients(model, images, labels[:, i]) for i in range(draws)]
+    for name, linear in compressible_linears(model).items():
+        x = runs[0][name][0].double()
+        gradients = [run[name][1].double() for run in runs]
+        weights = sum(g.square().sum(-1) for g in gradients) / draws
+        frame = output_frame(linear.weight)[0]
+        fisher = sum(g.flatten(0, 1).mT @ g.flatten(0, 1) for g in gradients) / draws
+        fisher = fisher if frame is None else frame.mT @ fisher @ frame
+        for each in stats:
+            assert_weighted(each[name], linear, x, weights)
+            torch.testing.assert_close(each[name].gradient, fisher, rtol=1e-3, atol=1e-4 * fisher.abs().max().item())
+
+
+def test_gradients_beside_other_weights_change_no_statistics(model, images):
+    plain, both = (calibrate(model, [images], gradients=gradients) for gradients in (False, True))
+    for name in plain:
+        assert plain[name].gradient is None
+        assert both[name].gradient.trace() > 0
+        torch.testing.assert_close(plain[name].gram, both[name].gram, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_leave_the_model_as_it_was(model, images):
+    model.head.weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    calibrate(model.train(), [images], weighting="gradient")
+    assert model.training
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_labels_are_drawn_from_the_model_by_image_and_seed():
+    logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(400, 3)
+    labels = draw(logits, list(range(400)), 25, seed=1)
+    shares = torch.bincount(labels.flatten(), minlength=3) / labels.numel()
+    torch.testing.assert_close(shares, logits[0].softmax(0), rtol=0, atol=0.02)
+    assert torch.equal(draw(logits[7:9], [7, 8], 25, seed=1), labels[7:9])
+    assert not torch.equal(draw(logits, list(range(400)), 25, seed=2), labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "heavy"}, "weighting must be one of none, image, token, clip, class, gradient, but it was 'heavy'"),
+        ({"kind": "token", "level": 2}, "weighting 'token' takes no level, but it was 2"),
+        ({"kind": "clip", "level": 0}, "the level of weighting 'clip' must be a number above 0, but it was 0"),
+        ({"kind": "class", "level": float("nan")}, "must be a number above 0, but it was nan"),
+    ],
+)
+def test_weightings_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Weighting(**arguments)
+
+
+def test_weights_that_the_model_cannot_give_are_refused(model, images):
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=28, window_size=7, depths=(1,), num_heads=(1,))
+    with pytest.raises(InputError, match="'class' needs a model with a class token, but SwinTransformer has none"):
+        calibrate(swin, [images], weighting="class")
+    with pytest.raises(InputError, match="draws must be at least 1, but it was 0"):
+        calibrate(model, [images], draws=0)
+    features = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0, global_pool="")
+    with pytest.raises(
+        InputError, match=r"gradients need a model that returns logits .*, but it returned \[6, 5, 192\]"
+    ):
+        calibrate(features, [images], weighting="gradient")
+    images = images.clone()
+    images[4, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="gradients need finite logits, but those for image 4 are not"):
+        calibrate(model, [images], weighting="gradient")
