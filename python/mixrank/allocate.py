@@ -14,6 +14,7 @@ import heapq
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,20 @@ from mixrank.models import count_bytes, count_macs, count_parameters, preprocess
 from mixrank.nn import SplitLinear
 from mixrank.plan import LayerPlan, Plan
 
+if TYPE_CHECKING:
+    from mixrank.sensitivity import Sensitivity
+
 RANKS = ("mixed", "uniform")
 # What an energy's error needs besides the weight.
-ENERGIES = {"weight": None, "output": "calibration images", "held_out": "held-out images", "mixed": "held-out images"}
+ENERGIES = {
+    "weight": None,
+    "output": "calibration images",
+    "held_out": "held-out images",
+    "mixed": "held-out images",
+    "sensitivity": "calibration images",
+}
+# Ranks stay within these multiples of those that sensitivity was measured at: further off it means little.
+_NEAR = (0.75, 1.35)
 
 
 def remaining_error(factorisation: Factorisation, energy: str) -> Tensor | None:
@@ -40,6 +52,9 @@ def remaining_error(factorisation: Factorisation, energy: str) -> Tensor | None:
         return factorisation.output_error
     if energy == "held_out":
         return factorisation.held_out_error
+    if energy == "sensitivity":
+        known = factorisation.held_out_error
+        return factorisation.output_error if known is None else known
     kept = factorisation.weight_energy.cumsum(0)
     weight = torch.cat([kept.new_ones(1), (1 - kept).clamp(min=0)])
     if energy == "weight":
@@ -92,6 +107,7 @@ def allocate(
     step: int = 8,
     min_rank: float | None = None,
     max_rank: float | None = None,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
 ) -> Plan:
     """Choose a rank, or the dense weight, for every layer under one budget.
 
@@ -107,11 +123,14 @@ def allocate(
         energy: what the error of a layer means for mixed ranks: the share of its squared singular values that is cut
             (``"weight"``), the relative squared error of its outputs on the calibration images (``"output"``, the
             paper's objective) or on images held out (``"held_out"``), or the geometric mean of the first and the last
-            (``"mixed"``).
+            (``"mixed"``), or the divergence of the logits that the layer causes (``"sensitivity"``), from what was
+            measured at one rank and the held-out error at others near it.
         step: ranks are multiples of this (or the layer's full rank, if that is smaller).
         min_rank: no layer gets a lower rank: a number of at least 1, or below 1 a share of the full rank min(N, K).
         max_rank: no layer gets a higher rank or stays dense, but for those that a factorisation would not make
             smaller: a number or share as for ``min_rank``.
+        sensitivities: for ``energy="sensitivity"``: what :func:`mixrank.sensitivity.measure_sensitivity` found for an
+            earlier plan under the same budget. Layers without an entry stay dense.
 
     Returns:
         The plan. Its cost is never above the budget.
@@ -135,12 +154,16 @@ def allocate(
     budget, fixed = check_budget(model, shapes, ranks=ranks, energy=energy, **bounds, **limits)
     if ranks == "uniform":
         energy = "weight"  # plays no part
+    if energy == "sensitivity" and sensitivities is None:
+        raise InputError("energy='sensitivity' needs sensitivities: measure them at an earlier plan")
     if any(remaining_error(factorisation, energy) is None for factorisation in factorisations.values()):
         raise InputError(f"energy={energy!r} needs {ENERGIES[energy]}, but the layers were decomposed without any")
     choices = {
         name: _points(name, shape, choice, factorisations[name], budget, energy)
         for name, shape, choice in _ranks(shapes, budget, **bounds)
     }
+    if energy == "sensitivity":
+        choices = {name: _near(points, sensitivities.get(name)) for name, points in choices.items()}
     available = budget.limit - fixed
     chosen = greedy(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, step)
     options = {"ranks": ranks, "energy": energy} | {
@@ -278,6 +301,26 @@ def _points(
     remaining = remaining_error(factorisation, energy)
     errors = [0.0 if rank is None else remaining[rank].item() for rank in ranks]
     return [Point(rank, budget.cost(name, shape, rank), error) for rank, error in zip(ranks, errors, strict=True)]
+
+
+def _near(points: list[Point], sensitivity: Sensitivity | None) -> list[Point]:
+    """The choices near the rank that was measured, their errors in units of the divergence that it caused.
+
+    Raises:
+        InputError: the rank that was measured is not among the choices.
+    """
+    if sensitivity is None:
+        return points[-1:]
+    measured = next((point for point in points if point.rank == sensitivity.rank), None)
+    if measured is None:
+        raise InputError(f"sensitivity was measured at rank {sensitivity.rank}, which this allocation cannot choose")
+    scale = sensitivity.divergence / measured.error if measured.error > 0 else 0.0
+    low, high = (factor * sensitivity.rank for factor in _NEAR)
+    return [
+        Point(point.rank, point.cost, scale * point.error)
+        for point in points
+        if point is measured or (point.rank is not None and low <= point.rank <= high)
+    ]
 
 
 def greedy(choices: dict[str, list[Point]], available: int) -> dict[str, Point]:

@@ -17,8 +17,13 @@ from mixrank.decompose import FISHER_SHRINK, LayerShape, check_strategy, decompo
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.result import CompressionResult, layer_reports, notes
+from mixrank.sample import Sample
+from mixrank.sensitivity import measure_sensitivity
 from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
 from mixrank.weighting import Weighting
+
+SENSITIVITY_IMAGES = 48
+_SENSITIVITY_BATCH = 24
 
 Value = TypeVar("Value")
 
@@ -33,6 +38,7 @@ def compress(
     factors: str = "aware",
     ranks: str = "mixed",
     energy: str = "weight",
+    sensitivity_images: int = SENSITIVITY_IMAGES,
     centre: bool | None = None,
     shrink: float | str = 0.0,
     fisher_shrink: float = FISHER_SHRINK,
@@ -61,8 +67,10 @@ def compress(
         factors: ``"aware"`` (least output error on the calibration images), ``"fisher"`` (least loss to second order,
             for classifiers) or ``"svd"``.
         ranks: ``"mixed"`` or ``"uniform"``.
-        energy: what mixed ranks save: ``"weight"``, ``"output"``, ``"held_out"`` or ``"mixed"`` energy, see
+        energy: what mixed ranks save: ``"weight"``, ``"output"``, ``"held_out"`` or ``"mixed"`` energy, or the
+            divergence of the logits (``"sensitivity"``, for classifiers, measured layer by layer), see
             :func:`mixrank.allocate.allocate`.
+        sensitivity_images: how many of the images, drawn at random, the sensitivity is measured on.
         centre: move the mean of what is lost into the bias; None: not for ``factors="svd"``.
         shrink: pull of the factors towards ``"svd"``, at least 0; guards against few calibration images. ``"auto"``:
             for each layer by the error on images held out; ``"oas"``: by the number of images.
@@ -126,13 +134,19 @@ def compress(
         if sequential:
             check_sequential(images, factors, shrink, Weighting.of(weighting).kind, ridge, twice=twice)
         stats = None
+        sample = Sample(images or (), sensitivity_images, seed)
         running = {"progress": progress, "dtype": dtype}
         if calibrated and (twice or not sequential):
-            stats = timed("calibrate", lambda: calibrate(model, images, seed=seed, **measuring, **running))
+            stats = timed("calibrate", lambda: calibrate(model, sample, seed=seed, **measuring, **running))
         first = strategy if stats is not None or not sequential else {"factors": "svd", "centre": False}
         factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **first))
         factorisations = {name: replace(made, shape=shapes[name]) for name, made in factorisations.items()}
-        plan = timed("allocate", lambda: allocate(model, factorisations, **allocation))
+        first = allocation | ({"energy": "weight"} if energy == "sensitivity" else {})
+        plan = timed("allocate", lambda: allocate(model, factorisations, **first))
+        if energy == "sensitivity" and ranks == "mixed":
+            batches = sample.images.split(_SENSITIVITY_BATCH)
+            found = timed("sensitivity", lambda: measure_sensitivity(model, plan, factorisations, batches, **running))
+            plan = allocate(model, factorisations, sensitivities=found, **allocation)
         if sequential:
             del strategy["fisher_shrink"]
             options = {"ridge": ridge, "strategy": strategy, **running}

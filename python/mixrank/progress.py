@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -33,7 +34,7 @@ def track(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
+    if total is None:
+        total = length_hint(iterable) or None
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield from progress.track(iterable, description=description, total=total)

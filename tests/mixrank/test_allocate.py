@@ -14,6 +14,7 @@ from torch import nn
 from mixrank import InputError, allocate, apply_, calibrate, compress, decompose
 from mixrank.allocate import Point, greedy, lower_hull, tokens_per_layer
 from mixrank.models import count_bytes, count_macs, count_parameters
+from mixrank.sensitivity import Sensitivity
 
 BUDGETS = [0.95, 0.7, 0.5, 0.3, 0.22]
 
@@ -74,7 +75,10 @@ def test_tokens_per_layer_counts_one_image(model):
         ({"max_macs": 1000}, r"max_macs must be at least \d+ for this model and step, but it was 1000"),
         ({"keep": 0.5, "step": 0}, "step must be at least 1, but it was 0"),
         ({"keep": 0.5, "ranks": "random"}, "ranks must be one of mixed, uniform, but it was 'random'"),
-        ({"keep": 0.5, "energy": "solar"}, "energy must be one of weight, output, held_out, mixed, but it was 'solar'"),
+        (
+            {"keep": 0.5, "energy": "solar"},
+            "energy must be one of weight, output, held_out, mixed, sensitivity, but it was 'solar'",
+        ),
     ],
 )
 def test_budgets_that_cannot_be_are_refused_before_the_work(model, budget, message):
@@ -159,3 +163,29 @@ def test_the_dense_weight_is_the_last_step():
 def test_the_hull_is_convex_and_below_all_points():
     points = [Point(8, 10, 0.5), Point(16, 20, 0.45), Point(24, 30, 0.2), Point(None, 35, 0.0)]
     assert [point.cost for point in lower_hull(points)] == [10, 35]
+
+
+def test_sensitivity_moves_ranks_to_the_layers_that_the_logits_feel(model, images):
+    factorisations = decompose(model, calibrate(model, [images], held_out=0.34))
+    first = allocate(model, factorisations, keep=0.5)
+    layers = [layer for layer in first.layers if layer.rank is not None]
+    felt, unfelt = layers[0].name, layers[-1].name
+    divergences = {layer.name: 0.01 for layer in layers} | {felt: 10.0, unfelt: 0.0}
+    sensitivities = {layer.name: Sensitivity(layer.rank, divergences[layer.name]) for layer in layers}
+    plan = allocate(model, factorisations, keep=0.5, energy="sensitivity", sensitivities=sensitivities)
+    ranks, before = ({layer.name: layer.rank for layer in each.layers} for each in (plan, first))
+    assert ranks[felt] > before[felt]
+    assert ranks[unfelt] < before[unfelt]
+    assert plan.parameters_after <= 0.5 * plan.parameters_before
+    for layer in layers:
+        assert 0.75 * layer.rank <= ranks[layer.name] <= 1.35 * layer.rank
+    assert [name for name, rank in ranks.items() if rank is None] == [n for n, rank in before.items() if rank is None]
+
+
+def test_sensitivity_has_to_be_measured_first_and_at_ranks_that_can_be_chosen(model, images):
+    factorisations = decompose(model, calibrate(model, [images]))
+    with pytest.raises(InputError, match="needs sensitivities: measure them at an earlier plan"):
+        allocate(model, factorisations, keep=0.5, energy="sensitivity")
+    wrong = dict.fromkeys(factorisations, Sensitivity(13, 0.1))
+    with pytest.raises(InputError, match="measured at rank 13, which this allocation cannot choose"):
+        allocate(model, factorisations, keep=0.5, energy="sensitivity", sensitivities=wrong)

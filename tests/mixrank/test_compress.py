@@ -11,6 +11,7 @@ import torch
 import mixrank
 from mixrank import InputError, allocate, apply_, compress, decompose
 from mixrank.models import count_parameters
+from mixrank.sample import Sample
 
 
 def test_keeping_everything_changes_nothing(model, images):
@@ -94,3 +95,32 @@ def test_attention_that_reads_its_weight_directly_is_compressed_too():
     result = compress(beit, [images], keep=0.5)
     assert "blocks.0.attn.qkv" in {layer.name for layer in result.plan.layers}
     assert beit(images).isfinite().all()
+
+
+def test_ranks_by_sensitivity_need_no_second_look_at_the_images(model, images):
+    stream = iter(images.split(2))
+    dense = copy.deepcopy(model)
+    result = compress(model, stream, keep=0.5, energy="sensitivity", sensitivity_images=4)
+    assert "sensitivity" in result.seconds
+    assert result.images == len(images)
+    assert result.plan.keep <= 0.5
+    assert result.plan.options["energy"] == "sensitivity"
+    by_weight = compress(dense, [images], keep=0.5)
+    assert [layer.rank for layer in by_weight.plan.layers] != [layer.rank for layer in result.plan.layers]
+
+
+def test_a_sample_keeps_each_image_with_the_same_chance_whatever_the_batches_are():
+    images = torch.arange(12.0)[:, None, None, None].expand(12, 1, 2, 2)
+    counts = torch.zeros(12)
+    for seed in range(600):
+        samples = [Sample(images.split(size), 4, seed) for size in (5, 12)]
+        kept = [(list(sample), sample.images[:, 0, 0, 0])[1] for sample in samples]
+        assert torch.equal(*kept)
+        counts[kept[0].long()] += 1
+    assert counts.sum() == 600 * 4
+    assert (counts - 200).abs().max() < 60  # five standard deviations
+    few = Sample([images[:2]], 4, 0)
+    list(few)
+    assert len(few.images) == 2
+    with pytest.raises(InputError, match="sensitivity_images must be at least 1, but it was 0"):
+        Sample([], 0, 0)

@@ -1,0 +1,58 @@
+"""A random sample of the images of a stream, taken while the stream passes by."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from operator import length_hint
+
+import torch
+from torch import Tensor
+
+from mixrank.data import as_batch
+from mixrank.errors import InputError
+
+
+class Sample:
+    """Batches passed on as they are, of which ``size`` images are kept (reservoir sampling, Vitter 1985, algorithm R).
+
+    Which ones depends on the seed and on the order of the images, not on the batches they come in.
+
+    Args:
+        batches: as for :func:`mixrank.calibrate.calibrate`.
+        size: how many images to keep, at least 1.
+        seed: of the choice.
+    """
+
+    def __init__(self, batches: Iterable, size: int, seed: int) -> None:
+        if size < 1:
+            raise InputError(f"sensitivity_images must be at least 1, but it was {size}")
+        self.batches, self.size, self.seed = batches, size, seed
+        self.views = getattr(batches, "views", 1)
+        self._kept: list[Tensor] = []
+
+    def __iter__(self) -> Iterator:
+        source, count = random.Random(self.seed), 0
+        self._kept = []
+        for item in self.batches:
+            for image in as_batch(item, count).images:
+                place = count if count < self.size else source.randrange(count + 1)
+                if place < self.size:
+                    self._kept[place : place + 1] = [image.detach().cpu().clone()]
+                count += 1
+            yield item
+
+    def __length_hint__(self) -> int:
+        return length_hint(self.batches)
+
+    @property
+    def images(self) -> Tensor:
+        """What was kept, ``[images, C, H, W]``.
+
+        Raises:
+            InputError: the images are of different sizes.
+        """
+        sizes = {tuple(image.shape) for image in self._kept}
+        if len(sizes) > 1:
+            raise InputError(f"sensitivity needs images of one size, but there were {sorted(sizes)}")
+        return torch.stack(self._kept)
