@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.apply import restructure_
-from mixrank.data import check_preprocessing
 from mixrank.errors import InputError
 from mixrank.models import (
     ModelSpec,
@@ -28,6 +27,7 @@ from mixrank.models import (
     preprocessing,
 )
 from mixrank.plan import Plan
+from mixrank.prepare import check_preprocessing
 from mixrank_kernels import __version__
 
 FORMAT = 1
