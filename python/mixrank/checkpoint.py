@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.apply import restructure_
-from mixrank.data import check_preprocessing
 from mixrank.errors import InputError
 from mixrank.files import write_tensors
 from mixrank.models import (
@@ -26,6 +25,7 @@ from mixrank.models import (
     preprocessing,
 )
 from mixrank.plan import Plan
+from mixrank.prepare import check_preprocessing
 from mixrank_kernels import __version__
 
 FORMAT = 1

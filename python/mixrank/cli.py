@@ -24,6 +24,7 @@ INTERRUPTED = 130
 class Factors(StrEnum):
     aware = "aware"
     svd = "svd"
+    fisher = "fisher"
 
 
 class Ranks(StrEnum):
@@ -34,6 +35,17 @@ class Ranks(StrEnum):
 class Energy(StrEnum):
     weight = "weight"
     output = "output"
+    held_out = "held_out"
+    mixed = "mixed"
+
+
+class WeightingKind(StrEnum):
+    none = "none"
+    image = "image"
+    token = "token"
+    clip = "clip"
+    class_ = "class"
+    gradient = "gradient"
 
 
 class Precision(StrEnum):
@@ -123,7 +135,8 @@ def compress(
     factors: Annotated[
         Factors,
         typer.Option(
-            help="aware: best factors for the calibration images; svd: for the weight alone.",
+            help="aware: best factors for the calibration images; svd: for the weight alone; fisher: aware in the "
+            "metric of the loss.",
             rich_help_panel="Strategy",
         ),
     ] = Factors.aware,
@@ -142,14 +155,63 @@ def compress(
         ),
     ] = None,
     shrink: Annotated[
-        float,
-        typer.Option(help="Pull of aware factors towards svd, against few images.", rich_help_panel="Strategy"),
-    ] = 0.0,
+        str,
+        typer.Option(
+            help="Pull of the factors towards svd, against few images: a number of at least 0; auto: by layer, from "
+            "images held out; oas: from the number of images.",
+            rich_help_panel="Strategy",
+        ),
+    ] = "0",
+    fisher_shrink: Annotated[
+        float, typer.Option(help="Pull of the metric of fisher towards the plain one.", rich_help_panel="Strategy")
+    ] = 1.0,
+    weighting: Annotated[
+        WeightingKind,
+        typer.Option(help="How much each calibration token counts: see the documents.", rich_help_panel="Calibration"),
+    ] = WeightingKind.none,
+    weighting_level: Annotated[
+        float | None,
+        typer.Option(
+            help="clip: a multiple of the median length, or below 1 a quantile; class: the class token's weight "
+            "relative to all patches.",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            help="The share of the images on which factors made without them are judged; by default a fifth.",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(help="Labels drawn for each image where gradients are needed.", rich_help_panel="Calibration"),
+    ] = 1,
+    augment: Annotated[
+        int,
+        typer.Option(help="Further random views (crops, flips) of each image.", rich_help_panel="Calibration"),
+    ] = 0,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="Fit layers to the compressed prefix.", rich_help_panel="Strategy"),
+    ] = False,
+    ridge: Annotated[
+        float, typer.Option(help="Pull of --sequential towards the original weights.", rich_help_panel="Strategy")
+    ] = 0.1,
     split_qkv: Annotated[
         bool,
         typer.Option("--split-qkv/--no-split-qkv", help="Factor q, k and v apart.", rich_help_panel="Strategy"),
     ] = False,
     step: Annotated[int, typer.Option(help="Ranks are multiples of this.", rich_help_panel="Strategy")] = 8,
+    min_rank: Annotated[
+        float | None,
+        typer.Option(help="The lowest rank, or below 1 a share of the full rank.", rich_help_panel="Strategy"),
+    ] = None,
+    max_rank: Annotated[
+        float | None,
+        typer.Option(help="The highest rank, or below 1 a share of the full rank.", rich_help_panel="Strategy"),
+    ] = None,
     eval_images: Annotated[
         str | None, typer.Option(help="Labelled images to measure top-1 on.", rich_help_panel="Evaluation")
     ] = None,
@@ -171,7 +233,7 @@ def compress(
         Precision, typer.Option(help="Precision of the model; the sums are float64.", rich_help_panel="Calibration")
     ] = Precision.float32,
     strict: Annotated[bool, typer.Option("--strict", help=STRICT_HELP)] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random subset.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help=QUIET_HELP)] = False,
 ) -> None:
     """Make a timm model smaller, with a few hundred unlabelled images and no training."""

@@ -15,7 +15,11 @@ from mixrank.errors import InputError
 if TYPE_CHECKING:
     from mixrank.data import ImageSource
 
-STRATEGY = ("factors", "ranks", "energy", "centre", "shrink", "split_qkv", "step")
+AUTOMATIC = ("auto", "oas")
+STRATEGY = (
+    "factors", "ranks", "energy", "centre", "fisher_shrink", "held_out", "draws", "split_qkv", "step", "min_rank",
+    "max_rank", "sequential", "ridge", "seed",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +38,19 @@ class CompressOptions:
     ranks: str
     energy: str
     centre: bool | None
-    shrink: float
+    shrink: str
+    fisher_shrink: float
+    weighting: str
+    weighting_level: float | None
+    held_out: float | None
+    draws: int
+    augment: int
+    sequential: bool
+    ridge: float
     split_qkv: bool
     step: int
+    min_rank: float | None
+    max_rank: float | None
     eval_images: str | None
     labels: Path | None
     data_root: Path | None
@@ -57,13 +71,30 @@ class CompressOptions:
             raise InputError("exactly one of --keep, --max-bytes and --max-macs must be given")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise InputError(f"--keep must be above 0 and at most 1, got {self.keep:g}")
-        for name in ("max_bytes", "max_macs", "step", "batch_size", "limit"):
+        for name in ("max_bytes", "max_macs", "step", "batch_size", "limit", "draws"):
             check_positive(name, getattr(self, name))
+        if self.augment < 0:
+            raise InputError(f"--augment must be at least 0, got {self.augment}")
+        self.pull()
         if self.weights is not None and not self.weights.is_file():
             raise InputError(f"--weights {self.weights} does not exist or is not a file")
         if self.labels is not None and self.eval_images is None:
             raise InputError("--labels belongs to --eval-images, which is missing (calibration needs no labels)")
         check_outputs({"--out": self.out, "--json": self.json, "--report": self.report}, self.weights, self.labels)
+
+    def pull(self) -> float | str:
+        """``--shrink`` as a number, where it is one."""
+        if self.shrink in AUTOMATIC:
+            return self.shrink
+        try:
+            return float(self.shrink)
+        except ValueError:
+            raise InputError(f"--shrink must be a number, {' or '.join(AUTOMATIC)}, got {self.shrink}") from None
+
+    def strategy(self) -> dict[str, Any]:
+        """The arguments of :func:`mixrank.compress` that are neither images nor budget."""
+        chosen = {name: getattr(self, name) for name in STRATEGY}
+        return chosen | {"shrink": self.pull(), "weighting": self.weighting}
 
     def timm_args(self) -> dict[str, Any]:
         """``--model-args`` as a dictionary."""
@@ -88,7 +119,9 @@ def run(options: CompressOptions) -> None:
     from mixrank.data import open_images
     from mixrank.evaluate import compare_speed, evaluate, summarise
     from mixrank.models import create_model, preprocessing
+    from mixrank.weighting import Weighting
 
+    weighting = Weighting(options.weighting, options.weighting_level)
     watch, progress = Stopwatch(), not options.quiet
     with watch.stage("load"):
         model = create_model(options.model, pretrained=options.weights is None, weights=options.weights, args=args)
@@ -101,6 +134,7 @@ def run(options: CompressOptions) -> None:
             strict=options.strict,
             root=options.data_root,
             split=options.split,
+            augment=options.augment,
         )
         evaluation = _open_evaluation(options, data_config)
 
@@ -110,10 +144,11 @@ def run(options: CompressOptions) -> None:
             dense_score = evaluate(dense, evaluation.batches(options.batch_size), progress=progress)
 
     budget = {name: getattr(options, name) for name in ("keep", "max_bytes", "max_macs")}
-    strategy = {name: getattr(options, name) for name in STRATEGY}
+    strategy = options.strategy()
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else None
     batches = calibration.batches(options.batch_size)
-    result = compress(model, batches, **budget, **strategy, dtype=dtype, progress=progress)
+    running = {"weighting": weighting, "dtype": dtype, "progress": progress}
+    result = compress(model, batches, **(budget | strategy | running))
     watch.seconds |= result.seconds
 
     score = None
@@ -135,7 +170,8 @@ def run(options: CompressOptions) -> None:
         "evaluation_skipped": [] if evaluation is None else list(evaluation.skipped),
     }
     with watch.stage("save"):
-        checkpoint.save(model, options.out, metadata=_provenance(budget | strategy, summaries, images))
+        made = budget | strategy | {"weighting_level": options.weighting_level, "augment": options.augment}
+        checkpoint.save(model, options.out, metadata=_provenance(made, summaries, images))
     _write(options, args, result, summaries, images, speed, watch)
 
 
@@ -187,6 +223,7 @@ def _write(
         "plan": details["plan"],
         "layers": details["layers"],
         "images": images,
+        "notes": result.notes,
         "options": dataclasses.asdict(options),
         "speed": {side: dataclasses.asdict(values) for side, values in speed.items()},
         "times": watch.seconds,
@@ -205,6 +242,8 @@ def _write(
     if skipped:
         first = (images["calibration_skipped"] + images["evaluation_skipped"])[0]
         console.print(f"{skipped} images were skipped, the first: {first}", markup=False)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True, highlight=False)
     for label, path in (("checkpoint", options.out), ("report", options.report), ("JSON", options.json)):
         if path is not None:
             console.print(f"{label:<11} {path}", markup=False, soft_wrap=True, highlight=False)

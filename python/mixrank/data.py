@@ -10,7 +10,6 @@ import random
 import shutil
 import sys
 import tarfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mixrank.errors import InputError
 from mixrank.labels import read_labels
+from mixrank.prepare import Prepare
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _SCHEMES = ("torch", "hfds", "hfids", "tfds", "wds")
 _FEW_IMAGES = 16  # fewer are decoded sooner than a worker starts
 
@@ -85,6 +84,7 @@ def open_images(
     strict: bool = False,
     root: Path | str | None = None,
     split: str = "validation",
+    augment: int = 0,
 ) -> ImageSource:
     """Find images; nothing is decoded yet.
 
@@ -100,16 +100,22 @@ def open_images(
         strict: an image that does not decode is an InputError, not a skipped image.
         root: where a named data set lies.
         split: which part of a named data set.
+        augment: how many random views follow each image: crops of 60 to 100 % of its area with slight changes of shape,
+            half of them mirrored; by the seed the same in each pass.
 
     Raises:
-        InputError: the source cannot be opened or has no image, the CSV file does not fit it, or an argument is
-            outside its range.
+        InputError: the source cannot be opened or has no image, the CSV file does not fit it, an argument is
+            outside its range, or views are wanted of a stream.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, but it was {limit}")
-    prepare = _Prepare(preprocessing)
+    if augment < 0:
+        raise InputError(f"augment must be at least 0, but it was {augment}")
+    prepare = Prepare(preprocessing, augment, seed)
     dataset, named = _open(source, prepare.mode, root, split)
     if isinstance(dataset, IterableDataset):
+        if augment:
+            raise InputError(f"{source} is a stream, of which there are no further views: set augment to 0")
         if labels is not None:
             raise InputError(f"{source} is a stream without file names, so that labels from a file do not apply")
         return ImageSource(source, prepare, strict, stream=dataset, count=limit or len(dataset), limit=limit)
@@ -124,34 +130,6 @@ def open_images(
     names, targets = [names[i] for i in indices], None if targets is None else [targets[i] for i in indices]
     samples = _Samples(dataset, prepare, indices, names, targets, own_labels=named)
     return ImageSource(source, prepare, strict, samples=samples, count=len(indices), classes=classes)
-
-
-def check_preprocessing(preprocessing: dict) -> dict:
-    """Return what :func:`mixrank.models.preprocessing` made, possibly long ago and in another place.
-
-    Raises:
-        InputError: a field is missing, unknown, or outside its range.
-    """
-    size, mean, std = (preprocessing.get(key) for key in ("input_size", "mean", "std"))
-    valid = {
-        "input_size": isinstance(size, list)
-        and len(size) == 3
-        and all(type(n) is int and 0 < n <= 16384 for n in size),
-        "interpolation": preprocessing.get("interpolation") in _INTERPOLATIONS,
-        "mean": _are_numbers(mean, size),
-        "std": _are_numbers(std, size) and min(std) > 0,
-        "crop_pct": _are_numbers([preprocessing.get("crop_pct")]) and 0.1 <= preprocessing["crop_pct"] <= 10,
-        "crop_mode": preprocessing.get("crop_mode") in ("center", "squash", "border"),
-    }
-    wrong = [key for key, good in valid.items() if not good] + sorted(preprocessing.keys() - valid.keys())
-    if wrong:
-        raise InputError(f"the preprocessing's {wrong[0]} cannot be used: {preprocessing.get(wrong[0])!r}")
-    return preprocessing
-
-
-def _are_numbers(values: Any, like: Any = None) -> bool:
-    same = isinstance(values, list) and (like is None or (isinstance(like, list) and len(values) == like[0]))
-    return same and all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
 def _open(source: str | Path, mode: str, root: Path | str | None, split: str) -> tuple[Any, bool]:
@@ -203,34 +181,6 @@ def _list(dataset: Any, named: bool) -> tuple[list[str], list[int] | None, list[
     return names, [int(target) for target in targets], sorted(classes, key=classes.get)
 
 
-class _Prepare:
-    """From a PIL image, or an open file, to a tensor [C, H, W]; can be sent to a worker process."""
-
-    def __init__(self, preprocessing: dict) -> None:
-        from timm.data import create_transform
-
-        check_preprocessing(preprocessing)
-        self.size = channels, height, width = preprocessing["input_size"]
-        self.transform = create_transform(**preprocessing, is_training=False)
-        if channels not in (1, 3):
-            raise InputError(f"images have 1 or 3 channels, but the model wants {channels}")
-        self.mode = "L" if channels == 1 else "RGB"
-        self.short_edge = math.floor(max(height, width) / preprocessing["crop_pct"])
-
-    def __call__(self, image: Any) -> Tensor:
-        from PIL import Image
-
-        with warnings.catch_warnings(), image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if not isinstance(image, Image.Image):
-                image = Image.open(image)
-            width, height = image.size
-            # The transform scales the short edge up: an image one pixel high would become gigabytes.
-            if max(width, height) / min(width, height) * self.short_edge**2 > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise ValueError(f"{width} x {height} pixels is too narrow")
-            return self.transform(image.convert(self.mode))
-
-
 class _Sample(NamedTuple):
     """One image, or the reason why there is none."""
 
@@ -240,15 +190,15 @@ class _Sample(NamedTuple):
     reason: str = ""
 
 
-def _sample(item: Any, prepare: _Prepare, name: str) -> _Sample:
-    """Decode and prepare one image; ``item`` starts with image and label, or is the error met in reading it."""
+def _sample(item: Any, prepare: Prepare, name: str, view: tuple[int, int] = (0, 0)) -> _Sample:
+    """Decode and prepare a view of an image; ``item`` starts with image and label, or is the error of reading it."""
     label = None
     try:
         if isinstance(item, Exception):
             raise item
         image, label = item[:2]
         label = int(label) if hasattr(label, "__index__") and label >= 0 else None
-        return _Sample(prepare(image), label, name)
+        return _Sample(prepare(image, *view), label, name)
     except Exception as error:  # decoders meet broken bytes with nearly any exception
         text = str(error).strip().splitlines()
         return _Sample(None, label, name, text[0] if text else type(error).__name__)
@@ -275,20 +225,21 @@ class _Samples(Dataset):
         self.labelled = labels is not None or (own_labels and self._get(0).label is not None)
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) * self.prepare.views
 
-    def __getitem__(self, position: int) -> _Sample:
-        sample = self._get(position)
+    def __getitem__(self, number: int) -> _Sample:
+        position, view = divmod(number, self.prepare.views)
+        sample = self._get(position, view)
         if not self.labelled:
             return sample._replace(label=None)
         return sample if self.labels is None else sample._replace(label=self.labels[position])
 
-    def _get(self, position: int) -> _Sample:
+    def _get(self, position: int, view: int = 0) -> _Sample:
         try:
             item = self.read[self.indices[position]]
         except Exception as error:  # as for decoders: archives and data sets raise what they like
             item = error
-        return _sample(item, self.prepare, self.names[position])
+        return _sample(item, self.prepare, self.names[position], (self.indices[position], view))
 
 
 class ImageSource:
@@ -308,8 +259,13 @@ class ImageSource:
         self._skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
-        """How many images there are before any is skipped; of a stream, as many as it says, or 0."""
-        return self._count
+        """How many images and views there are before any is skipped; of a stream, as many as it says, or 0."""
+        return self._count * self.views
+
+    @property
+    def views(self) -> int:
+        """How many views of each image follow each other, the plain one first."""
+        return self._prepare.views
 
     @property
     def skipped(self) -> list[str]:
@@ -366,6 +322,10 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
+
+    @property
+    def views(self) -> int:
+        return self.source.views
 
     @property
     def classes(self) -> list[str] | None:

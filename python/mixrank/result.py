@@ -118,7 +118,7 @@ def notes(layers: list[LayerReport], stats: CalibrationStats | None) -> list[str
         return []
     found = []
     if stats.idle:
-        found.append(f"{len(stats.idle)} layers stay dense, because they were never called (first: {stats.idle[0]})")
+        found.append(f"layers that were never called stay dense: {stats.idle[0]} ({len(stats.idle)} in all)")
     factored = [layer for layer in layers if layer.rank is not None and layer.held_out_error is not None]
     if factored:
         seen = sum(layer.relative_error for layer in factored) / len(factored)

@@ -7,12 +7,13 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from mixrank import InputError, allocate, apply_, calibrate, compress, decompose
-from mixrank.allocate import Point, greedy, lower_hull, tokens_per_layer
+from mixrank.allocate import Point, greedy, lower_hull, remaining_error, tokens_per_layer
 from mixrank.models import count_bytes, count_macs, count_parameters
 from mixrank.sensitivity import Sensitivity
 
@@ -108,6 +109,64 @@ def test_the_smallest_keep_that_is_named_is_possible(model):
 def test_output_energy_needs_statistics(model):
     with pytest.raises(InputError, match="energy='output' needs calibration images"):
         allocate(model, decompose(model, factors="svd"), keep=0.5, energy="output")
+
+
+@pytest.mark.parametrize("energy", ["held_out", "mixed"])
+def test_energies_of_images_held_out(model, energy):
+    """Each layer's points are the errors of the energy; without such images they cannot be had."""
+    stats = calibrate(model, [torch.randn(10, 3, 32, 32)], held_out=0.3)
+    factorisations = decompose(model, stats, shrink=0.3)
+    plan = allocate(model, factorisations, keep=0.5, energy=energy)
+    assert plan.options["energy"] == energy
+    assert plan.parameters_after <= 0.5 * plan.parameters_before
+    for made in factorisations.values():
+        weight, held_out = remaining_error(made, "weight"), made.held_out_error
+        expected = held_out if energy == "held_out" else (weight * held_out).sqrt()
+        assert torch.equal(remaining_error(made, energy), expected)
+        assert weight[0] == 1
+        assert weight[-1] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(InputError, match=f"energy='{energy}' needs held-out images, but"):
+        allocate(model, decompose(model, stats.merged()), keep=0.5, energy=energy)
+    with pytest.raises(InputError, match=f"energy='{energy}' needs held-out images, but there are none"):
+        compress(model, [torch.randn(6, 3, 32, 32)], keep=0.5, energy=energy, held_out=0)
+
+
+@pytest.mark.parametrize("ranks", ["mixed", "uniform"])
+def test_ranks_stay_within_their_limits(model, ranks):
+    factorisations = decompose(model, factors="svd")
+    for low, high, least, most in ((20, 100, 24, 96), (0.25, 0.3, 48, 56), (None, 64, 8, 64), (40, None, 40, 192)):
+        plan = allocate(model, factorisations, keep=0.55, ranks=ranks, min_rank=low, max_rank=high)
+        found = [layer.rank for layer in plan.layers]
+        if high is not None:
+            assert None not in found
+        assert all(rank is None or least <= rank <= most for rank in found)
+        assert plan.parameters_after <= 0.55 * plan.parameters_before
+    free = [layer.rank for layer in allocate(model, factorisations, keep=0.55, ranks=ranks).layers]
+    assert any(rank is None or not 48 <= rank <= 56 for rank in free)
+
+
+def test_layers_that_no_rank_within_the_limits_makes_smaller_stay_dense(model):
+    """Square layers of 192 cost less dense from rank 96 on, those with 576 or 768 outputs not yet."""
+    plan = allocate(model, decompose(model, factors="svd"), keep=1.0, min_rank=100, max_rank=120)
+    for layer in plan.layers:
+        assert (layer.rank is None) == (layer.out_features == layer.in_features)
+        assert layer.rank in (None, 104, 112, 120)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"min_rank": 0}, "min_rank must be a whole number of at least 1 or a share below 1, but it was 0"),
+        ({"max_rank": 1.5}, "max_rank must be a whole number of at least 1 or a share below 1, but it was 1.5"),
+        ({"min_rank": float("nan")}, "min_rank must be .*, but it was nan"),
+        ({"min_rank": 64, "max_rank": 0.2}, r"min_rank=64 is above max_rank=0\.2 for layer blocks\.0\.attn\.qkv"),
+        ({"max_rank": 4}, "no multiple of step=8 is a rank from 1 to 4"),
+        ({"min_rank": 80}, r"keep must be at least 0\.\d+ for this model and step, but it was 0\.4"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(model, limits, message):
+    with pytest.raises(InputError, match=message):
+        allocate(model, decompose(model, factors="svd"), keep=0.4, **limits)
 
 
 def test_mixed_ranks_leave_less_error_than_uniform_ones(model, images):

@@ -236,3 +236,62 @@ def test_shares_that_cannot_be_held_out_are_refused(model, images, share):
 def test_too_few_images_to_hold_any_out_are_refused(model, images):
     with pytest.raises(InputError, match=r"held_out=0\.2 needs more images, but there were 4"):
         calibrate(model, [images[:4]], held_out=0.2)
+
+
+def test_views_of_an_image_stay_together_and_count_once(model):
+    """Two views of each of ten images: every fifth image is held out with both, whatever the batches are."""
+    images = torch.randn(20, 3, 32, 32)
+
+    class Views(list):
+        views = 2
+
+    for size in (20, 7, 1):
+        stats = calibrate(model, Views(images.split(size)), held_out=0.2)
+        assert (stats.images, stats.held_out.images, stats.all_images) == (8, 2, 10)
+        name = "blocks.0.mlp.fc1"
+        alone = calibrate(model, [images[[8, 9, 18, 19]]])
+        torch.testing.assert_close(stats.held_out[name].gram, alone[name].gram, rtol=1e-5, atol=1e-4)
+        assert (stats[name].images, stats.held_out[name].images) == (8, 2)
+
+
+def test_by_default_a_fifth_of_enough_images_is_held_out(model, images):
+    assert calibrate(model, [images[:4]], held_out=None).held_out is None
+    stats = calibrate(model, [images], held_out=None)
+    assert (stats.images, stats.held_out.images) == (5, 1)
+
+
+def test_a_layer_that_is_never_called_is_named_and_has_no_statistics(images):
+    model, x = Branches(lambda x, _: x), torch.randn(5, 3, 8, 8)
+    model.spare = nn.Linear(12, 12)
+    stats = calibrate(model, [x], held_out=0.2)
+    assert stats.idle == stats.merged().idle == ("spare",)
+    assert list(stats) == list(stats.held_out) == ["branches.0", "branches.1", "branches.2"]
+
+    class Nothing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(3, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images
+
+    with pytest.raises(InputError, match=r"layer spare \(1 in all\) was never called, so there are no statistics"):
+        calibrate(Nothing(), [x])
+
+
+def test_a_layer_that_is_called_for_some_images_only_keeps_its_sums():
+    """The larger images do not reach the third layer, which shared its input with the others until then."""
+
+    class Sometimes(Branches):
+        def forward(self, images: Tensor) -> Tensor:
+            x = nn.functional.pixel_unshuffle(images, 2).flatten(2).mT
+            return sum(branch(x).sum() for branch in self.branches[: 3 if images.shape[-1] == 8 else 2])
+
+    model, small, large = Sometimes(lambda x, _: x), torch.randn(3, 3, 8, 8), torch.randn(2, 3, 12, 12)
+    for batches in ([small, large, small], [large, small, small]):
+        stats = calibrate(model, batches)
+        assert (stats["branches.0"].rows, stats["branches.2"].rows) == (6 * 16 + 2 * 36, 6 * 16)
+        assert stats["branches.0"] is stats["branches.1"]
+        alone = calibrate(model, [small, small])["branches.2"]
+        again = factorise(model.branches[2], stats["branches.2"])
+        torch.testing.assert_close(factorise(model.branches[2], alone).output_error, again.output_error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 
 import pytest
 import timm
@@ -40,6 +42,61 @@ def test_compress_does_it_all_in_place(model, images, split):
     assert model.mixrank_plan is result.plan
     drift = (model(images) - dense(images)).norm() / dense(images).norm()
     assert drift < 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": "image", "shrink": "oas"},
+        {"weighting": mixrank.Weighting("clip", 0.9), "shrink": "auto", "energy": "mixed"},
+        {"weighting": "class", "energy": "held_out", "min_rank": 0.1, "max_rank": 0.5, "held_out": 0.4},
+        {"weighting": "gradient", "factors": "fisher", "draws": 2, "seed": 3, "fisher_shrink": 0.5, "split_qkv": True},
+        {"weighting": "token", "factors": "fisher", "centre": False, "energy": "output"},
+    ],
+    ids=lambda options: options["weighting"] if isinstance(options["weighting"], str) else "clip",
+)
+def test_strategies_work_together(model, images, options):
+    result = compress(model, [images[:3], images[3:]], keep=0.5, **options)
+    assert result.images == 6
+    assert result.plan.keep <= 0.5
+    for layer in result.layers:
+        assert 0 <= layer.relative_error <= 1
+        assert layer.held_out_error >= 0
+        assert layer.rank is not None or layer.held_out_error == 0
+    assert model(images).isfinite().all()
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_one_image_is_enough(model, images):
+    with pytest.raises(InputError, match="shrink='auto' needs images that are held out"):
+        compress(model, [images[:1]], keep=0.5, shrink="auto")
+    result = compress(model, [images[:1]], keep=0.5)
+    assert result.images == 1
+    assert result.notes == []
+    assert all(layer.held_out_error is None for layer in result.layers)
+    assert model(images).isfinite().all()
+
+
+def test_too_few_images_are_noted_with_the_gap(model):
+    """Of ten images with five tokens each, layers of 192 features are fitted to each single token."""
+    few = compress(copy.deepcopy(model), [torch.randn(10, 3, 32, 32)], keep=0.6)
+    assert len(few.notes) == 1
+    assert re.search(
+        r"mean relative error is 0\.\d+ on images held out but 0\.\d+ on .* more than 10 images", few.notes[0]
+    )
+    factored = [layer for layer in few.layers if layer.rank is not None]
+    assert all(layer.held_out_error > layer.relative_error for layer in factored)
+    many = compress(model, torch.randn(400, 3, 32, 32).split(100), keep=0.6, shrink=1.0)
+    assert many.notes == []
+
+
+def test_layers_that_are_never_called_stay_dense_and_are_noted(model, images):
+    model.spare = torch.nn.Linear(192, 192)
+    for energy in ("weight", "output"):
+        result = compress(copy.deepcopy(model), [images], keep=0.6, energy=energy)
+        assert "spare" not in {layer.name for layer in result.layers}
+        assert result.notes[0] == "layers that were never called stay dense: spare (1 in all)"
+        assert result.plan.keep <= 0.6
 
 
 def test_compress_without_images_is_plain_svd(model):

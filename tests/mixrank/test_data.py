@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import random
 import re
 import tarfile
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from PIL import Image
 from timm.data import IterableImageDataset
 
-from mixrank.data import Batch, as_batch, check_preprocessing, open_images
+from mixrank.data import Batch, as_batch, open_images
 from mixrank.errors import InputError
+from mixrank.prepare import check_preprocessing
 
 CONFIG = {
     "input_size": [3, 8, 8],
@@ -345,6 +347,8 @@ def test_a_stream(monkeypatch):
         assert found[1].names == ["image 2", "image 3"]
         assert [text.split(":")[0] for text in source.skipped] == ["image 1"]
     assert sum(len(batch.images) for batch in open_images("wds/shards", CONFIG).batches(4)) == 8
+    with pytest.raises(InputError, match="is a stream, of which there are no further views: set augment to 0"):
+        open_images("wds/shards", CONFIG, augment=1)
     with pytest.raises(InputError, match="is a stream without file names"):
         open_images("wds/shards", CONFIG, labels="labels.csv")
 
@@ -420,3 +424,45 @@ def test_as_batch_reads_what_loaders_yield(item, labels):
 def test_as_batch_refuses(item, message):
     with pytest.raises(InputError, match=message):
         as_batch(item)
+
+
+def test_views_follow_their_image_and_repeat(folder_of_noise):
+    """Image by image, the plain view first; the same in each pass, in workers and beside other random numbers."""
+    plain = torch.cat([batch.images for batch in open_images(folder_of_noise, CONFIG).batches(2)])
+    source = open_images(folder_of_noise, CONFIG, augment=2, seed=4)
+    batches = source.batches(3)
+    assert (source.views, batches.views, len(source), len(batches)) == (3, 3, 12, 4)
+    random.seed(1)
+    torch.manual_seed(1)
+    expected = random.random(), torch.rand(1)
+    random.seed(1)
+    torch.manual_seed(1)
+    first = list(batches)
+    assert (random.random(), torch.rand(1)) == expected
+    views = torch.cat([batch.images for batch in first])
+    assert torch.equal(views[::3], plain)
+    assert [name for batch in first for name in batch.names] == [name for name in source.names for _ in range(3)]
+    assert len({view.sum().item() for view in views}) == 12
+    again = torch.cat([batch.images for batch in source.batches(5, workers=1)])
+    assert torch.equal(again, views)
+    other = torch.cat([batch.images for batch in open_images(folder_of_noise, CONFIG, augment=2, seed=5).batches(3)])
+    assert torch.equal(other[::3], plain)
+    assert not torch.equal(other[1::3], views[1::3])
+    part = open_images(folder_of_noise, CONFIG, augment=2, seed=4, limit=2)
+    some = torch.cat([batch.images for batch in part.batches(6)])
+    index = [source.names.index(name) for name in part.names]
+    assert torch.equal(some.unflatten(0, (2, 3)), views.unflatten(0, (4, 3))[index])
+
+
+@pytest.fixture
+def folder_of_noise(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(4):
+        pixels = torch.randint(0, 256, (40, 50, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def test_views_that_cannot_be_are_refused(folder_of_noise):
+    with pytest.raises(InputError, match="augment must be at least 0, but it was -1"):
+        open_images(folder_of_noise, CONFIG, augment=-1)

@@ -56,8 +56,11 @@ def test_equal_runs_write_equal_checkpoints(world, tmp_path: Path) -> None:
         ["--factors", "svd", "--ranks", "uniform"],
         ["--energy", "output", "--no-centre", "--split-qkv", "--dtype", "bfloat16"],
         ["--limit", "5", "--seed", "3", "--batch-size", "2", "--step", "4", "--shrink", "0.3"],
+        ["--weighting", "clip", "--weighting-level", "0.9", "--shrink", "auto", "--energy", "mixed", "--augment", "2"],
+        ["--factors", "fisher", "--weighting", "gradient", "--draws", "2", "--held-out", "0.4", "--min-rank", "0.1"],
+        ["--sequential", "--ridge", "0.5", "--shrink", "oas", "--max-rank", "30"],
     ],
-    ids=["svd-uniform", "output-split", "limit"],
+    ids=["svd-uniform", "output-split", "limit", "auto-augment", "fisher", "sequential"],
 )
 def test_compress_takes_every_strategy(world, tmp_path: Path, more: list[str]) -> None:
     out, result_file = tmp_path / "m.safetensors", tmp_path / "m.json"
@@ -67,6 +70,7 @@ def test_compress_takes_every_strategy(world, tmp_path: Path, more: list[str]) -
     assert data["compressed"]["parameters"] <= 0.5 * data["dense"]["parameters"]
     assert data["images"]["calibration"] == (5 if "--limit" in more else 2 * IMAGES_PER_CLASS)
     assert data["dense"]["top1"] is None
+    assert all(f"note: {note}" in result.stdout for note in data["notes"])
 
 
 @pytest.mark.parametrize(("option", "key"), [("--max-bytes", "bytes"), ("--max-macs", "macs")])

@@ -168,6 +168,13 @@ def test_inputs_are_never_overwritten(world) -> None:
         (["--step", "0"], "--step"),
         (["--limit", "0"], "--limit"),
         (["--batch-size", "-1"], "--batch-size"),
+        (["--draws", "0"], "--draws"),
+        (["--augment", "-1"], "--augment must be at least 0"),
+        (["--shrink", "much"], "--shrink must be a number, auto or oas"),
+        (["--shrink", "auto", "--held-out", "0"], "needs images that are held out"),
+        (["--weighting", "token", "--weighting-level", "2"], "takes no level"),
+        (["--sequential", "--factors", "fisher"], "sequential=True takes"),
+        (["--min-rank", "20", "--max-rank", "10"], "is above max_rank"),
     ],
 )
 def test_other_bad_arguments(world, tmp_path: Path, more: list[str], word: str) -> None:
