@@ -36,6 +36,11 @@ class Energy(StrEnum):
     output = "output"
 
 
+class Form(StrEnum):
+    factors = "factors"
+    pivoted = "pivoted"
+
+
 class Precision(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -150,6 +155,12 @@ def compress(
         typer.Option("--split-qkv/--no-split-qkv", help="Factor q, k and v apart.", rich_help_panel="Strategy"),
     ] = False,
     step: Annotated[int, typer.Option(help="Ranks are multiples of this.", rich_help_panel="Strategy")] = 8,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="How layers of low rank are held; pivoted: fewer numbers for each rank.", rich_help_panel="Strategy"
+        ),
+    ] = Form.factors,
     eval_images: Annotated[
         str | None, typer.Option(help="Labelled images to measure top-1 on.", rich_help_panel="Evaluation")
     ] = None,

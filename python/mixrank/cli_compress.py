@@ -15,7 +15,7 @@ from mixrank.errors import InputError
 if TYPE_CHECKING:
     from mixrank.data import ImageSource
 
-STRATEGY = ("factors", "ranks", "energy", "centre", "shrink", "split_qkv", "step")
+STRATEGY = ("factors", "ranks", "energy", "centre", "shrink", "split_qkv", "step", "form")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class CompressOptions:
     shrink: float
     split_qkv: bool
     step: int
+    form: str
     eval_images: str | None
     labels: Path | None
     data_root: Path | None

@@ -117,6 +117,7 @@ def compress(
     shrink: float = 0.0,
     split_qkv: bool = False,
     step: int = 8,
+    form: str = "factors",
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> CompressionResult:
@@ -136,6 +137,8 @@ def compress(
         shrink: pull of ``"aware"`` factors towards ``"svd"``, at least 0; guards against few calibration images.
         split_qkv: give q, k and v ranks of their own instead of the fused layer's one.
         step: ranks are multiples of this.
+        form: how layers of low rank are held: as ``"factors"``, or ``"pivoted"``: the same weights in fewer numbers, so
+            higher ranks in the same budget, see :class:`mixrank.PivotedLinear`.
         dtype: run the calibration under autocast in this dtype.
         progress: show progress bars with the time left.
 
@@ -165,7 +168,8 @@ def compress(
     split = split_qkv_(model) if split_qkv else ()
     try:
         allocation = {
-            "keep": keep, "max_bytes": max_bytes, "max_macs": max_macs, "ranks": ranks, "energy": energy, "step": step
+            "keep": keep, "max_bytes": max_bytes, "max_macs": max_macs, "ranks": ranks, "energy": energy, "step": step,
+            "form": form,
         }  # fmt: skip
         centre = check_strategy(factors, centre, shrink, calibrated=images is not None)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in compressible_linears(model).items()}
