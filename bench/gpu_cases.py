@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mixrank_bench.ops import HEAD_WIDTH, HEADS, KEEPS, LAYERS, RESIDUALS, TOKENS, Case, linear
+from mixrank_bench.ops import HEAD_WIDTH, HEADS, KEEPS, LAYERS, RESIDUALS, TOKENS, Case, linear, pivoted
 
 ROWS = (1, 16, TOKENS, 8 * TOKENS, 64 * TOKENS)
 MODELS = ("vit-b", "vit-s", "vit-l, swin-b stage 4")
@@ -32,6 +32,7 @@ def choice_cases() -> Iterator[Case]:
     for dtype in (BAR_DTYPE, torch.float32):
         for m in ROWS:
             yield linear("vit-b", "proj", m, KEEPS[0], dtype, "branch")
+            yield pivoted("vit-b", "proj", m, KEEPS[1], dtype)
         for k in (NARROW_WIDTH, *GRAM_WIDTHS):
             yield _gram(k, ROWS[-1], dtype, torch.float64)
         for k, n in ((NARROW_WIDTH, NARROW_WIDTH), (768, 768), (768, 3072)):

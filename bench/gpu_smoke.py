@@ -20,6 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SAMPLES = {
     "lowrank_linear": ("above-tile", "slice-of-wider"),
     "lowrank_residual_linear": ("branch-above-tile", "both-32", "blocks-16"),
+    "pivoted_linear": ("above-tile", "slice-of-wider"),
     "gram_accumulate_": ("above-tile", "batched", "weighted"),
     "cross_gram_accumulate_": ("above-tile", "transposed"),
 }

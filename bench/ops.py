@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ BLOCK_SHARE = 0.05
 GRAM_WIDTHS = (192, 384, 768, 1024, 3072)
 HEADS, HEAD_WIDTH = 12, 64
 DTYPES = (torch.float32, torch.bfloat16)
+INDEX = torch.int16
+"""What an index of pivots is stored in."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,16 @@ class Case:
             return max(1, self.batch) * self.m * self.k * (self.k + 1)
         if self.op == "cross_gram_accumulate_":
             return 2 * self.m * self.k * self.n
+        return 2 * self.m * self.weights
+
+    @property
+    def weights(self) -> int:
+        """Numbers that a linear layer multiplies with each row."""
+        if self.op == "pivoted_linear":
+            return self.rank * (self.k + self.n - self.rank)
         side, count = self.blocks
         rank = self.rank + (RESIDUAL_RANK if self.residual == "branch" else 0)
-        return 2 * self.m * (rank * (self.k + self.n) + count * side * side)
+        return rank * (self.k + self.n) + count * side * side
 
     @property
     def equivalent_flops(self) -> int:
@@ -102,10 +112,8 @@ class Case:
             return max(1, self.batch) * (size * self.m * self.k + both_ways * self.k * self.k)
         if self.op == "cross_gram_accumulate_":
             return size * self.m * (self.k + self.n) + both_ways * self.k * self.n
-        side, count = self.blocks
-        rank = self.rank + (RESIDUAL_RANK if self.residual == "branch" else 0)
-        weights = rank * (self.k + self.n) + count * side * side + self.n
-        return size * (weights + self.m * (self.k + self.n))
+        index = INDEX.itemsize * self.n if self.op == "pivoted_linear" else 0
+        return size * (self.weights + self.n + self.m * (self.k + self.n)) + index
 
     @torch.inference_mode(False)
     def arguments(self, device: str | torch.device = "cpu") -> dict[str, Tensor | None]:
@@ -125,6 +133,15 @@ class Case:
         if self.op == "cross_gram_accumulate_":
             cross = torch.zeros(self.k, self.n, dtype=self.master, device=device)
             return {"cross": cross, "x": normal(self.m, self.k), "z": normal(self.m, self.n)}
+        if self.op == "pivoted_linear":
+            places = torch.randperm(self.n, generator=generator, device=device).split([self.rank, self.n - self.rank])
+            return {
+                "x": normal(self.m, self.k),
+                "down": normal(self.rank, self.k, scale=self.k**-0.5),
+                "coefficients": normal(self.n - self.rank, self.rank, scale=self.rank**-0.5),
+                "index": torch.cat([part.sort().values for part in places]).to(INDEX),
+                "bias": normal(self.n),
+            }
         made = {
             "x": normal(self.m, self.k),
             "down": normal(self.rank, self.k, scale=self.k**-0.5),
@@ -165,6 +182,12 @@ def rank_of(keep: float, k: int, n: int) -> int:
     return max(8, round(keep * k * n / (k + n) / 8) * 8)
 
 
+def pivoted_rank_of(keep: float, k: int, n: int) -> int:
+    """The rank, a multiple of 8, at which the pivoted form has the share ``keep`` of the dense parameters."""
+    both = k + n
+    return max(8, round((both - math.sqrt(both * both - 4 * keep * k * n)) / 2 / 8) * 8)
+
+
 def cases() -> Iterator[Case]:
     """Every case of the suite."""
     for dtype in DTYPES:
@@ -173,6 +196,8 @@ def cases() -> Iterator[Case]:
         for model, layer, m in itertools.product(("vit-ti", "vit-s", "vit-b"), ("proj", "fc1"), (1, *ROWS[2:])):
             for residual in RESIDUALS if model == "vit-b" else RESIDUALS[:2]:
                 yield linear(model, layer, m, KEEPS[0], dtype, residual)
+        for layer, m in itertools.product(LAYERS, ROWS):
+            yield pivoted("vit-b", layer, m, KEEPS[1], dtype)
         for k, m in itertools.product(GRAM_WIDTHS, (ROWS[-1], 8 * ROWS[-1])):
             yield Case("gram_accumulate_", f"width {k}", dtype, m, k)
         yield Case("gram_accumulate_", "heads of vit-b", dtype, ROWS[-1], HEAD_WIDTH, batch=HEADS)
@@ -190,6 +215,7 @@ def quick_cases() -> Iterator[Case]:
             yield linear("vit-ti", "proj", m, KEEPS[0], dtype)
         for residual in RESIDUALS[:2]:
             yield linear("vit-b", "proj", TOKENS, KEEPS[0], dtype, residual)
+        yield pivoted("vit-b", "proj", TOKENS, KEEPS[1], dtype)
         for k in (192, 768):
             yield Case("gram_accumulate_", f"width {k}", dtype, ROWS[-1], k)
         yield Case("cross_gram_accumulate_", "vit-s proj", dtype, ROWS[-1], *_features("vit-s", "proj"))
@@ -204,3 +230,9 @@ def linear(model: str, layer: str, m: int, keep: float, dtype: torch.dtype, resi
     k, n = _features(model, layer)
     op = "lowrank_residual_linear" if residual else "lowrank_linear"
     return Case(op, f"{model} {layer}", dtype, m, k, n, rank_of(keep, k, n), keep, residual)
+
+
+def pivoted(model: str, layer: str, m: int, keep: float, dtype: torch.dtype) -> Case:
+    """The case of one linear layer in the pivoted form."""
+    k, n = _features(model, layer)
+    return Case("pivoted_linear", f"{model} {layer}", dtype, m, k, n, pivoted_rank_of(keep, k, n), keep)

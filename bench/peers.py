@@ -5,7 +5,8 @@
 ``forms``
     the CUDA kernels in one launch and in two, with each tile: what their own choice rests on.
 ``factors``
-    the same factors through other libraries; for a residual, factors to which the branch was joined beforehand.
+    the same factors through other libraries; for a residual, factors to which the branch was joined beforehand; for the
+    pivoted form, the factors of the same weight, also by our own operator.
 ``add``
     factors and residual apart, and their sum.
 ``dense``
@@ -46,6 +47,7 @@ ENGINES = {
 DEVICE_ENGINES = {"torch eager": libraries.eager, "torch.compile": libraries.compiled_sum}
 COMPILING = ("torch.compile", "zentorch")
 ROUNDED = "rounded"
+FACTORED = ("lowrank_linear", "lowrank_residual_linear")
 FORMS = {
     "one launch": cuda.Form(1),
     "two launches, tiles of 32": cuda.Form(2, cuda.Tile.SMALL),
@@ -117,7 +119,7 @@ def field(
 
     for name, variant in ours(case, arguments, unpacked=unpacked, forced=forced).items():
         offer("ours", name, lambda variant=variant: variant)
-    if "cuda" in forced and "gram" not in case.op and case.dtype == torch.bfloat16:
+    if "cuda" in forced and case.op in FACTORED and case.dtype == torch.bfloat16:
         for name, form in FORMS.items():
             offer("forms", name, lambda form=form: _in_form(case, arguments, form))
     if "gram" in case.op:
@@ -129,6 +131,8 @@ def field(
     for group, program in _programs(case, arguments).items():
         for name, engine in (ENGINES if engines is None else engines).items():
             offer(group, name, lambda e=engine, p=program: Variant(e(arguments["x"], p)))
+    if case.op == "pivoted_linear":
+        offer("factors", "lowrank_linear", lambda: _factored(arguments))
     if on_cpu and case.residual.startswith("blocks"):
         offer("add", "torch eager, sparse BSR", lambda: Variant(_sparse_add(case, arguments)))
     return found
@@ -202,7 +206,7 @@ def ours(
             name: _accumulating(case, arguments, functools.partial(backend.use, name)) for name in forced
         }
     weights = {name: tensor for name, tensor in arguments.items() if name not in ("x", "bias")}
-    packed = packing.packed(**weights)
+    packed = (packing.packed_pivots if case.op == "pivoted_linear" else packing.packed)(**weights)
     made = {SERVED: Variant(lambda: operator(**arguments, packed=packed))}
     if unpacked and packed is not None:
         made[UNPACKED] = Variant(lambda: operator(**arguments))
@@ -234,7 +238,7 @@ def _accumulating(
 
 def _programs(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Program]:
     """What the engines serve in each group."""
-    down, up, bias = arguments["down"], arguments["up"], arguments["bias"]
+    down, up, bias = arguments["down"], _up(arguments), arguments["bias"]
     factors, weight = [(down, None), (up, bias)], up.float() @ down.float()
     if not case.residual:
         return {"factors": [factors], "dense": [[(weight.to(case.dtype), bias)]]}
@@ -248,6 +252,24 @@ def _programs(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Prog
         apart, programs = [(residual, None)], {}
     merged = (weight + residual.float()).to(case.dtype)
     return programs | {"add": [factors, apart], "dense": [[(merged, bias)]]}
+
+
+def _up(arguments: dict[str, Tensor | None]) -> Tensor:
+    """The second factor [N, R]; of the pivoted form, that of the same weight."""
+    if "index" not in arguments:
+        return arguments["up"]
+    coefficients, index = arguments["coefficients"], arguments["index"].long()
+    rank = coefficients.shape[1]
+    stored = torch.eye(rank, dtype=coefficients.dtype, device=coefficients.device)
+    return stored.new_empty(len(index), rank).index_copy_(0, index, torch.cat([stored, coefficients]))
+
+
+@torch.inference_mode(False)
+def _factored(arguments: dict[str, Tensor | None]) -> Variant:
+    """The same weight as factors, by our operator for these."""
+    x, down, up, bias = arguments["x"], arguments["down"], _up(arguments), arguments["bias"]
+    packed = packing.packed(down, up)
+    return Variant(lambda: ops.lowrank_linear(x, down, up, bias, packed))
 
 
 def _bsr(case: Case, arguments: dict[str, Tensor | None]) -> Tensor:

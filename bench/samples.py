@@ -23,7 +23,8 @@ def tiny_cases(dtype: torch.dtype) -> list[Case]:
         Case("gram_accumulate_", "tiny heads", dtype, 50, 16, batch=3),
         Case("cross_gram_accumulate_", "tiny", dtype, 2 * TOKENS, 24, 16),
     ]
-    return linear + residual + grams
+    pivoted = [Case("pivoted_linear", "tiny", dtype, 5, 48, 40, 16, 0.6)]
+    return linear + residual + grams + pivoted
 
 
 def _timing(median: float) -> dict[str, float]:

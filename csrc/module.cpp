@@ -64,7 +64,8 @@ double peak_flops(const std::string& kind, double milliseconds) {
 std::string choose(const std::string& op, const std::string& dtype) {
   const KernelTable& table = kernels();
   const bool is_gram = op == "gram_accumulate_";
-  if (!is_gram && op != "lowrank_linear" && op != "lowrank_residual_linear" && op != "cross_gram_accumulate_") {
+  if (!is_gram && op != "lowrank_linear" && op != "lowrank_residual_linear" && op != "pivoted_linear" &&
+      op != "cross_gram_accumulate_") {
     throw py::value_error("choose: op must be the name of an operator, but it was '" + op + "'");
   }
   if (dtype != "float32" && dtype != "float64" && dtype != "bfloat16" && dtype != "float16") {

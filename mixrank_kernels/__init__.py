@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from mixrank_kernels import _register, backend
 from mixrank_kernels._version import __version__
-from mixrank_kernels.ops import cross_gram_accumulate_, gram_accumulate_, lowrank_linear, lowrank_residual_linear
+from mixrank_kernels.ops import (
+    cross_gram_accumulate_,
+    gram_accumulate_,
+    lowrank_linear,
+    lowrank_residual_linear,
+    pivoted_linear,
+)
 
 HAS_EXTENSION: bool = _register.extension is not None
 
@@ -20,4 +26,5 @@ __all__ = [
     "gram_accumulate_",
     "lowrank_linear",
     "lowrank_residual_linear",
+    "pivoted_linear",
 ]

@@ -84,6 +84,29 @@ def _residual_input_grad(
     return overload("lowrank_residual_linear")(grad, up.mT, down.mT, None, *turned, crow, col, values)
 
 
+def save_pivoted_linear(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    """Keep what :func:`pivoted_linear` reads."""
+    ctx.save_for_backward(*inputs[:4])
+
+
+def pivoted_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, down, coefficients and bias."""
+    x, down, coefficients, index = ctx.saved_tensors
+    needed = _needed(ctx, 6)
+    parts = _as_rows(grad).index_select(-1, index.long())
+    to_hidden, to_others = parts.split([down.shape[0], coefficients.shape[0]], dim=-1)
+    hidden_grad = to_hidden + to_others @ coefficients
+    grads = (
+        (hidden_grad @ down).reshape(x.shape) if needed[0] else None,
+        hidden_grad.mT @ _as_rows(x) if needed[1] else None,
+        to_others.mT @ (_as_rows(x) @ down.mT) if needed[2] else None,
+        None,
+        _as_rows(grad).sum(0) if needed[4] else None,
+        None,
+    )
+    return grads[: len(ctx.needs_input_grad)]
+
+
 def _needed(ctx, count: int) -> tuple[bool, ...]:
     # The dispatcher drops trailing arguments that have their defaults.
     return (*ctx.needs_input_grad, *[False] * (count - len(ctx.needs_input_grad)))

@@ -7,6 +7,7 @@ was and what it must be. ``torch._check`` keeps them usable on symbolic shapes.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASTER = (torch.float64, torch.float32)
 INDEX = (torch.int32, torch.int64)
+PIVOTS = (torch.int16, *INDEX)
 BLOCKS = (16, 32)
 # What an operator changes, beside each argument that must lie apart from it.
 APART = {
@@ -66,13 +68,17 @@ def _contiguous(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
-def _factors(op: str, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+def _rows_and_down(op: str, x: Tensor, down: Tensor) -> None:
     _one_of(op, "x", x, FLOATING)
     _shape(op, "x", x.dim() >= 1, "[..., K]", x)
     k = x.shape[-1]
     _shape(op, "down", down.dim() == 2 and down.shape[1] == k, f"[R, K] with K = {k} (the last dimension of x)", down)
     torch._check(down.shape[0] >= 1, lambda: f"{op}: down must have at least one row (the rank R), but it had none")
     torch._check(k >= 1, lambda: f"{op}: x must have at least one feature (its last dimension), but it had none")
+
+
+def _factors(op: str, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+    _rows_and_down(op, x, down)
     r = down.shape[0]
     _shape(op, "up", up.dim() == 2 and up.shape[1] == r, f"[N, R] with R = {r} (the rows of down)", up)
     torch._check(up.shape[0] >= 1, lambda: f"{op}: up must have at least one row (out features N), but it had none")
@@ -123,6 +129,30 @@ def lowrank_residual_linear(
         _branch(op, x, up, residual_down, residual_up)
     if values is not None:
         _blocks(op, x, up, crow, col, values)
+    _packed(op, packed, x)
+
+
+def pivoted_linear(
+    x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor, bias: Tensor | None, packed: Tensor | None
+) -> None:
+    """Raise RuntimeError unless x, down, coefficients, index, bias and packed fit together (shapes: see ``ops``)."""
+    op = "pivoted_linear"
+    _rows_and_down(op, x, down)
+    r = down.shape[0]
+    fits = coefficients.dim() == 2 and coefficients.shape[1] == r
+    _shape(op, "coefficients", fits, f"[N - R, R] with R = {r} (the rows of down)", coefficients)
+    n = r + coefficients.shape[0]
+    fits = index.dim() == 1 and index.shape[0] == n
+    _shape(op, "index", fits, f"[N] with N = {n} (the rows of down and of coefficients)", index)
+    _one_of(op, "index", index, PIVOTS)
+    _contiguous(op, "index", index)
+    _same_device(op, "index", index, x, "x")
+    if bias is not None:
+        _shape(op, "bias", bias.dim() == 1 and bias.shape[0] == n, f"[N] with N = {n} (the entries of index)", bias)
+    for name, tensor in (("down", down), ("coefficients", coefficients), ("bias", bias)):
+        if tensor is not None:
+            _same_device(op, name, tensor, x, "x")
+            _same_dtype(op, name, tensor, x.dtype, "x")
     _packed(op, packed, x)
 
 
@@ -220,10 +250,13 @@ def memory_and_contents(op: str, arguments: dict[str, Tensor | None]) -> None:
     """The checks that need real memory and not only shapes: what fakes cannot be asked.
 
     Raises:
-        RuntimeError: an accumulator shares memory with another argument, or crow and col are no valid indices.
+        RuntimeError: an accumulator shares memory with another argument, or crow and col, or index, are not valid.
     """
     if op == "lowrank_residual_linear" and arguments["values"] is not None:
         _indices(op, arguments["crow"], arguments["col"], arguments["x"].shape[-1] // arguments["values"].shape[-1])
+    if op == "pivoted_linear":
+        index, rank = arguments["index"], arguments["down"].shape[0]
+        _once((index,), rank, lambda: _read_pivots(op, index, rank))
     for name, other in APART.get(op, ()):
         if arguments[name] is not None and arguments[other] is not None:
             (begin, end), (other_begin, other_end) = _touched(arguments[name]), _touched(arguments[other])
@@ -239,21 +272,46 @@ def _touched(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-# What the indices of a residual were when they were last found valid. Reading them from a CUDA device waits for it,
-# which no call should do twice, and none can while a graph is captured.
+# What indices were when they were last found valid. Reading them from a CUDA device waits for it, which no call should
+# do twice, and none can while a graph is captured.
 _valid_indices = WeakIdKeyDictionary()
 
 
 def _indices(op: str, crow: Tensor, col: Tensor, columns: int) -> None:
     """Check the contents of ``crow`` and ``col``, once as long as neither is written to."""
-    if crow.is_inference() or col.is_inference():  # they do not count writes
-        _read_indices(op, crow, col, columns)
+    _once((crow, col), columns, lambda: _read_indices(op, crow, col, columns))
+
+
+def _once(indices: tuple[Tensor, ...], limit: int, read: Callable[[], None]) -> None:
+    """Call ``read``, which raises where the indices are not valid for ``limit``, once after each write to them."""
+    if any(tensor.is_inference() for tensor in indices):  # they do not count writes
+        read()
         return
-    state = (weakref.ref(col), crow._version, col._version, columns)
-    known = _valid_indices.get(crow)
-    if known is None or known[0]() is not col or known[1:] != state[1:]:
-        _read_indices(op, crow, col, columns)
-        _valid_indices[crow] = state
+    known = _valid_indices.get(indices[0])
+    state = (limit, *(tensor._version for tensor in indices))
+    same = (
+        known is not None
+        and known[0] == state
+        and all(reference() is tensor for reference, tensor in zip(known[1], indices[1:], strict=True))
+    )
+    if not same:
+        read()
+        _valid_indices[indices[0]] = (state, [weakref.ref(tensor) for tensor in indices[1:]])
+
+
+def _read_pivots(op: str, index: Tensor, rank: int) -> None:
+    entries = index.tolist()
+    pivot, other = 0, rank
+    for n in range(len(entries)):
+        is_pivot = pivot < rank and entries[pivot] == n
+        torch._check(
+            is_pivot or (other < len(entries) and entries[other] == n),
+            lambda n=n: (
+                f"{op}: index must hold 0 to {len(entries) - 1} once each, rising in its first {rank} entries (the "
+                f"rows of down) and in the others, but {n} was missing or out of order"
+            ),
+        )
+        pivot, other = pivot + is_pivot, other + (not is_pivot)
 
 
 def _read_indices(op: str, crow: Tensor, col: Tensor, columns: int) -> None:

@@ -21,7 +21,7 @@ AUTOCAST = ("cpu", "cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Stated here, as asking mixrank_kernels.triton would import Triton.
-TRITON_OPERATORS = tuple(SCHEMAS)
+TRITON_OPERATORS = tuple(name for name in SCHEMAS if name != "pivoted_linear")
 
 
 def checked(name: str, implementation: Callable) -> Callable:
@@ -174,8 +174,8 @@ def fake(name: str) -> Callable:
         _name_kernels_to_caches(name, *arguments)
         if name.endswith("_"):
             return None
-        x, _down, up = arguments[:3]
-        return x.new_empty((*x.shape[:-1], up.shape[0]))
+        x, columns = arguments[0], arguments[3] if name == "pivoted_linear" else arguments[2]  # index, or up
+        return x.new_empty((*x.shape[:-1], columns.shape[0]))
 
     return call
 
@@ -230,7 +230,7 @@ torch.library.register_torch_dispatch(
     f"{NAMESPACE}::_factor_grad", FunctionalTensorMode, trace_rule(_factor_grad, lambda *_: True), lib=library
 )
 
-for _name in ("lowrank_linear", "lowrank_residual_linear"):
+for _name in ("lowrank_linear", "lowrank_residual_linear", "pivoted_linear"):
     torch.library.register_autograd(
         f"{NAMESPACE}::{_name}",
         getattr(_autograd, _name),

@@ -53,6 +53,34 @@ def _linear(
     return Sample("lowrank_linear", name, make)
 
 
+def _pivoted(
+    name: str,
+    rows: tuple[int, ...],
+    k: int,
+    n: int,
+    r: int,
+    bias: bool = True,
+    index: torch.dtype = torch.int64,
+    pivots: str = "anywhere",
+    layout: Callable = lambda t: t,
+) -> Sample:
+    """Pivots ``"anywhere"``, or the ``"first"`` or ``"last"`` rows of the weight."""
+
+    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
+        places = torch.randperm(n, generator=generator) if pivots == "anywhere" else torch.arange(n)
+        if pivots == "last":
+            places = places.roll(r)
+        return {
+            "x": layout(_normal(generator, *rows, k)),
+            "down": _normal(generator, r, k) / k**0.5,
+            "coefficients": _normal(generator, n - r, r) / r**0.5,
+            "index": torch.cat([places[:r].sort().values, places[r:].sort().values]).to(index),
+            "bias": _normal(generator, n) if bias else None,
+        }
+
+    return Sample("pivoted_linear", name, make)
+
+
 def _residual(
     name: str,
     rows: tuple[int, ...],
@@ -157,7 +185,7 @@ def slice_of_wider(x: Tensor) -> Tensor:
 def _transposed_weights(sample: Sample) -> Sample:
     def make(generator: torch.Generator) -> dict[str, Tensor | None]:
         made = sample.make(generator)
-        factors = ("down", "up", "residual_down", "residual_up")
+        factors = ("down", "up", "residual_down", "residual_up", "coefficients")
         return {n: transposed(t) if n in factors else t for n, t in made.items()}
 
     return Sample(sample.op, "transposed-weights", make)
@@ -187,6 +215,36 @@ _LINEAR_REAL = (
     _linear("vit-b-fc2", (197,), 3072, 768, 304),
     _linear("vit-b-fc2-one-token", (1,), 3072, 768, 304),
     _linear("swin-t-reduction", (49,), 384, 192, 64, bias=False),
+)
+_PIVOTED_SMALL = (
+    _pivoted("tiny", (3,), 5, 4, 2),
+    _pivoted("ones", (1,), 1, 1, 1),
+    _pivoted("prime", (63,), 127, 61, 5),
+    _pivoted("vector", (), 33, 17, 9),
+    _pivoted("no-bias", (7,), 24, 40, 8, bias=False, index=torch.int32),
+    _pivoted("empty", (0,), 16, 8, 4),
+    _pivoted("every-row", (30,), 64, 40, 40, index=torch.int16),
+    _pivoted("all-but-one", (30,), 64, 40, 39),
+    _pivoted("leading-dims", (2, 3, 5), 20, 24, 6, index=torch.int16),
+    _pivoted("first-rows", (33,), 65, 133, 57, pivots="first"),
+    _pivoted("last-rows", (33,), 65, 133, 57, pivots="last"),
+    _pivoted("more-than-a-piece", (30,), 8, 460, 421),
+    _pivoted("exactly-a-piece", (30,), 8, 460, 384),
+    _pivoted("below-tile", (31,), 63, 46, 15),
+    _pivoted("on-tile", (32,), 64, 48, 16),
+    _pivoted("above-tile", (33,), 65, 50, 17),
+    _pivoted("every-other-row", (10,), 32, 24, 8, layout=every_other_row),
+    _pivoted("transposed", (10,), 32, 24, 8, layout=transposed),
+    _pivoted("slice-of-wider", (10,), 32, 24, 8, layout=slice_of_wider),
+    _transposed_weights(_pivoted("", (10,), 32, 24, 8)),
+)
+_PIVOTED_REAL = (
+    _pivoted("vit-ti-qkv", (197,), 192, 576, 104),
+    _pivoted("vit-b-proj", (197,), 768, 768, 280, index=torch.int16),
+    _pivoted("vit-b-fc1", (2, 197), 768, 3072, 368, index=torch.int16),
+    _pivoted("vit-b-fc2", (197,), 3072, 768, 400),
+    _pivoted("vit-b-fc2-one-token", (1,), 3072, 768, 400),
+    _pivoted("swin-t-reduction", (49,), 384, 192, 64, bias=False),
 )
 _RESIDUAL_SMALL = (
     _residual("neither", (7,), 24, 40, 8),
@@ -276,6 +334,8 @@ _SAMPLES = {
     ("lowrank_linear", True): _LINEAR_REAL,
     ("lowrank_residual_linear", False): _RESIDUAL_SMALL,
     ("lowrank_residual_linear", True): _RESIDUAL_REAL,
+    ("pivoted_linear", False): _PIVOTED_SMALL,
+    ("pivoted_linear", True): _PIVOTED_REAL,
     ("gram_accumulate_", False): _GRAM_SMALL,
     ("gram_accumulate_", True): _GRAM_REAL,
     ("cross_gram_accumulate_", False): _CROSS_SMALL,

@@ -16,6 +16,9 @@ SCHEMAS = {
         "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, Tensor? residual_down=None, Tensor? residual_up=None, "
         "Tensor? crow=None, Tensor? col=None, Tensor? values=None, Tensor? packed=None) -> Tensor"
     ),
+    "pivoted_linear": (
+        "(Tensor x, Tensor down, Tensor coefficients, Tensor index, Tensor? bias=None, Tensor? packed=None) -> Tensor"
+    ),
     "gram_accumulate_": "(Tensor(a!) gram, Tensor x, Tensor? row_weight=None, Tensor(b!)? column_sum=None) -> ()",
     "cross_gram_accumulate_": "(Tensor(a!) cross, Tensor x, Tensor z) -> ()",
 }

@@ -82,7 +82,7 @@ def choose(op: str, *args: Tensor | None) -> Choice:
     if arguments.get("values") is not None:
         return Choice("triton", "libraries have no kernel for a block-sparse residual inside the same sum")
     operands, dtype = operand_class(arguments["x"].dtype), arguments["x"].dtype
-    if dtype == torch.float16 and "gram" not in op:
+    if dtype == torch.float16 and op in ("lowrank_linear", "lowrank_residual_linear"):
         return Choice("triton", "libraries round the intermediate to float16, whose range it can leave")
     count = size(op, arguments)
     line = next(

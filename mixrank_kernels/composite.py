@@ -50,6 +50,23 @@ def lowrank_residual_linear(
     return lowrank_linear(x, down, up, bias)
 
 
+def pivoted_linear(
+    x: Tensor,  # [..., K]
+    down: Tensor,  # [R, K]
+    coefficients: Tensor,  # [N - R, R]
+    index: Tensor,  # [N]
+    bias: Tensor | None = None,  # [N]
+    packed: Tensor | None = None,  # [bytes], the weights once more: of no use here
+) -> Tensor:  # [..., N]
+    """Two products of the library and a copy of their columns to their places."""
+    if x.dtype == torch.float16:
+        return reference.pivoted_linear(x, down, coefficients, index, bias)
+    hidden = F.linear(x, down)
+    parts = torch.cat([hidden, F.linear(hidden, coefficients)], dim=-1)
+    y = torch.empty_like(parts).index_copy_(-1, index.long(), parts)
+    return y if bias is None else y.add_(bias)
+
+
 def gram_accumulate_(
     gram: Tensor,  # [K, K] or [B, K, K]
     x: Tensor,  # [..., K] or [B, M, K]

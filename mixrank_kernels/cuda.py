@@ -73,6 +73,8 @@ def refusal(op: str, *arguments: Tensor | None) -> str | None:
     """Why the call of ``op`` with these arguments, which fit the operator, is not served here; None where it is."""
     if reason := obstacle():
         return reason
+    if op == "pivoted_linear":
+        return f"it has no kernel for {op}"
     x = arguments[1 if "gram" in op else 0]
     if x.dtype == torch.float64:
         return "tensor cores have no terms for float64"

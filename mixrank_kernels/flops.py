@@ -46,6 +46,14 @@ def lowrank_residual_linear(
     return total
 
 
+@register_flop_formula(
+    [torch.ops.mixrank_kernels.pivoted_linear, torch.ops.mixrank_kernels._pivoted_linear_self_packed]
+)
+def pivoted_linear(x_shape, down_shape, coefficients_shape, *_rest, out_shape=None, **_kwargs) -> int:
+    """That of the two products, of which the first one makes R of the N columns: ``2 * M * R * (K + N - R)``."""
+    return lowrank_linear(x_shape, down_shape, coefficients_shape)
+
+
 @register_flop_formula(torch.ops.mixrank_kernels.gram_accumulate_)
 def gram_accumulate_(gram_shape, x_shape, *_rest, out_shape=None, **_kwargs) -> int:
     """One triangle with its diagonal: ``M * K * (K + 1)``."""

@@ -14,6 +14,7 @@ from mixrank_kernels._schema import overload
 
 _lowrank_linear = overload("lowrank_linear")
 _lowrank_residual_linear = overload("lowrank_residual_linear")
+_pivoted_linear = overload("pivoted_linear")
 _gram_accumulate_ = overload("gram_accumulate_")
 _cross_gram_accumulate_ = overload("cross_gram_accumulate_")
 
@@ -111,6 +112,49 @@ def lowrank_residual_linear(
     """
     _follow_the_choice()
     return _lowrank_residual_linear(x, down, up, bias, residual_down, residual_up, crow, col, values, packed)
+
+
+def pivoted_linear(
+    x: Tensor,
+    down: Tensor,
+    coefficients: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer of which R rows of the weight are stored, and the others as combinations of these.
+
+    A weight of rank R in ``R (K + N - R)`` numbers (PIFA: Zhao, Zhang, Cannistraci 2025). Equivalent to
+    ``y[..., index[:R]] = h; y[..., index[R:]] = h @ coefficients.T; y += bias`` with ``h = x @ down.T`` held in fp32
+    (fp64 for fp64 operands) and one rounding of each output. On CPUs that multiply pairs of bf16, the ``h`` that the
+    coefficients multiply is rounded once to bf16, as two bf16 linear layers do; that in the output is not.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
+        down: ``[R, K]``, the stored rows of the weight; dtype and device of ``x``, any strides.
+        coefficients: ``[N - R, R]``, which combination of those each other row is; dtype and device of ``x``, any
+            strides. It may have no rows.
+        index: ``[N]``, int16, int32 or int64, contiguous, device of ``x``: which rows of the weight ``down`` holds, and
+            then which the coefficients stand for; each of 0 to N - 1 once, rising in both parts.
+        bias: ``[N]`` or None; dtype and device of ``x``.
+        packed: ``down``, ``coefficients`` and ``index`` once more, as for :func:`lowrank_linear`.
+
+    Returns:
+        ``[..., N]``, contiguous, dtype of ``x``. Differentiable in every floating argument. Autocast as for
+        :func:`lowrank_linear`.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, or ``index`` does not hold every row in its order; the
+            message names the argument.
+
+    Example:
+        >>> import torch
+        >>> x, down, coefficients = torch.ones(1, 8), torch.ones(2, 8), torch.ones(1, 2)
+        >>> pivoted_linear(x, down, coefficients, torch.tensor([0, 2, 1]))
+        tensor([[ 8., 16.,  8.]])
+    """
+    _follow_the_choice()
+    return _pivoted_linear(x, down, coefficients, index, bias, packed)
 
 
 def gram_accumulate_(

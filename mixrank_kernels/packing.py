@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels import _register
-from mixrank_kernels._schema import NAMESPACE, library, overload
-
-_SELF_PACKED = "_lowrank_linear_self_packed"
+from mixrank_kernels._schema import NAMESPACE, SCHEMAS, library, overload
 
 
 class _Entry:
@@ -99,14 +97,44 @@ def packed(
     """
     weights = (down, up, residual_down, residual_up, crow, col, values)
     given = (down, up) if residual_down is values is None else tuple(w for w in weights if w is not None)
+    return _packed("_pack_factors", weights, given)
+
+
+def packed_pivots(down: Tensor, coefficients: Tensor, index: Tensor) -> Tensor | None:
+    """Return the weights of :func:`mixrank_kernels.pivoted_linear` in the layout of the CPU kernels.
+
+    Args:
+        down: ``[R, K]``, like the others as the operator takes it.
+        coefficients: ``[N - R, R]``.
+        index: ``[N]``.
+
+    Returns:
+        As :func:`packed`.
+
+    Raises:
+        RuntimeError: the weights do not fit together, or ``index`` is not valid; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from mixrank_kernels import ops
+        >>> x, weights = torch.ones(1, 8), (torch.ones(2, 8), torch.ones(1, 2), torch.tensor([0, 2, 1]))
+        >>> ops.pivoted_linear(x, *weights, packed=packed_pivots(*weights))
+        tensor([[ 8., 16.,  8.]])
+    """
+    weights = (down, coefficients, index)
+    return _packed("_pack_pivots", weights, weights)
+
+
+def _packed(pack: str, weights: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> Tensor | None:
+    """What the operator ``pack`` made of ``weights`` or makes now; ``given`` are those that are not None."""
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in given):
         return None
     if torch._C._len_torch_dispatch_stack():
         return None
-    entry = _entries.get(id(down))
+    entry = _entries.get(id(given[0]))
     if entry is not None and entry.is_of(given):
         return entry.packed
-    return _pack(weights, given)
+    return _pack(pack, weights, given)
 
 
 def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -133,7 +161,31 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = No
         >>> lowrank_linear(torch.ones(2, 8), torch.ones(3, 8), torch.ones(5, 3))[0, 0].item()
         24.0
     """
-    return overload(_SELF_PACKED)(x, down, up, bias)
+    return overload(_self_packed("lowrank_linear"))(x, down, up, bias)
+
+
+def pivoted_linear(x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply :func:`mixrank_kernels.pivoted_linear` with the weights packed at run time, as :func:`lowrank_linear` does.
+
+    Args:
+        x: ``[..., K]``, like the other arguments as the operator takes it.
+        down: ``[R, K]``.
+        coefficients: ``[N - R, R]``.
+        index: ``[N]``.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]``: what the operator gives.
+
+    Raises:
+        RuntimeError: as for the operator.
+
+    Example:
+        >>> import torch
+        >>> pivoted_linear(torch.ones(1, 8), torch.ones(2, 8), torch.ones(1, 2), torch.tensor([0, 2, 1]))
+        tensor([[ 8., 16.,  8.]])
+    """
+    return overload(_self_packed("pivoted_linear"))(x, down, coefficients, index, bias)
 
 
 def enable(enabled: bool) -> None:
@@ -153,7 +205,7 @@ def nbytes() -> int:
     return sum(entry.packed.nbytes for entry in list(_entries.values()))
 
 
-def _pack(weights: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> Tensor | None:
+def _pack(pack: str, weights: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> Tensor | None:
     key = id(weights[0])
     _entries.pop(key, None)
     if not _enabled or _register.extension is None or not all(_is_plain(weight) for weight in given):
@@ -168,7 +220,7 @@ def _pack(weights: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> Tens
     # Made before the weights are read, so that a write from another thread meanwhile shows at the next call.
     entry = _Entry(given, forget)
     with torch.no_grad():
-        entry.packed = torch.ops.mixrank_kernels._pack_factors(*weights)
+        entry.packed = getattr(torch.ops.mixrank_kernels, pack)(*weights)
     _entries[key] = entry
     return entry.packed
 
@@ -182,30 +234,47 @@ def _is_plain(weight: Tensor) -> bool:
     )
 
 
-def _plain_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-    return overload("lowrank_linear")(x, down, up, bias)
+def _self_packed(op: str) -> str:
+    """The name of the operator that packs at run time and calls ``op``."""
+    return f"_{op}_self_packed"
 
 
-def _self_packed(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-    return overload("lowrank_linear")(x, down, up, bias, packed(down, up))
+def _define(op: str, packed_of: Callable[..., Tensor | None]) -> None:
+    """Define ``_{op}_self_packed``: one more way to call ``op``, which no implementation replaces.
+
+    Its arguments are those of ``op`` but for ``packed``: x, the weights that ``packed_of`` takes, and bias.
+    """
+    name, operator = _self_packed(op), overload(op)
+
+    def plain(x: Tensor, *weights: Tensor | None) -> Tensor:
+        return operator(x, *weights)
+
+    def packing(x: Tensor, *weights_and_bias: Tensor | None) -> Tensor:
+        *weights, bias = weights_and_bias
+        return operator(x, *weights, bias, packed_of(*weights))
+
+    def differentiable(*arguments: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+            return plain(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(name)(*arguments)
+
+    def with_bias(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The dispatcher leaves out a trailing argument that has its default."""
+        count = len(operator._schema.arguments) - 1
+        return lambda *given: function(*given, *[None] * (count - len(given)))
+
+    library.define(
+        name + SCHEMAS[op].replace(", Tensor? packed=None", ""),
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+    )
+    library.impl(name, with_bias(packing), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _register.fake(op), lib=library)
+    library.impl(name, with_bias(differentiable), "Autograd")
+    for device_type in ("CPU", "CUDA"):
+        # The operator itself casts; what is packed would be of no use to it.
+        library.impl(name, with_bias(plain), f"Autocast{device_type}")
 
 
-def _differentiable(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up, bias)):
-        return _plain_linear(x, down, up, bias)
-    with torch._C._AutoDispatchBelowAutograd():
-        return overload(_SELF_PACKED)(x, down, up, bias)
-
-
-# It is apart from the operators with a schema of their own: one more way to call one of them, which no implementation
-# replaces.
-library.define(
-    _SELF_PACKED + "(Tensor x, Tensor down, Tensor up, Tensor? bias=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
-library.impl(_SELF_PACKED, _self_packed, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{NAMESPACE}::{_SELF_PACKED}", _register.fake("lowrank_linear"), lib=library)
-library.impl(_SELF_PACKED, _differentiable, "Autograd")
-for _device_type in ("CPU", "CUDA"):
-    # The operator itself casts; what is packed would be of no use to it.
-    library.impl(_SELF_PACKED, _plain_linear, f"Autocast{_device_type}")
+_define("lowrank_linear", packed)
+_define("pivoted_linear", packed_pivots)

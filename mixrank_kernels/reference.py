@@ -69,6 +69,21 @@ def lowrank_residual_linear(
     return y.to(x.dtype)
 
 
+def pivoted_linear(
+    x: Tensor,  # [..., K]
+    down: Tensor,  # [R, K]
+    coefficients: Tensor,  # [N - R, R]
+    index: Tensor,  # [N], 0 to N - 1: the columns of the output that down makes, then those of the coefficients
+    bias: Tensor | None = None,  # [N]
+    packed: Tensor | None = None,  # [bytes], the weights once more: of no use here
+) -> Tensor:  # [..., N]
+    wide = accumulation_dtype(x.dtype)
+    hidden = F.linear(x.to(wide), down.to(wide))
+    parts = torch.cat([hidden, F.linear(hidden, coefficients.to(wide))], dim=-1)
+    y = torch.empty_like(parts).index_copy(-1, index.long(), parts)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
 def gram_accumulate_(
     gram: Tensor,  # [K, K] or [B, K, K]
     x: Tensor,  # [..., K] or [B, M, K]

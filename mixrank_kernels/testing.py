@@ -22,6 +22,7 @@ __all__ = [
     "plain_gram_accumulate_",
     "plain_lowrank_linear",
     "plain_lowrank_residual_linear",
+    "plain_pivoted_linear",
     "run",
     "sample_inputs",
     "slice_of_wider",
@@ -66,6 +67,16 @@ def plain_lowrank_residual_linear(
     return y
 
 
+def plain_pivoted_linear(
+    x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """What a user writes without this package: two linear layers, and their outputs in their places."""
+    hidden = F.linear(x, down)
+    parts = torch.cat([hidden, F.linear(hidden, coefficients)], dim=-1)
+    y = torch.empty_like(parts).index_copy(-1, index.long(), parts)
+    return y if bias is None else y + bias
+
+
 def plain_gram_accumulate_(
     gram: Tensor, x: Tensor, row_weight: Tensor | None = None, column_sum: Tensor | None = None
 ) -> None:
@@ -89,6 +100,7 @@ def plain(op: str) -> Callable:
     return {
         "lowrank_linear": plain_lowrank_linear,
         "lowrank_residual_linear": plain_lowrank_residual_linear,
+        "pivoted_linear": plain_pivoted_linear,
         "gram_accumulate_": plain_gram_accumulate_,
         "cross_gram_accumulate_": plain_cross_gram_accumulate_,
     }[op]

@@ -89,10 +89,11 @@ Dtype checked_dtype(const char* op, const char* argument, const Tensor& tensor, 
   __builtin_unreachable();
 }
 
-void check_index_dtype(const char* op, const char* argument, const Tensor& tensor) {
+void check_index_dtype(const char* op, const char* argument, const Tensor& tensor, bool short_too) {
   const ScalarType dtype = tensor.scalar_type();
-  check(dtype == ScalarType::Int || dtype == ScalarType::Long, op, ": ", argument,
-        " must have one of the dtypes int32, int64, but it was ", dtype_name(tensor));
+  check(dtype == ScalarType::Int || dtype == ScalarType::Long || (short_too && dtype == ScalarType::Short), op, ": ",
+        argument, " must have one of the dtypes ", short_too ? "int16, " : "", "int32, int64, but it was ",
+        dtype_name(tensor));
 }
 
 void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,

@@ -34,7 +34,7 @@ std::string shape_text(const std::vector<int64_t>& sizes);
 // One of the dtypes of the kernels; for a `master` (an accumulator) only the wide ones.
 Dtype checked_dtype(const char* op, const char* argument, const Tensor& tensor, bool master = false);
 // int32 or int64.
-void check_index_dtype(const char* op, const char* argument, const Tensor& tensor);
+void check_index_dtype(const char* op, const char* argument, const Tensor& tensor, bool short_too = false);
 // The device and the dtype of the argument called `like_name`.
 void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
                   const char* like_name);

@@ -4,6 +4,7 @@
 // they can be read where they are, are multiplied by all panels of down into the intermediate, which stays in L2, and
 // this by all panels of up; the blocks of S read the same rows, always packed, and add to the same tile before it is
 // rounded into y. A second low-rank term is part of the packed factors, as further rows of down and columns of up.
+// With an index the intermediate is a part of y, and each tile goes to y together with the columns between its own.
 #pragma once
 
 #include "cpu/lowrank_linear.h"
@@ -46,6 +47,7 @@ struct alignas(kLine) LowrankLinear {
   const LowrankLinearParams& p;
   const PackedFactors<S, T> packed{p};
   const int64_t M = p.x.rows, K = packed.K, N = packed.N, R = packed.R;
+  const int64_t work = R * (K + packed.up_rows);  // multiply-adds for a row of x
   // Not a matter of the number of threads, which therefore changes no sum.
   const int64_t block_rows = ceil_div(M, round_up(ceil_div(M, kRows), M < kEvenRows ? 1 : kEvenThreads));
   const int64_t row_blocks = ceil_div(M, block_rows);
@@ -138,7 +140,7 @@ struct alignas(kLine) LowrankLinear {
               Unit* hidden = panel.hidden + (i - begin) * hidden_size + place<S>(j * kCols / S::kPack);
               multiply_panel<S, ToUnits>(rows, cols, steps, x_at(i, k), b, [&](auto arithmetic, int64_t column) {
                 return ToUnits<decltype(arithmetic)>{
-                    {sum + column, kRowStride<Wide>, k > 0}, hidden + column / S::kPack, kRowStride<S>};
+                    {sum + column, kRowStride<Wide>, k > 0}, hidden + column / S::kPack, kRowStride<S>, p.pivoted};
               });
               if (cols % 2 != 0) clear_half_unit(rows, hidden + cols / 2);
               continue;
@@ -175,18 +177,22 @@ struct alignas(kLine) LowrankLinear {
   void multiply_up(int64_t begin, int64_t end, int64_t first, int64_t last, const Panel& panel,
                    RowsAhead<T> ahead) const {
     const W* up = at_offset<W>(weights, packed.up_at);
+    const auto* merge = at_offset<MergePanel>(weights, packed.merge_at);
     const bool large = M * N * static_cast<int64_t>(sizeof(T)) > kLarge;
-    alignas(64) Acc sum[kRows * kCols];
+    alignas(64) Acc sum[kRows * kCols + Wide::kLanes];  // merging reads whole vectors
     for (int64_t j = first; j < last; ++j) {
-      const int64_t cols = min_of(kCols, N - j * kCols);
+      const int64_t cols = min_of(kCols, packed.up_rows - j * kCols);
+      const int64_t column = p.pivoted ? merge[j].column : j * kCols;
+      const int64_t width = p.pivoted ? merge[j + 1].column - column : cols;
       for (int64_t i = begin; i < end; ++i) {
         ahead.fetch();
         const int64_t rows = rows_of_block(i);
-        T* out = static_cast<T*>(p.y) + i * block_rows * N + j * kCols;
-        for (int64_t row = 0; large && row < rows; ++row) fetch(out + row * N, cols);
+        T* out = static_cast<T*>(p.y) + i * block_rows * N + column;
+        for (int64_t row = 0; large && row < rows; ++row) fetch(out + row * N, width);
         // The last units go from the registers to y, unless more is to be added or a panel is not full.
-        const bool direct = cols == kCols && p.blocks.count == 0 && (p.bias == nullptr || p.bias_stride == 1);
-        const int64_t kept = direct ? (packed.r_units - 1) / kInner * kInner : packed.r_units;
+        const bool direct =
+            !p.pivoted && cols == kCols && p.blocks.count == 0 && (p.bias == nullptr || p.bias_stride == 1);
+        const int64_t kept = cols == 0 ? 0 : direct ? (packed.r_units - 1) / kInner * kInner : packed.r_units;
         for (int64_t r = 0; r < kept; r += kInner) {
           const Blocks hidden{panel.hidden + (i - begin) * hidden_size + r / kInner * kRowBlockSize<S>};
           const W* b = up + (j * packed.r_units + r) * kCols;
@@ -203,10 +209,22 @@ struct alignas(kLine) LowrankLinear {
                                                            {{sum, kCols, kept > 0}, out, N, bias});
           continue;
         }
+        if (p.pivoted) {
+          merge_tile(j, rows, panel.sum + (i - begin) * sum_size, sum, out - column);
+          continue;
+        }
         if (p.blocks.count > 0) add_blocks(j * kCols, cols, rows, panel.x + (i - begin) * x_size, sum);
         for (int64_t row = 0; row < rows; ++row) store_row(sum + row * kCols, j * kCols, cols, out + row * N);
       }
     }
+  }
+
+  // The columns of y that panel j of the second product completes, for one row block.
+  void merge_tile(int64_t j, int64_t rows, const Acc* hidden, const Acc* sum, T* y) const {
+    const auto* merge = at_offset<MergePanel>(weights, packed.merge_at) + j;
+    const auto* steps = at_offset<MergeStep<Wide>>(weights, packed.steps_at);
+    merge_columns<Wide>(steps + merge[0].step, steps + merge[1].step, rows, hidden, sum, kCols,
+                        static_cast<const T*>(p.bias), p.bias_stride, y, N);
   }
 
   // sum += x @ S^T for columns [column, column + cols) of y and one row block of x.
@@ -269,14 +287,14 @@ struct alignas(kLine) LowrankLinear {
     const int64_t block_bytes = (x_size + hidden_size) * sizeof(Unit) + (kConverts ? sum_size * sizeof(Acc) : 0);
     const int64_t most = max_of(1, min_of(kPanelBlocks, kPanelBytes / block_bytes));
     const int64_t row_panels = min_of(row_blocks, round_up(ceil_div(row_blocks, most), threads));
-    parallel(row_panels, grain(row_panels, R * (K + N)), [&](int64_t first, int64_t last) {
+    parallel(row_panels, grain(row_panels, work), [&](int64_t first, int64_t last) {
       const Panel panel = panel_in(Scratch::kWorker, ceil_div(row_blocks, row_panels));
       for (int64_t i = first; i < last; ++i) {
         const int64_t begin = i * row_blocks / row_panels, end = (i + 1) * row_blocks / row_panels;
         pack_x(begin, end, panel);
         multiply_down(begin, end, 0, packed.down_panels, panel);
         const int64_t after = i + 1 < last ? (i + 2) * row_blocks / row_panels : end;
-        multiply_up(begin, end, 0, packed.up_panels, panel, rows_ahead(end, after, (end - begin) * packed.up_panels));
+        multiply_up(begin, end, 0, packed.y_panels, panel, rows_ahead(end, after, (end - begin) * packed.y_panels));
       }
     });
   }
@@ -285,9 +303,9 @@ struct alignas(kLine) LowrankLinear {
   void run_split_columns() {
     const Panel panel = panel_in(Scratch::kCall, row_blocks);
     pack_x(0, row_blocks, panel);
-    parallel(packed.down_panels, grain(packed.down_panels, R * (K + N) / 2),
+    parallel(packed.down_panels, grain(packed.down_panels, work / 2),
              [&](int64_t begin, int64_t end) { multiply_down(0, row_blocks, begin, end, panel); });
-    parallel(packed.up_panels, grain(packed.up_panels, R * (K + N) / 2),
+    parallel(packed.y_panels, grain(packed.y_panels, work / 2),
              [&](int64_t begin, int64_t end) { multiply_up(0, row_blocks, begin, end, panel, rows_ahead(0, 0, 1)); });
   }
 
@@ -331,7 +349,7 @@ struct alignas(kLine) LowrankLinear {
     memset(x, 0, M * x_row * sizeof(Unit));
     memset(hidden, 0, M * hidden_row * sizeof(Unit));
     for (int64_t m = 0; m < M; ++m) unit_row<S>(row_of<T>(p.x, m), p.x.col_stride, K, x + m * x_row);
-    parallel(R, grain(R, R * (K + N) / 2), [&](int64_t begin, int64_t end) {
+    parallel(R, grain(R, work / 2), [&](int64_t begin, int64_t end) {
       dot_rows(M, x, x_row, p.down[0], begin, end, [&](int64_t m, int64_t r, Acc value) { sum[m * R + r] = value; });
     });
     for (int64_t m = 0; m < M; ++m) {
@@ -343,10 +361,13 @@ struct alignas(kLine) LowrankLinear {
       }
     }
     const T* bias = static_cast<const T*>(p.bias);
-    parallel(N, grain(N, R * (K + N) / 2), [&](int64_t begin, int64_t end) {
-      dot_rows(M, hidden, hidden_row, p.up[0], begin, end, [&](int64_t m, int64_t n, Acc value) {
-        narrow(bias ? value + widen(bias[n * p.bias_stride]) : value, static_cast<T*>(p.y) + m * N + n);
-      });
+    const auto store = [&](int64_t m, int64_t n, Acc value) {
+      narrow(bias ? value + widen(bias[n * p.bias_stride]) : value, static_cast<T*>(p.y) + m * N + n);
+    };
+    for (int64_t i = 0; p.pivoted && i < M * R; ++i) store(i / R, p.index[i % R], sum[i]);
+    parallel(packed.up_rows, grain(packed.up_rows, work / 2), [&](int64_t begin, int64_t end) {
+      dot_rows(M, hidden, hidden_row, p.up[0], begin, end,
+               [&](int64_t m, int64_t n, Acc value) { store(m, p.pivoted ? p.index[R + n] : n, value); });
     });
   }
 };

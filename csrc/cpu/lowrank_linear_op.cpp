@@ -1,5 +1,5 @@
-// lowrank_linear and lowrank_residual_linear for the dispatch key CPU, and _pack_factors, which only
-// mixrank_kernels.packing calls: what it returns is the `packed` of the other two.
+// lowrank_linear, lowrank_residual_linear and pivoted_linear for the dispatch key CPU, and _pack_factors, which only
+// mixrank_kernels.packing calls: what it returns is the `packed` of the others.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -30,11 +30,7 @@ class Call {
   }
 
   void factors(const Tensor& down, const Tensor& up) {
-    if (!(down.dim() == 2 && down.size(1) == K_))
-      bad_shape(op_, "down", "[R, K] with K = " + text(K_) + " (the last dimension of x)", down);
-    R_ = down.size(0);
-    check(R_ >= 1, op_, ": down must have at least one row (the rank R), but it had none");
-    check(K_ >= 1, op_, ": x must have at least one feature (its last dimension), but it had none");
+    take_down(down);
     if (!(up.dim() == 2 && up.size(1) == R_))
       bad_shape(op_, "up", "[N, R] with R = " + text(R_) + " (the rows of down)", up);
     N_ = up.size(0);
@@ -45,10 +41,43 @@ class Call {
     params_.up[0] = matrix_view(up);
   }
 
-  void bias(const Optional& bias) {
+  // Entries of index are read when they are needed, and checked then.
+  void pivots(const Tensor& down, const Tensor& coefficients, const Tensor& index) {
+    take_down(down);
+    if (!(coefficients.dim() == 2 && coefficients.size(1) == R_))
+      bad_shape(op_, "coefficients", "[N - R, R] with R = " + text(R_) + " (the rows of down)", coefficients);
+    N_ = R_ + coefficients.size(0);
+    if (!(index.dim() == 1 && index.size(0) == N_))
+      bad_shape(op_, "index", "[N] with N = " + text(N_) + " (the rows of down and of coefficients)", index);
+    check_index_dtype(op_, "index", index, true);
+    check_contiguous(op_, "index", index);
+    check_device(op_, "index", index, like_, like_name_);
+    check_like("down", down);
+    check_like("coefficients", coefficients);
+    params_.pivoted = true;
+    params_.down[0] = matrix_view(down);
+    params_.up[0] = matrix_view(coefficients);
+    index_ = &index;
+  }
+
+  void read_pivots() {
+    static thread_local std::vector<int64_t> widened;
+    params_.index = indices(*index_, widened);
+    int64_t pivot = 0, other = R_;
+    for (int64_t n = 0; n < N_; ++n) {
+      int64_t* const next[] = {&pivot, &other};
+      const bool is_pivot = pivot < R_ && params_.index[pivot] == n;
+      check(is_pivot || (other < N_ && params_.index[other] == n), op_, ": index must hold 0 to ", N_ - 1,
+            " once each, rising in its first ", R_, " entries (the rows of down) and in the others, but ", n,
+            " was missing or out of order");
+      ++*next[!is_pivot];
+    }
+  }
+
+  void bias(const Optional& bias, const char* what = "(the rows of up)") {
     if (!bias) return;
     if (!(bias->dim() == 1 && bias->size(0) == N_))
-      bad_shape(op_, "bias", "[N] with N = " + text(N_) + " (the rows of up)", *bias);
+      bad_shape(op_, "bias", "[N] with N = " + text(N_) + " " + what, *bias);
     check_like("bias", *bias);
     params_.bias = bias->const_data_ptr();
     params_.bias_stride = bias->stride(0);
@@ -114,9 +143,10 @@ class Call {
     const BlockSparse& blocks = params_.blocks;
     check(header.dtype == params_.dtype && header.K == K_ && header.N == N_ && header.R == R_ &&
               header.Q == params_.down[1].rows && header.block_size == blocks.size &&
-              header.block_count == blocks.count,
+              header.block_count == blocks.count && header.pivoted == params_.pivoted,
           op_, ": packed must be made from these factors, but it was made for K = ", header.K, ", N = ", header.N,
-          ", R = ", header.R, ", Q = ", header.Q, " and ", header.block_count, " blocks, or another dtype");
+          ", R = ", header.R, ", Q = ", header.Q, " and ", header.block_count, " blocks, ",
+          header.pivoted ? "with" : "without", " an index, or another dtype");
     if (header.isa != kernels().isa_id || reinterpret_cast<uintptr_t>(data) % 64 != 0) return;
     check(packed->size(0) == kernels().lowrank_pack(params_, nullptr), op_, ": packed must be whole, but it was cut");
     if (header.sample != sample()) return;  // the factors have changed since: they count
@@ -133,12 +163,14 @@ class Call {
     shape.back() = N_;
     Tensor y = new_tensor(x, shape);
     params_.y = y.mutable_data_ptr();
+    if (params_.pivoted && !params_.packed) read_pivots();
     kernels().lowrank_linear(params_);
     return y;
   }
 
   Tensor pack() {
     params_.sample = sample();
+    if (params_.pivoted) read_pivots();
     Tensor packed = torch::stable::new_empty(like_, {kernels().lowrank_pack(params_, nullptr)},
                                              torch::headeronly::ScalarType::Byte);
     kernels().lowrank_pack(params_, packed.mutable_data_ptr());
@@ -147,6 +179,14 @@ class Call {
 
  private:
   static std::string text(int64_t value) { return std::to_string(value); }
+
+  void take_down(const Tensor& down) {
+    if (!(down.dim() == 2 && down.size(1) == K_))
+      bad_shape(op_, "down", "[R, K] with K = " + text(K_) + " (the last dimension of x)", down);
+    R_ = down.size(0);
+    check(R_ >= 1, op_, ": down must have at least one row (the rank R), but it had none");
+    check(K_ >= 1, op_, ": x must have at least one feature (its last dimension), but it had none");
+  }
 
   void check_like(const char* argument, const Tensor& tensor) const {
     check_device(op_, argument, tensor, like_, like_name_);
@@ -169,18 +209,19 @@ class Call {
   // factors behind; one to a whole tensor shows here.
   uint64_t sample() const {
     uint64_t hash = 14695981039346656037u;
+    const int64_t size = element_size(params_.dtype);
     for (const MatrixView* view : {&params_.down[0], &params_.up[0], &params_.down[1], &params_.up[1]}) {
-      sample(view->data, view->rows, view->cols, view->row_stride, view->col_stride, hash);
+      sample(view->data, size, view->rows, view->cols, view->row_stride, view->col_stride, hash);
     }
     const BlockSparse& blocks = params_.blocks;
-    sample(blocks.values, blocks.count * blocks.size, blocks.size, blocks.size, 1, hash);
+    sample(blocks.values, size, blocks.count * blocks.size, blocks.size, blocks.size, 1, hash);
+    if (index_) sample(index_->const_data_ptr(), index_->element_size(), N_, 1, 1, 1, hash);
     return hash;
   }
 
-  void sample(const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-              uint64_t& hash) const {
+  static void sample(const void* data, int64_t size, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                     uint64_t& hash) {
     constexpr int64_t kSamples = 16;
-    const int64_t size = element_size(params_.dtype);
     for (int64_t i = 0; i < kSamples && rows > 0; ++i) {
       const int64_t row = i * (rows - 1) / (kSamples - 1), col = (kSamples - 1 - i) * (cols - 1) / (kSamples - 1);
       uint64_t bits = 0;
@@ -189,14 +230,21 @@ class Call {
     }
   }
 
-  // The indices as int64; int32 ones are widened into `widened`.
+  // The indices as int64; narrower ones are widened into `widened`.
   static const int64_t* indices(const Tensor& tensor, std::vector<int64_t>& widened) {
-    if (tensor.scalar_type() == torch::headeronly::ScalarType::Long) {
-      return static_cast<const int64_t*>(tensor.const_data_ptr());
+    const void* data = tensor.const_data_ptr();
+    const auto widen = [&](const auto* narrow) {
+      widened.assign(narrow, narrow + tensor.size(0));
+      return static_cast<const int64_t*>(widened.data());
+    };
+    switch (tensor.scalar_type()) {
+      case torch::headeronly::ScalarType::Long:
+        return static_cast<const int64_t*>(data);
+      case torch::headeronly::ScalarType::Int:
+        return widen(static_cast<const int32_t*>(data));
+      default:
+        return widen(static_cast<const int16_t*>(data));
     }
-    const auto* narrow = static_cast<const int32_t*>(tensor.const_data_ptr());
-    widened.assign(narrow, narrow + tensor.size(0));
-    return widened.data();
   }
 
   void check_indices() const {
@@ -218,6 +266,7 @@ class Call {
   const Tensor& like_;
   const char* like_name_;
   int64_t K_, N_ = 0, R_ = 0;
+  const Tensor* index_ = nullptr;
   LowrankLinearParams params_{};
 };
 
@@ -252,6 +301,27 @@ Tensor lowrank_residual_linear(const Tensor& x,                // [..., K]
   return call.run(x);
 }
 
+Tensor pivoted_linear(const Tensor& x,             // [..., K]
+                      const Tensor& down,          // [R, K]
+                      const Tensor& coefficients,  // [N - R, R]
+                      const Tensor& index,         // [N]
+                      const Optional& bias,        // [N]
+                      const Optional& packed) {    // [bytes]; returns [..., N]
+  Call call("pivoted_linear", x);
+  call.pivots(down, coefficients, index);
+  call.bias(bias, "(the entries of index)");
+  call.packed(packed);
+  return call.run(x);
+}
+
+Tensor pack_pivots(const Tensor& down, const Tensor& coefficients, const Tensor& index) {
+  constexpr char kOp[] = "_pack_pivots";
+  if (!(down.dim() == 2)) bad_shape(kOp, "down", "[R, K]", down);
+  Call call(kOp, down, "down");
+  call.pivots(down, coefficients, index);
+  return call.pack();
+}
+
 Tensor pack_factors(const Tensor& down, const Tensor& up, const Optional& residual_down, const Optional& residual_up,
                     const Optional& crow, const Optional& col, const Optional& values) {
   constexpr char kOp[] = "_pack_factors";
@@ -269,12 +339,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mixrank_kernels, m) {
   m.def(
       "_pack_factors(Tensor down, Tensor up, Tensor? residual_down=None, Tensor? residual_up=None, Tensor? crow=None, "
       "Tensor? col=None, Tensor? values=None) -> Tensor");
+  m.def("_pack_pivots(Tensor down, Tensor coefficients, Tensor index) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixrank_kernels, CPU, m) {
   m.impl("lowrank_linear", TORCH_BOX(&lowrank_linear));
   m.impl("lowrank_residual_linear", TORCH_BOX(&lowrank_residual_linear));
+  m.impl("pivoted_linear", TORCH_BOX(&pivoted_linear));
   m.impl("_pack_factors", TORCH_BOX(&pack_factors));
+  m.impl("_pack_pivots", TORCH_BOX(&pack_pivots));
 }
 
 }  // namespace mixrank

@@ -31,14 +31,18 @@ struct ToSums {
   void finish(typename S::V acc, int i, int j) const { keep(acc, i, j); }
 };
 
-// Rounds the sums into units of the left operand of a second product; c is only used between blocks of terms.
+// Rounds the sums into units of the left operand of a second product; c is only used between blocks of terms, unless
+// the sums themselves are wanted too.
 template <class S>
 struct ToUnits : ToSums<S> {
   typename S::Unit* units;
   int64_t unit_row;
+  bool sums_too;
 
   void finish(typename S::V acc, int i, int j) const {
-    S::store_units(units + i * unit_row + j * S::kLanes / S::kPack, this->total(acc, i, j));
+    const typename S::V sum = this->total(acc, i, j);
+    if (sums_too) S::store(this->c + i * this->c_row + j * S::kLanes, sum);
+    S::store_units(units + i * unit_row + j * S::kLanes / S::kPack, sum);
   }
 };
 

@@ -13,6 +13,7 @@ struct F32 {
   using Narrow = void;
   using Acc = float;
   using Unit = float;
+  using Lane = int32_t;
   using V = __m256;
   using UnitV = __m256;
   static constexpr int kLanes = 8, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
@@ -33,6 +34,11 @@ struct F32 {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
+  static V choose(V a, V b, const Lane* lanes) {
+    const __m256i lane = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));  // the instruction takes lane % 8
+    const __m256 of_b = _mm256_castsi256_ps(_mm256_slli_epi32(lane, 28));  // the sign bit where lane >= 8
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(a, lane), _mm256_permutevar8x32_ps(b, lane), of_b);
   }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static void store(BFloat* p, V v) {
@@ -55,6 +61,7 @@ struct F64 {
   using Narrow = void;
   using Acc = double;
   using Unit = double;
+  using Lane = int64_t;
   using V = __m256d;
   using UnitV = __m256d;
   static constexpr int kLanes = 4, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
@@ -69,6 +76,15 @@ struct F64 {
   static double reduce(V v) {
     const __m128d sum = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(sum, _mm_unpackhi_pd(sum, sum)));
+  }
+  static V choose(V a, V b, const Lane* lanes) {
+    const __m256i lane = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+    // As halves of 32 bits, 2 lane and 2 lane + 1, of which the instruction takes the remainders by 8.
+    const __m256i twice = _mm256_slli_epi32(_mm256_or_si256(lane, _mm256_slli_epi64(lane, 32)), 1);
+    const __m256i halves = _mm256_add_epi32(twice, _mm256_set1_epi64x(int64_t{1} << 32));
+    const __m256d of_a = _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(a), halves));
+    const __m256d of_b = _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(b), halves));
+    return _mm256_blendv_pd(of_a, of_b, _mm256_castsi256_pd(_mm256_slli_epi64(lane, 61)));  // where lane >= 4
   }
   static void store(double* p, V v) { _mm256_storeu_pd(p, v); }
 };

@@ -2,7 +2,8 @@
 // each arithmetic (F32, F64, Bf16Pairs) names its accumulator Acc, its stored operand Unit (kPack elements of the
 // product's inner dimension), its register tile kRows x kVecs (kGramRows x kVecs for Gram matrices), its dot-product
 // tile kDotRows x kDotCols, whether a vector of 16-bit elements widens in one or two instructions, Wide, the arithmetic
-// of single widened elements, and Narrow, the same arithmetic on half a vector where that is faster, else void.
+// of single widened elements, and Narrow, the same arithmetic on half a vector where that is faster, else void. Wide
+// arithmetic can choose: lane i of the result is lane lanes[i] of a, or lane lanes[i] - kLanes of b.
 #pragma once
 
 #include <immintrin.h>
@@ -19,6 +20,7 @@ struct F32 {
   using Narrow = F32Half;
   using Acc = float;
   using Unit = float;
+  using Lane = int32_t;
   using V = __m512;
   using UnitV = __m512;
   static constexpr int kLanes = 16, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4, kGramRows = 8;
@@ -36,6 +38,7 @@ struct F32 {
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static float reduce(V v) { return _mm512_reduce_add_ps(v); }
+  static V choose(V a, V b, const Lane* lanes) { return _mm512_permutex2var_ps(a, _mm512_loadu_si512(lanes), b); }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static void store(BFloat* p, V v) {
     // Not vcvtneps2bf16, which flushes subnormals.
@@ -79,6 +82,7 @@ struct F64 {
   using Narrow = void;
   using Acc = double;
   using Unit = double;
+  using Lane = int64_t;
   using V = __m512d;
   using UnitV = __m512d;
   static constexpr int kLanes = 8, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4, kGramRows = 8;
@@ -91,6 +95,7 @@ struct F64 {
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
   static double reduce(V v) { return _mm512_reduce_add_pd(v); }
+  static V choose(V a, V b, const Lane* lanes) { return _mm512_permutex2var_pd(a, _mm512_loadu_si512(lanes), b); }
   static void store(double* p, V v) { _mm512_storeu_pd(p, v); }
 };
 

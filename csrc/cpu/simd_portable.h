@@ -13,6 +13,7 @@ struct Portable {
   using Narrow = void;
   using Acc = Scalar;
   using Unit = Scalar;
+  using Lane = int32_t;
   typedef Scalar V __attribute__((vector_size(16)));
   using UnitV = V;
   static constexpr int kLanes = 16 / sizeof(Scalar), kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
@@ -34,6 +35,11 @@ struct Portable {
   static V broadcast(const Scalar* p) { return *p - V{}; }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V add(V a, V b) { return a + b; }
+  static V choose(V a, V b, const Lane* lanes) {
+    V v;
+    for (int i = 0; i < kLanes; ++i) v[i] = lanes[i] < kLanes ? a[lanes[i]] : b[lanes[i] - kLanes];
+    return v;
+  }
   static Scalar reduce(V v) {
     Scalar sum = v[0];
     for (int i = 1; i < kLanes; ++i) sum += v[i];

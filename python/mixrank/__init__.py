@@ -15,6 +15,7 @@ from mixrank.errors import InputError
 from mixrank.evaluate import evaluate
 from mixrank.models import create_model
 from mixrank.nn import MixedRankLinear, SplitLinear
+from mixrank.nn_pivoted import PivotedLinear
 from mixrank.plan import Plan
 from mixrank.result import CompressionResult
 from mixrank.stats import CalibrationStats, LayerStats
@@ -28,6 +29,7 @@ __all__ = [
     "InputError",
     "LayerStats",
     "MixedRankLinear",
+    "PivotedLinear",
     "Plan",
     "SplitLinear",
     "Weighting",

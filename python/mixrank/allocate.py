@@ -1,10 +1,13 @@
 """Allocation: one budget for the whole model, spent where it saves the most error.
 
 Each layer offers a few points (cost, error): a factorisation at every multiple of ``step``, and the dense weight, which
-has no error. The greedy allocation of Azizi, Nazemi and Pedram (2024) always takes the step that saves most error per
-unit of cost. The errors of different layers add up and each falls convexly with the rank, so among
-factorisations that is the best plan up to one step. The dense weight is the last step of a layer and is
-not anticipated: the error it saves at once would draw the budget to a few dense layers. The budget is never exceeded.
+has no error. What a rank costs depends on the form that the layer will have: R (K + N) numbers as factors; in the
+pivoted form R (K + N - R), which are fewer than those of the dense weight up to full rank. The greedy allocation of
+Azizi, Nazemi and Pedram (2024) always takes the step that saves most error per unit of cost. The errors of different
+layers add up and each falls convexly with the rank, so among factorisations that is the best plan up to one step. In
+the pivoted form cost rises ever more slowly, so some ranks can lie above the hull of the others: they are passed over,
+unless the budget ends there. The dense weight is the last step of a layer and is not anticipated: the error it saves at
+once would draw the budget to a few dense layers. The budget is never exceeded.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from mixrank.decompose import Factorisation, LayerShape
 from mixrank.errors import InputError
 from mixrank.models import count_bytes, count_macs, count_parameters, preprocessing
 from mixrank.nn import SplitLinear
-from mixrank.plan import LayerPlan, Plan
+from mixrank.nn_pivoted import index_dtype
+from mixrank.plan import FORMS, LayerPlan, Plan
 
 if TYPE_CHECKING:
     from mixrank.sensitivity import Sensitivity
@@ -74,25 +78,31 @@ class Point:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit in one unit, what the dense model costs in it, and what one weight and one bias of each layer cost."""
+    """A limit in one unit, what the dense model costs in it, and what one weight and one bias of each layer cost.
+
+    ``form`` is that of layers with a rank; their index, which is no parameter, costs only bytes.
+    """
 
     unit: str
     limit: int
     total: int
     per_weight: dict[str, int]
     per_bias: dict[str, int]
+    form: str
 
     def cost(self, name: str, shape: LayerShape, rank: int | None) -> int:
-        weights, bias = parameters(shape, rank)
-        return weights * self.per_weight[name] + bias * self.per_bias[name]
+        weights, bias = parameters(shape, rank, self.form)
+        n, has_index = shape.out_features, rank is not None and self.form == "pivoted"
+        index = n * index_dtype(n).itemsize if has_index and self.unit == "bytes" else 0
+        return weights * self.per_weight[name] + bias * self.per_bias[name] + index
 
 
-def parameters(shape: LayerShape, rank: int | None) -> tuple[int, int]:
-    """How many weights and biases a layer holds at one rank, or dense for None."""
+def parameters(shape: LayerShape, rank: int | None, form: str) -> tuple[int, int]:
+    """How many weights and biases a layer holds at one rank in one form, or dense for None."""
     k, n = shape.in_features, shape.out_features
     if rank is None:
         return k * n, n * shape.bias
-    return rank * (k + n), n * shape.factored_bias
+    return rank * (k + n - (rank if form == "pivoted" else 0)), n * shape.factored_bias
 
 
 def allocate(
@@ -108,6 +118,7 @@ def allocate(
     min_rank: float | None = None,
     max_rank: float | None = None,
     sensitivities: Mapping[str, Sensitivity] | None = None,
+    form: str = "factors",
 ) -> Plan:
     """Choose a rank, or the dense weight, for every layer under one budget.
 
@@ -131,6 +142,8 @@ def allocate(
             smaller: a number or share as for ``min_rank``.
         sensitivities: for ``energy="sensitivity"``: what :func:`mixrank.sensitivity.measure_sensitivity` found for an
             earlier plan under the same budget. Layers without an entry stay dense.
+        form: how layers with a rank will be held: as ``"factors"`` or in the ``"pivoted"`` form, see
+            :class:`mixrank.PivotedLinear`.
 
     Returns:
         The plan. Its cost is never above the budget.
@@ -151,7 +164,7 @@ def allocate(
     shapes = {name: factorisation.shape for name, factorisation in factorisations.items()}
     limits = {"keep": keep, "max_bytes": max_bytes, "max_macs": max_macs}
     bounds = {"step": step, "min_rank": min_rank, "max_rank": max_rank}
-    budget, fixed = check_budget(model, shapes, ranks=ranks, energy=energy, **bounds, **limits)
+    budget, fixed = check_budget(model, shapes, ranks=ranks, energy=energy, form=form, **bounds, **limits)
     if ranks == "uniform":
         energy = "weight"  # plays no part
     if energy == "sensitivity" and sensitivities is None:
@@ -165,11 +178,11 @@ def allocate(
     if energy == "sensitivity":
         choices = {name: _near(points, sensitivities.get(name)) for name, points in choices.items()}
     available = budget.limit - fixed
-    chosen = greedy(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, step)
-    options = {"ranks": ranks, "energy": energy} | {
+    chosen = greedy(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, form)
+    options = {"ranks": ranks, "energy": energy, "form": form} | {
         name: value for name, value in (bounds | limits).items() if value is not None
     }
-    return _plan(model, shapes, chosen, options)
+    return _plan(model, shapes, chosen, form, options)
 
 
 def check_budget(
@@ -184,6 +197,7 @@ def check_budget(
     step: int,
     min_rank: float | None = None,
     max_rank: float | None = None,
+    form: str,
 ) -> tuple[Budget, int]:
     """Check the options and the budget of :func:`allocate` from the layers' sizes alone.
 
@@ -193,7 +207,7 @@ def check_budget(
     Raises:
         InputError: as :func:`allocate`.
     """
-    for name, value, known in (("ranks", ranks, RANKS), ("energy", energy, ENERGIES)):
+    for name, value, known in (("ranks", ranks, RANKS), ("energy", energy, ENERGIES), ("form", form, FORMS)):
         if value not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}, but it was {value!r}")
     if step < 1:
@@ -201,7 +215,7 @@ def check_budget(
     for name, value in (("min_rank", min_rank), ("max_rank", max_rank)):
         if value is not None and not (0 < value < 1 or (value >= 1 and value == int(value))):
             raise InputError(f"{name} must be a whole number of at least 1 or a share below 1, but it was {value}")
-    budget = _budget(model, shapes, keep, max_bytes, max_macs)
+    budget = _budget(model, shapes, form, keep, max_bytes, max_macs)
     fixed = budget.total - sum(budget.cost(name, shape, None) for name, shape in shapes.items())
     choices = _ranks(shapes, budget, step, min_rank, max_rank)
     least = fixed + sum(budget.cost(name, shape, ranks_[0]) for name, shape, ranks_ in choices)
@@ -220,6 +234,7 @@ def _too_small(budget: Budget, least: int, keep: float | None) -> str:
 def _budget(
     model: nn.Module,
     shapes: Mapping[str, LayerShape],
+    form: str,
     keep: float | None,
     max_bytes: int | None,
     max_macs: int | None,
@@ -231,11 +246,11 @@ def _budget(
         if not 0 < keep <= 1:
             raise InputError(f"keep must be in (0, 1], but it was {keep}")
         total = count_parameters(model)
-        return Budget("parameters", math.floor(keep * total), total, once, once)
+        return Budget("parameters", math.floor(keep * total), total, once, once, form)
     if max_bytes is not None:
         sizes = {name: shape.element_size for name, shape in shapes.items()}
-        return Budget("bytes", max_bytes, count_bytes(model), sizes, sizes)
-    return Budget("macs", max_macs, count_macs(model), tokens_per_layer(model), dict.fromkeys(shapes, 0))
+        return Budget("bytes", max_bytes, count_bytes(model), sizes, sizes, form)
+    return Budget("macs", max_macs, count_macs(model), tokens_per_layer(model), dict.fromkeys(shapes, 0), form)
 
 
 def tokens_per_layer(model: nn.Module) -> dict[str, int]:
@@ -381,36 +396,33 @@ def _slope(start: Point, end: Point) -> float:
 
 
 def _uniform(
-    choices: dict[str, list[Point]], shapes: Mapping[str, LayerShape], available: int, step: int
+    choices: dict[str, list[Point]], shapes: Mapping[str, LayerShape], available: int, form: str
 ) -> dict[str, Point]:
     """The largest share of every layer's weights, the same for all, that fits the budget."""
+    shares = {
+        name: [parameters(shapes[name], p.rank, form)[0] / parameters(shapes[name], None, form)[0] for p in points]
+        for name, points in choices.items()
+    }
 
     def at(share: float) -> dict[str, Point]:
-        chosen = {}
-        for name, points in choices.items():
-            k, n = shapes[name].in_features, shapes[name].out_features
-            wanted = share * k * n / (k + n)
-            fitting = [point for point in points if point.rank is not None and point.rank <= wanted]
-            chosen[name] = points[-1] if share >= 1 else fitting[-1] if fitting else points[0]
-        return chosen
+        return {name: points[max(bisect.bisect_right(shares[name], share) - 1, 0)] for name, points in choices.items()}
 
     # A plan only changes where some layer's rank does, so these shares are all that need to be tried.
-    shares = {0.0, 1.0}
-    for shape in shapes.values():
-        k, n = shape.in_features, shape.out_features
-        shares |= {rank * (k + n) / (k * n) for rank in range(step, min(k, n) + 1, step)}
-    ordered = sorted(share for share in shares if share <= 1)
+    ordered = sorted({0.0, 1.0}.union(*shares.values()))
     fitting = bisect.bisect_right(ordered, available, key=lambda share: sum(point.cost for point in at(share).values()))
     return at(ordered[max(fitting - 1, 0)])
 
 
-def _plan(model: nn.Module, shapes: Mapping[str, LayerShape], chosen: dict[str, Point], options: dict) -> Plan:
+def _plan(
+    model: nn.Module, shapes: Mapping[str, LayerShape], chosen: dict[str, Point], form: str, options: dict
+) -> Plan:
     layers = []
     for name, shape in shapes.items():
         rank = chosen[name].rank
         bias = shape.bias if rank is None else shape.factored_bias
-        before, after = sum(parameters(shape, None)), sum(parameters(shape, rank))
-        layers.append(LayerPlan(name, shape.in_features, shape.out_features, rank, bias, before, after))
+        before, after = sum(parameters(shape, None, form)), sum(parameters(shape, rank, form))
+        sizes = (name, shape.in_features, shape.out_features)
+        layers.append(LayerPlan(*sizes, rank, bias, before, after, "factors" if rank is None else form))
     total = count_parameters(model)
     after = total - sum(layer.parameters_before - layer.parameters_after for layer in layers)
     split = tuple(name for name, module in model.named_modules() if isinstance(module, SplitLinear))

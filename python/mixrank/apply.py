@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import nn
 
 from mixrank.decompose import Factorisation
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
-from mixrank.nn import MixedRankLinear, SplitLinear
+from mixrank.nn import LowRankLinear, MixedRankLinear, SplitLinear
+from mixrank.nn_pivoted import PivotedLinear
 from mixrank.plan import LayerPlan, Plan
 
 QKV_SECTIONS = 3
+_LAYERS = {"factors": MixedRankLinear, "pivoted": PivotedLinear}
 
 
 def apply_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:
-    """Replace the layers that the plan gives a rank by :class:`mixrank.nn.MixedRankLinear`, in place.
+    """Replace the layers that the plan gives a rank by layers of that rank, in the form that it says, in place.
 
     Nothing is changed unless the whole plan fits the model. The plan is kept as ``model.mixrank_plan``.
 
@@ -36,10 +40,14 @@ def apply_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisat
         _check(layer, linears.get(layer.name))
         if layer.rank is not None and layer.name not in factorisations:
             raise InputError(f"the plan gives layer {layer.name} a rank, but it was not decomposed")
+    return put_(model, plan, factorisations)
+
+
+def put_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:
+    """Put layers of the plan's ranks and forms in the place of whatever is there, dense or not, in place."""
     for layer in plan.layers:
         if layer.rank is not None:
-            replacement = MixedRankLinear.from_factors(*factorisations[layer.name].factors(layer.rank))
-            _replace(model, layer.name, replacement)
+            _replace(model, layer.name, _layer(layer, factorisations[layer.name]))
     model.mixrank_plan = plan
     return model
 
@@ -62,9 +70,18 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         if layer.rank is not None:
             like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
             sizes = (layer.in_features, layer.out_features, layer.rank, layer.bias)
-            _replace(model, layer.name, MixedRankLinear(*sizes, **like))
+            _replace(model, layer.name, _LAYERS[layer.form](*sizes, **like))
     model.mixrank_plan = plan
     return model
+
+
+def _layer(layer: LayerPlan, factorisation: Factorisation) -> LowRankLinear:
+    if layer.form == "factors":
+        return MixedRankLinear.from_factors(*factorisation.factors(layer.rank))
+    like = factorisation.like
+    # Rows are chosen and coefficients solved for before anything is rounded to the layer's dtype.
+    exact = replace(factorisation, like=torch.empty(0, dtype=torch.float64))
+    return PivotedLinear.from_factors(*exact.factors(layer.rank)).to(like.device, like.dtype)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module | None:

@@ -24,6 +24,7 @@ from mixrank.models import (
     model_spec,
     preprocessing,
 )
+from mixrank.nn_pivoted import PivotedLinear, check_index
 from mixrank.plan import Plan
 from mixrank.prepare import check_preprocessing
 from mixrank_kernels import __version__
@@ -173,11 +174,21 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
             for name, tensor in model.state_dict(keep_vars=True).items():
                 # A copy, since the tensor is a view of the file, which someone may overwrite.
                 tensor.data = file.get_tensor(name).clone()
+        for name, module in model.named_modules():
+            if isinstance(module, PivotedLinear):
+                _check_index(module, name, path)
         return model.to(device).eval()
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is broken: {error}") from error
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the model cannot be put on the device {device!r}: {error}") from error
+
+
+def _check_index(layer: PivotedLinear, name: str, path: Path) -> None:
+    try:
+        check_index(layer.index, layer.rank)
+    except InputError as error:
+        raise InputError(f"{path} is broken: layer {name}: {error}") from error
 
 
 def read_header(path: Path | str) -> Header:

@@ -48,6 +48,11 @@ class WeightingKind(StrEnum):
     gradient = "gradient"
 
 
+class Form(StrEnum):
+    factors = "factors"
+    pivoted = "pivoted"
+
+
 class Precision(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -212,6 +217,12 @@ def compress(
         float | None,
         typer.Option(help="The highest rank, or below 1 a share of the full rank.", rich_help_panel="Strategy"),
     ] = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="How layers of low rank are held; pivoted: fewer numbers for each rank.", rich_help_panel="Strategy"
+        ),
+    ] = Form.factors,
     eval_images: Annotated[
         str | None, typer.Option(help="Labelled images to measure top-1 on.", rich_help_panel="Evaluation")
     ] = None,

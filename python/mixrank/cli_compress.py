@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 AUTOMATIC = ("auto", "oas")
 STRATEGY = (
     "factors", "ranks", "energy", "centre", "fisher_shrink", "held_out", "draws", "split_qkv", "step", "min_rank",
-    "max_rank", "sequential", "ridge", "seed",
+    "max_rank", "form", "sequential", "ridge", "seed",
 )  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class CompressOptions:
     step: int
     min_rank: float | None
     max_rank: float | None
+    form: str
     eval_images: str | None
     labels: Path | None
     data_root: Path | None

@@ -79,12 +79,12 @@ def run(options: EvaluateOptions) -> None:
 
 def merged(model: nn.Module) -> nn.Module:
     """A copy of the model with every factored layer multiplied out to a plain ``nn.Linear``."""
-    from mixrank.nn import MixedRankLinear, SplitLinear
+    from mixrank.nn import LowRankLinear, SplitLinear
 
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, MixedRankLinear | SplitLinear):
+            if isinstance(child, LowRankLinear | SplitLinear):
                 setattr(module, name, child.merge())
     return model
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mixrank.allocate import ENERGIES, allocate, check_budget
-from mixrank.apply import apply_
+from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, check_calibration
 from mixrank.decompose import FISHER_SHRINK, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
@@ -52,6 +52,7 @@ def compress(
     max_rank: float | None = None,
     sequential: bool = False,
     ridge: float = RIDGE,
+    form: str = "factors",
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> CompressionResult:
@@ -88,6 +89,8 @@ def compress(
             :mod:`mixrank.sequential`. The ranks are those of the weights' energy, found without images, or (with
             another ``energy``) of a calibration of the dense model, so that ``images`` are gone through twice.
         ridge: pull of sequentially fitted weights towards the original ones, above 0.
+        form: how layers of low rank are held: as ``"factors"``, or ``"pivoted"``: the same weights in fewer numbers, so
+            higher ranks in the same budget, see :class:`mixrank.PivotedLinear`.
         dtype: run the calibration under autocast in this dtype.
         progress: show progress bars with the time left.
 
@@ -118,7 +121,7 @@ def compress(
     try:
         allocation = {
             "keep": keep, "max_bytes": max_bytes, "max_macs": max_macs, "ranks": ranks, "energy": energy, "step": step,
-            "min_rank": min_rank, "max_rank": max_rank,
+            "min_rank": min_rank, "max_rank": max_rank, "form": form,
         }  # fmt: skip
         calibrated = images is not None
         apart = calibrated and held_out != 0
@@ -152,7 +155,7 @@ def compress(
             options = {"ridge": ridge, "strategy": strategy, **running}
             fitted, count = timed("sequential", lambda: compress_blocks_(model, images, plan, **options))
             factorisations |= fitted
-            model.mixrank_plan = plan
+            put_(model, plan, fitted)
         else:
             count = 0 if stats is None else stats.all_images
             timed("apply", lambda: apply_(model, plan, factorisations))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
-from mixrank.nn import MixedRankLinear, SplitLinear
+from mixrank.nn import LowRankLinear, SplitLinear
 
 # Decided by this library, or a way for a file's header to reach the network, the disk or a pickle.
 _RESERVED_ARGS = (
@@ -170,7 +170,7 @@ def _merged_shapes(model: nn.Module) -> dict[str, torch.Size]:
     shapes = _shapes(model.state_dict())
     replaced: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, MixedRankLinear | SplitLinear) and not any(name.startswith(f"{n}.") for n in replaced):
+        if isinstance(module, LowRankLinear | SplitLinear) and not any(name.startswith(f"{n}.") for n in replaced):
             replaced.append(name)
             shapes = {key: shape for key, shape in shapes.items() if not key.startswith(f"{name}.")}
             shapes[f"{name}.weight"] = torch.Size([module.out_features, module.in_features])

@@ -1,6 +1,11 @@
-"""Layers that replace ``nn.Linear``: a weight held as two thin factors, and a fused linear held in parts."""
+"""Layers that replace ``nn.Linear``: a weight held as two thin factors, and a fused linear held in parts.
+
+:mod:`mixrank.nn_pivoted` has the same weight in the pivoted form.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +14,64 @@ from mixrank.errors import InputError
 from mixrank_kernels import ops, packing
 
 
-class MixedRankLinear(nn.Module):
+class LowRankLinear(nn.Module):
+    """What the forms of a linear layer of low rank have in common: how it is called, printed and multiplied out.
+
+    A form has ``in_features`` K, ``out_features`` N, ``rank`` R, a ``bias`` ``[N]`` or None, a ``weight`` and these:
+    """
+
+    _operator: Callable[..., Tensor]
+    """x, the weights of the form, bias and what is packed of the weights -> ``[..., N]``."""
+    _self_packed: Callable[..., Tensor]
+    """x, the weights of the form and bias -> ``[..., N]``; it packs by itself, in a compiled graph too."""
+    _pack: Callable[..., Tensor | None]
+    """The weights of the form -> what is packed of them."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    bias: Tensor | None
+    weight: Tensor
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The weights of the form, in the order of its operator."""
+        raise NotImplementedError
+
+    def merge(self) -> nn.Linear:
+        """Return a plain ``nn.Linear`` with the same weight and bias, in the same dtype, device and mode."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.detach())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        weights = self._weights()
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and self._packs(weights):
+            return self._self_packed(x, *weights, self.bias)
+        return self._operator(x, *weights, self.bias, self._packed(weights))
+
+    def _packed(self, weights: tuple[Tensor, ...]) -> Tensor | None:
+        """The weights packed for the CPU kernels, where the call will really use them as they are now."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None  # a graph would keep what was packed while it was traced
+        return self._pack(*weights) if self._packs(weights) else None
+
+    def _packs(self, weights: tuple[Tensor, ...]) -> bool:
+        """Whether a call would use packed weights more than once."""
+        if not isinstance(weights[0], Tensor) or weights[0].device.type != "cpu":  # torch.fx traces with stand-ins
+            return False
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        return not trains and not torch.is_autocast_enabled("cpu")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class MixedRankLinear(LowRankLinear):
     """A linear layer whose ``[N, K]`` weight is the product ``up @ down`` of ``[N, R]`` and ``[R, K]``.
 
     A drop-in for ``nn.Linear``: the same forward for any leading shape ``[..., K] -> [..., N]``, ``in_features``,
@@ -32,6 +94,10 @@ class MixedRankLinear(nn.Module):
         >>> MixedRankLinear(8, 16, rank=2)(torch.ones(3, 5, 8)).shape
         torch.Size([3, 5, 16])
     """
+
+    _operator = staticmethod(ops.lowrank_linear)
+    _self_packed = staticmethod(packing.lowrank_linear)
+    _pack = staticmethod(packing.packed)
 
     def __init__(
         self,
@@ -80,12 +146,7 @@ class MixedRankLinear(nn.Module):
             )
         if bias is not None and bias.shape != (up.shape[0],):
             raise InputError(f"bias must have shape [{up.shape[0]}] as up has rows, but it was {list(bias.shape)}")
-        for name, tensor in (("up", up), ("bias", bias)):
-            if tensor is not None and (tensor.dtype != down.dtype or tensor.device != down.device):
-                raise InputError(
-                    f"{name} must be {down.dtype} on {down.device} as down is, but it was {tensor.dtype} on "
-                    f"{tensor.device}"
-                )
+        check_like(down, up=up, bias=bias)
         rank, in_features = down.shape
         layer = cls(in_features, up.shape[0], rank, bias is not None, device="meta", dtype=down.dtype)
         layer.down, layer.up = nn.Parameter(down.detach()), nn.Parameter(up.detach())
@@ -120,37 +181,8 @@ class MixedRankLinear(nn.Module):
         wide = torch.promote_types(self.down.dtype, torch.float32)
         return (self.up.to(wide) @ self.down.to(wide)).to(self.down.dtype)
 
-    def merge(self) -> nn.Linear:
-        """Return a plain ``nn.Linear`` with the same weight and bias, in the same dtype, device and mode."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.detach())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear.train(self.training)
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and self._packs():
-            return packing.lowrank_linear(x, self.down, self.up, self.bias)
-        return ops.lowrank_linear(x, self.down, self.up, self.bias, self._packed())
-
-    def _packed(self) -> Tensor | None:
-        """The factors packed for the CPU kernels, where the call will really use them as they are now."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return None  # a graph would keep what was packed while it was traced
-        return packing.packed(self.down, self.up) if self._packs() else None
-
-    def _packs(self) -> bool:
-        """Whether a call would use packed factors more than once."""
-        if not isinstance(self.down, Tensor) or self.down.device.type != "cpu":  # torch.fx traces with stand-ins
-            return False
-        trains = torch.is_grad_enabled() and (self.down.requires_grad or self.up.requires_grad)
-        return not trains and not torch.is_autocast_enabled("cpu")
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
+    def _weights(self) -> tuple[Tensor, ...]:
+        return self.down, self.up
 
 
 class SplitLinear(nn.Module):
@@ -236,3 +268,12 @@ def check_rank(rank: int, in_features: int, out_features: int) -> None:
             f"rank must be from 1 to {full} for a layer of {in_features} inputs and {out_features} outputs, "
             f"but it was {rank}"
         )
+
+
+def check_like(down: Tensor, **others: Tensor | None) -> None:
+    """Raise InputError unless every other tensor has the dtype and device of ``down``."""
+    for name, tensor in others.items():
+        if tensor is not None and (tensor.dtype != down.dtype or tensor.device != down.device):
+            raise InputError(
+                f"{name} must be {down.dtype} on {down.device} as down is, but it was {tensor.dtype} on {tensor.device}"
+            )

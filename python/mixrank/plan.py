@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 from mixrank.errors import InputError
 
+FORMS = ("factors", "pivoted")
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -19,6 +21,8 @@ class LayerPlan:
         bias: whether the layer has a bias in the compressed model (a factored layer may gain one: the mean correction).
         parameters_before: weight and bias of the original layer.
         parameters_after: weight or factors, and bias, in the compressed model.
+        form: how a layer with a rank is held, as ``"factors"`` (:class:`mixrank.MixedRankLinear`) or ``"pivoted"``
+            (:class:`mixrank.PivotedLinear`); of no meaning where the layer stays dense.
     """
 
     name: str
@@ -28,6 +32,7 @@ class LayerPlan:
     bias: bool
     parameters_before: int
     parameters_after: int
+    form: str = "factors"
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,15 @@ class Plan:
     def describe(self) -> str:
         """Return the plan as a table in plain text, one line a layer, totals last."""
         width = max([len(layer.name) for layer in self.layers], default=5)
-        lines = [f"{'layer':<{width}}  {'K':>5}  {'N':>5}  {'rank':>5}  {'before':>10}  {'after':>10}  {'kept':>6}"]
+        lines = [
+            f"{'layer':<{width}}  {'K':>5}  {'N':>5}  {'rank':>5}  {'form':>7}  {'before':>10}  {'after':>10}  "
+            f"{'kept':>6}"
+        ]
         for layer in self.layers:
-            rank = "dense" if layer.rank is None else str(layer.rank)
+            rank, form = ("dense", "") if layer.rank is None else (layer.rank, layer.form)
             kept = layer.parameters_after / layer.parameters_before
             lines.append(
-                f"{layer.name:<{width}}  {layer.in_features:>5}  {layer.out_features:>5}  {rank:>5}  "
+                f"{layer.name:<{width}}  {layer.in_features:>5}  {layer.out_features:>5}  {rank:>5}  {form:>7}  "
                 f"{layer.parameters_before:>10}  {layer.parameters_after:>10}  {kept:>6.1%}"
             )
         lines.append(f"all parameters: {self.parameters_before} -> {self.parameters_after} ({self.keep:.1%} kept)")
@@ -95,7 +103,8 @@ class Plan:
             sizes = (layer.in_features, layer.out_features, layer.parameters_before, layer.parameters_after)
             whole = all(type(size) is int and size > 0 for size in sizes)
             ranked = layer.rank is None or (type(layer.rank) is int and layer.rank > 0)
-            if type(layer.name) is not str or not whole or not ranked or type(layer.bias) is not bool:
+            known = type(layer.bias) is bool and layer.form in FORMS
+            if type(layer.name) is not str or not whole or not ranked or not known:
                 raise InputError(f"the plan's entry for layer {layer.name!r} has a field of the wrong type or range")
         if not all(type(name) is str for name in plan.split):
             raise InputError("the plan's list of split layers must hold names")

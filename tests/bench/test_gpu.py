@@ -108,7 +108,7 @@ def test_a_case_that_cannot_be_made_does_not_end_the_run(monkeypatch, tmp_path):
 def test_no_case_is_begun_after_the_time_is_up(tmp_path, capsys):
     assert gpu.run(gpu.Options("cpu", tmp_path / "gpu.jsonl", seconds=-1.0, parts=("cases",)))
     assert [row["kind"] for row in environment.read(tmp_path / "gpu.jsonl")] == ["settings"]
-    assert "21 of 21 are left out for lack of time" in capsys.readouterr().out
+    assert "24 of 24 are left out for lack of time" in capsys.readouterr().out
 
 
 def test_cases_are_distinct_and_begin_with_those_of_the_bars():

@@ -36,10 +36,21 @@ def test_factors_have_the_share_that_is_kept(keep, k, n):
     assert abs(rank * (k + n) - keep * k * n) <= 4 * (k + n)
 
 
+@pytest.mark.parametrize(("keep", "k", "n"), [(0.6, 768, 3072), (0.4, 1024, 1024), (0.95, 192, 192)])
+def test_the_pivoted_form_has_the_share_that_is_kept_at_a_higher_rank(keep, k, n):
+    rank = ops.pivoted_rank_of(keep, k, n)
+    assert rank % 8 == 0
+    assert abs(rank * (k + n - rank) - keep * k * n) <= 4 * (k + n - 2 * rank) + 16
+    assert ops.rank_of(keep, k, n) < rank < min(k, n)
+
+
 def test_operations_and_bytes_are_those_that_have_to_be():
     linear = Case("lowrank_linear", "", torch.bfloat16, 3, 64, 32, 8)
     assert linear.flops == 2 * 3 * 8 * 64 + 2 * 3 * 8 * 32
     assert linear.bytes == 2 * (3 * 64 + 8 * 64 + 32 * 8 + 32 + 3 * 32)
+    pivoted = Case("pivoted_linear", "", torch.bfloat16, 3, 64, 32, 8)
+    assert pivoted.flops == 2 * 3 * 8 * 64 + 2 * 3 * 8 * (32 - 8)
+    assert pivoted.bytes == 2 * (3 * 64 + 8 * 64 + (32 - 8) * 8 + 32 + 3 * 32) + 2 * 32
     branch = Case("lowrank_residual_linear", "", torch.float32, 3, 64, 32, 8, 0.4, "branch")
     assert branch.flops - linear.flops == 2 * 3 * 16 * (64 + 32)
     blocks = Case("lowrank_residual_linear", "", torch.float32, 3, 640, 320, 8, 0.4, "blocks 32")

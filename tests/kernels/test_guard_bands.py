@@ -17,7 +17,7 @@ from torch import Tensor
 from mixrank_kernels import ops, packing, reference, testing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LINEAR, RESIDUAL = "lowrank_linear", "lowrank_residual_linear"
+LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
 CHANGED = {GRAM: ("gram", "column_sum"), CROSS: ("cross",)}
 # Around an input: in place of NaN no valid index, and bytes that are NaN in any dtype.
@@ -36,6 +36,17 @@ RESIDUAL_SIZES = (
     (32, 48, 7, 0, 16),
     (64, 32, 9, 17, 32),
     (96, 64, 33, 5, 32),
+)
+# K, N, R: the same, with every row a pivot, and ranks around a piece of a row block (384).
+PIVOTED_SIZES = (
+    (1, 1, 1),
+    (5, 2, 1),
+    (13, 16, 9),
+    (63, 32, 17),
+    (64, 40, 8),
+    (65, 64, 31),
+    (9, 421, 389),
+    (8, 400, 384),
 )
 GRAM_SIZES = ((1,), (7,), (8,), (9,), (15,), (17,), (31,), (32,), (33,), (67,))
 CROSS_SIZES = ((1, 1), (7, 5), (8, 32), (17, 9), (33, 31), (31, 67))
@@ -104,6 +115,18 @@ def linear_arguments(m: int, k: int, n: int, r: int) -> dict[str, Tensor]:
     }
 
 
+def pivoted_arguments(m: int, k: int, n: int, r: int) -> dict[str, Tensor]:
+    places = torch.randperm(n)
+    return {
+        "x": integers(m, k, high=4),
+        "down": integers(r, k, high=1),
+        # Few of them, or sums would not be numbers of every dtype.
+        "coefficients": integers(n - r, r, high=1) * (torch.arange(r) < 8),
+        "index": torch.cat([places[:r].sort().values, places[r:].sort().values]),
+        "bias": integers(n, high=4),
+    }
+
+
 def residual_arguments(m: int, k: int, n: int, r: int, q: int, b: int) -> dict[str, Tensor | None]:
     arguments = linear_arguments(m, k, n, r)
     if q:
@@ -132,6 +155,7 @@ def calls(op: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
     make, sizes = {
         LINEAR: (linear_arguments, LINEAR_SIZES),
         RESIDUAL: (residual_arguments, RESIDUAL_SIZES),
+        PIVOTED: (pivoted_arguments, PIVOTED_SIZES),
         GRAM: (gram_arguments, GRAM_SIZES),
         CROSS: (cross_arguments, CROSS_SIZES),
     }[op]
@@ -143,7 +167,8 @@ def calls(op: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
 def pack(arguments: dict[str, Tensor], allocations: Allocations) -> Tensor:
     """The weights as the operator takes them packed, once more with guard bands around what is written."""
     allocations.offset, allocations.poison, allocations.made = 0, 0x5A, []
-    packed = packing.packed(**{name: value for name, value in arguments.items() if name not in ("x", "bias")})
+    make = packing.packed_pivots if "index" in arguments else packing.packed
+    packed = make(**{name: value for name, value in arguments.items() if name not in ("x", "bias")})
     assert [one.tensor.data_ptr() for one in allocations.made] == [packed.data_ptr()]
     allocations.made[0].assert_untouched()
     return packed
@@ -178,7 +203,7 @@ def check(
 def test_nothing_outside_the_operands_is_written_or_used(implementation, op, dtype, threads, allocations):
     torch.manual_seed(0)
     for first, arguments in calls(op):
-        kept = (*CHANGED.get(op, ()), "crow", "col")
+        kept = (*CHANGED.get(op, ()), "crow", "col", "index")
         cast = {name: value if name in kept else value.to(dtype) for name, value in arguments.items()}
         expected = list(testing.run(getattr(reference, op), testing.exact(cast)))
         operands = [cast] if op in CHANGED else [cast, cast | {"packed": pack(cast, allocations)}]

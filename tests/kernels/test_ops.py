@@ -15,10 +15,10 @@ from mixrank_kernels._schema import SCHEMAS, overload
 from mixrank_kernels.flops import FlopCounterMode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LINEAR, RESIDUAL = "lowrank_linear", "lowrank_residual_linear"
+LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
 # For each operator one sample that has every argument and no size that is a multiple of a tile.
-FULL = {LINEAR: "prime", RESIDUAL: "both-16", GRAM: "prime", CROSS: "prime"}
+FULL = {LINEAR: "prime", RESIDUAL: "both-16", PIVOTED: "prime", GRAM: "prime", CROSS: "prime"}
 
 
 def identify(value: object) -> str:
@@ -43,6 +43,7 @@ def test_every_compiled_implementation_of_this_machine_is_tested():
     isas = {f"cpu-{isa}" for isa in backend.isas()}
     for op in (LINEAR, GRAM):
         assert isas | {"cpu", "triton", "composite", "reference"} == set(backend.available("cpu", op))
+    assert isas | {"cpu", "composite", "reference"} == set(backend.available("cpu", PIVOTED))
     assert "portable" in backend.isas()
 
 
@@ -68,7 +69,14 @@ def test_small_integers_are_exact(implementation, op, sample, dtype, computes):
         if tensor is not None and tensor.is_floating_point():
             tensor.copy_(torch.randint(-2, 3, tensor.shape))
     # |hidden| stays below 2^8 and |y| below the dtype's last exact integer, so a few dense columns are enough.
-    for name, kept in {"down": 8, "up": 4, "residual_down": 8, "residual_up": 2, "values": 4}.items():
+    for name, kept in {
+        "down": 8,
+        "up": 4,
+        "residual_down": 8,
+        "residual_up": 2,
+        "values": 4,
+        "coefficients": 3,
+    }.items():
         if arguments.get(name) is not None:
             arguments[name][..., kept:] = 0
     exact = testing.run(getattr(reference, op), testing.exact(arguments))
@@ -145,13 +153,39 @@ def with_rounded_intermediates(x, down, up, bias=None, residual_down=None, resid
     return y.to(x.dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=identify)
+@pytest.mark.operators(PIVOTED)
+def test_what_the_pivots_make_is_rounded_once(implementation, op, dtype, rows):
+    """``large + 1`` is no number of this dtype: an intermediate that is rounded before its bias gives 0 or 2, not 1."""
+    large = 2 / torch.finfo(dtype).eps
+    x, down = torch.zeros(rows, 16, dtype=dtype), torch.zeros(9, 16, dtype=dtype)
+    x[:, 0], x[:, 1], down[:, :2] = large, 1, 1
+    index = torch.cat([torch.arange(1, 19, 2), torch.arange(0, 18, 2), torch.arange(18, 60)])
+    bias = torch.full((60,), -large, dtype=dtype)
+    y = ops.pivoted_linear(x, down, torch.eye(51, 9, dtype=dtype), index, bias)
+    rounds = implementation == "composite" and dtype == torch.bfloat16
+    assert rounds or torch.equal(y[:, index[:9]], torch.ones(rows, 9, dtype=dtype))
+    exact = implementation not in ("composite", "cpu-avx512bf16") or dtype == torch.float16
+    assert not exact or torch.equal(y[:, index[9:18]], torch.ones(rows, 9, dtype=dtype))
+    assert torch.equal(y[:, 18:], bias[18:].expand(rows, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.operators(PIVOTED, without=("composite", "reference"))
+def test_a_bias_of_any_stride_is_that_bias(implementation, op, dtype):
+    arguments = full_sample(op).arguments(dtype)
+    spread = arguments["bias"].repeat_interleave(2)[::2]
+    assert torch.equal(ops.pivoted_linear(**arguments | {"bias": spread}), ops.pivoted_linear(**arguments))
+
+
 NON_FINITE = [float("nan"), float("inf"), -float("inf")]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", NON_FINITE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
-@pytest.mark.operators(LINEAR, RESIDUAL)
+@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED)
 def test_non_finite_inputs_reach_their_own_row_alone(implementation, op, dtype, value, computes):
     computes(implementation, dtype)
     arguments = full_sample(op).arguments(dtype)
@@ -222,6 +256,8 @@ def test_flops_are_counted():
     assert counted(ops.lowrank_residual_linear, x, down, up) == 2 * 21 * 4 * (32 + 48)
     both = 2 * 21 * (4 + 2) * (32 + 48) + 2 * 21 * 3 * 16 * 16
     assert counted(ops.lowrank_residual_linear, x, down, up, **residual) == both
+    index = torch.cat([torch.arange(4), torch.arange(4, 48)])
+    assert counted(ops.pivoted_linear, x, down, torch.ones(44, 4), index) == 2 * 21 * 4 * (32 + 48 - 4)
     # The same work by name, past Python's wrapper with its positions.
     assert counted(overload(RESIDUAL), x, down, up, **residual) == both
     assert counted(ops.gram_accumulate_, torch.zeros(32, 32), x) == 21 * 32 * 33

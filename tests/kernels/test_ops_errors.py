@@ -8,7 +8,7 @@ import torch
 from mixrank_kernels import _checks, backend, ops
 from mixrank_kernels._schema import SCHEMAS, overload
 
-LINEAR, RESIDUAL = "lowrank_linear", "lowrank_residual_linear"
+LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
 
 
@@ -26,6 +26,13 @@ def good_arguments(op: str) -> dict[str, torch.Tensor | None]:
             "col": torch.tensor([1, 0, 1]),
             "values": torch.ones(3, 16, 16),
         },
+        PIVOTED: {
+            "x": torch.ones(3, 5),
+            "down": torch.ones(2, 5),
+            "coefficients": torch.ones(4, 2),
+            "index": torch.tensor([1, 4, 0, 2, 3, 5]),
+            "bias": torch.ones(6),
+        },
         GRAM: {
             "gram": torch.zeros(5, 5, dtype=torch.float64),
             "x": torch.ones(3, 5),
@@ -36,19 +43,15 @@ def good_arguments(op: str) -> dict[str, torch.Tensor | None]:
     }[op]
 
 
-def factor_calls(op: str, k: int, n: int) -> list[tuple]:
-    """What both operators of linear layers refuse about x [3, k], down [2, k], up [n, 2], bias [n] and packed."""
+def down_calls(op: str, k: int, n: int) -> list[tuple]:
+    """What all operators of linear layers refuse about x [3, k], down [2, k], bias [n] and packed."""
     return [
         (op, {"x": torch.tensor(1.0)}, r"x must have shape \[\.\.\., K\].* but it was \[\]"),
         (op, {"x": torch.ones(3, k).long()}, r"x must have one of the dtypes .* but it was (int64|Long)"),
         (op, {"x": torch.ones(3, 0), "down": torch.ones(2, 0)}, r"x must have at least one"),
         (op, {"down": torch.ones(2, k + 1)}, rf"down must have shape \[R, K\] with K = {k} .*was \[2, {k + 1}\]"),
         (op, {"down": torch.ones(k)}, rf"down must have shape \[R, K\] with K = {k} .*but it was \[{k}\]"),
-        (op, {"down": torch.ones(0, k), "up": torch.ones(n, 0)}, r"down must have at least one"),
         (op, {"down": torch.ones(2, k).half()}, r"down must have dtype float32 .*but it was float16"),
-        (op, {"up": torch.ones(n, 3)}, rf"up must have shape \[N, R\] with R = 2 .*but it was \[{n}, 3\]"),
-        (op, {"up": torch.ones(0, 2)}, r"up must have at least one"),
-        (op, {"up": torch.ones(n, 2).double()}, r"up must have dtype float32 .*but it was float64"),
         (op, {"bias": torch.ones(3)}, rf"bias must have shape \[N\] with N = {n} .*but it was \[3\]"),
         (op, {"bias": torch.ones(n).bfloat16()}, r"bias must have dtype float32 .*but it was bfloat16"),
         (op, {"bias": torch.ones(n, device="meta")}, r"bias must be on cpu .*but it was on meta"),
@@ -59,12 +62,37 @@ def factor_calls(op: str, k: int, n: int) -> list[tuple]:
     ]
 
 
+def factor_calls(op: str, k: int, n: int) -> list[tuple]:
+    """What both operators of factors refuse about x [3, k], down [2, k], up [n, 2], bias [n] and packed."""
+    return [
+        *down_calls(op, k, n),
+        (op, {"down": torch.ones(0, k), "up": torch.ones(n, 0)}, r"down must have at least one"),
+        (op, {"up": torch.ones(n, 3)}, rf"up must have shape \[N, R\] with R = 2 .*but it was \[{n}, 3\]"),
+        (op, {"up": torch.ones(0, 2)}, r"up must have at least one"),
+        (op, {"up": torch.ones(n, 2).double()}, r"up must have dtype float32 .*but it was float64"),
+    ]
+
+
 BRANCH, BLOCKS = dict.fromkeys(("residual_down", "residual_up")), dict.fromkeys(("crow", "col", "values"))
 TOGETHER = r"must be given together or not at all, but"
 
 BAD_CALLS = [
     *factor_calls(LINEAR, 5, 4),
     *factor_calls(RESIDUAL, 32, 48),
+    *down_calls(PIVOTED, 5, 6),
+    (PIVOTED, {"down": torch.ones(0, 5), "coefficients": torch.ones(4, 0)}, r"down must have at least one"),
+    (
+        PIVOTED,
+        {"coefficients": torch.ones(4, 3)},
+        r"coefficients must have shape \[N - R, R\] with R = 2 \(the rows of down\), but it was \[4, 3\]",
+    ),
+    (PIVOTED, {"coefficients": torch.ones(8)}, r"coefficients must have shape \[N - R, R\] .*but it was \[8\]"),
+    (PIVOTED, {"coefficients": torch.ones(4, 2).half()}, r"coefficients must have dtype float32 .*but it was float16"),
+    (PIVOTED, {"coefficients": torch.ones(3, 2)}, r"index must have shape \[N\] with N = 5 .*but it was \[6\]"),
+    (PIVOTED, {"index": torch.ones(6, 1).long()}, r"index must have shape \[N\] with N = 6 .*but it was \[6, 1\]"),
+    (PIVOTED, {"index": torch.ones(6)}, r"index must have one of the dtypes int16, int32, int64, but it was float32"),
+    (PIVOTED, {"index": torch.ones(12).long()[::2]}, r"index must be contiguous, but its strides were \[2\]"),
+    (PIVOTED, {"index": torch.ones(6, device="meta").long()}, r"index must be on cpu .*but it was on meta"),
     (RESIDUAL, {"residual_down": None}, rf"residual_down, residual_up {TOGETHER} residual_down was missing"),
     (RESIDUAL, {"residual_up": None}, rf"residual_down, residual_up {TOGETHER} residual_up was missing"),
     (RESIDUAL, BRANCH | {"crow": None}, rf"crow, col, values {TOGETHER} crow was missing"),
@@ -170,6 +198,53 @@ BAD_INDICES = [
         ([0, 2, 2, 3], [1, 0, -1], r"col must be at least 0 and less than 2 \(K / b\), but it was -1"),
     ]
 ]
+
+
+ORDER = r"index must hold 0 to 5 once each, rising in its first 2 entries \(the rows of down\) and in the others, but"
+BAD_PIVOTS = [
+    (PIVOTED, {"index": torch.tensor(entries)}, rf"{ORDER} {missing} was missing or out of order")
+    for entries, missing in [
+        ([4, 1, 0, 2, 3, 5], 1),
+        ([1, 4, 0, 3, 2, 5], 2),
+        ([1, 4, 0, 2, 3, 4], 5),
+        ([1, 4, 0, 2, 3, 6], 5),
+        ([-1, 4, 0, 2, 3, 5], 1),
+        ([1, 1, 0, 2, 3, 5], 4),
+        ([0, 1, 2, 3, 4, 2**15 - 1], 5),
+    ]
+]
+
+
+@pytest.mark.parametrize("index", [torch.int16, torch.int32, torch.int64], ids=["int16", "int32", "int64"])
+@pytest.mark.parametrize("rows", [3, 30])
+@pytest.mark.parametrize(
+    ("implementation", "op", "changed", "message"), each_implementation(BAD_PIVOTS), indirect=["implementation"]
+)
+def test_pivots_out_of_order_are_named(implementation, op, changed, message, rows, index):
+    arguments = good_arguments(op) | {"x": torch.ones(rows, 5), "index": changed["index"].to(index)}
+    with pytest.raises(RuntimeError, match=f"^{op}: {message}"):
+        ops.pivoted_linear(**arguments)
+
+
+def test_pivots_are_read_once_and_again_after_a_write(monkeypatch):
+    read = []
+    original = _checks._read_pivots
+    monkeypatch.setattr(_checks, "_read_pivots", lambda *arguments: read.append(1) or original(*arguments))
+    arguments = good_arguments(PIVOTED)
+    with backend.use("reference"):
+        for _ in range(3):
+            ops.pivoted_linear(**arguments)
+        assert len(read) == 1
+        arguments["index"][0] = 4
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="1 was missing or out of order"):
+                ops.pivoted_linear(**arguments)
+        # The same entries, but another number of them are pivots.
+        index = torch.tensor([1, 4, 0, 2, 3, 5])
+        ops.pivoted_linear(**arguments | {"index": index})
+        more = {"down": torch.ones(3, 5), "coefficients": torch.ones(3, 3), "index": index}
+        with pytest.raises(RuntimeError, match="0 was missing or out of order"):
+            ops.pivoted_linear(**arguments | more)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixrank_kernels import backend, ops, packing, testing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LINEAR, RESIDUAL = "lowrank_linear", "lowrank_residual_linear"
+LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
 # Around the rows of a tile (12) and the switch from dot products to packed weights (24 rows).
 ROWS = (1, 2, 3, 5, 11, 12, 13, 25, 37)
 
@@ -60,12 +60,20 @@ def blocks(b: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return made | {"crow": crow, "col": col, "values": (torch.randn(64 // b, b, b) / b**0.5).to(dtype)}
 
 
+def pivots(dtype: torch.dtype) -> dict[str, Tensor]:
+    down, coefficients = factors((13, 37), (48, 13), dtype=dtype)
+    places = torch.randperm(61)
+    index = torch.cat([places[:13].sort().values, places[13:].sort().values])
+    return {"down": down, "coefficients": coefficients, "index": index}
+
+
 WEIGHTS = {
     "odd-rank": (LINEAR, low_rank),
     "transposed": (LINEAR, transposed),
     "branch": (RESIDUAL, branch),
     "blocks-16": (RESIDUAL, lambda dtype: blocks(16, dtype)),
     "blocks-32": (RESIDUAL, lambda dtype: blocks(32, dtype)),
+    "pivots": (PIVOTED, pivots),
 }
 
 
@@ -74,8 +82,8 @@ WEIGHTS = {
 def test_results_are_those_without_packing(isa, kind, dtype):
     op, make = WEIGHTS[kind]
     weights = make(dtype)
-    (bias,) = factors((1, weights["up"].shape[0]), dtype=dtype)
-    packed = packing.packed(**weights)
+    (bias,) = factors((1, weights["index" if op == PIVOTED else "up"].shape[0]), dtype=dtype)
+    packed = (packing.packed_pivots if op == PIVOTED else packing.packed)(**weights)
     for rows in ROWS:
         arguments = {"x": torch.randn(rows, weights["down"].shape[1]).to(dtype), "bias": bias[0], **weights}
         actual = getattr(ops, op)(**arguments, packed=packed)
@@ -198,6 +206,35 @@ def test_every_weight_of_a_residual_is_watched():
             ops.lowrank_residual_linear(x, **weights, packed=after), ops.lowrank_residual_linear(x, **weights)
         )
     assert packing.packed(weights["down"], weights["up"]) is not after
+
+
+def test_every_weight_of_pivots_is_watched():
+    weights, x = pivots(torch.float32), torch.randn(30, 37)
+    for name in weights:
+        before = packing.packed_pivots(**weights)
+        assert packing.packed_pivots(**weights) is before
+        weights[name].copy_(weights[name].clone())
+        after = packing.packed_pivots(**weights)
+        assert after is not before, name
+        assert torch.equal(ops.pivoted_linear(x, **weights, packed=after), ops.pivoted_linear(x, **weights))
+    before = ops.pivoted_linear(x, **weights)
+    for name in ("coefficients", "index"):
+        changed = weights[name].data
+        changed.copy_(-changed if name == "coefficients" else pivots(torch.float32)["index"])
+        after = ops.pivoted_linear(x, **weights, packed=packing.packed_pivots(**weights))
+        assert torch.equal(after, ops.pivoted_linear(x, **weights)), "a write that torch does not count"
+        assert not torch.equal(after, before)
+        before = after
+
+
+def test_pivots_and_factors_are_not_taken_for_each_other():
+    weights = pivots(torch.float32)
+    both = {"with": packing.packed_pivots(**weights), "without": packing.packed(weights["down"], torch.randn(61, 13))}
+    x = torch.ones(3, 37)
+    with pytest.raises(RuntimeError, match=r"packed must be made from these factors, .* without an index"):
+        ops.pivoted_linear(x, **weights, packed=both["without"])
+    with pytest.raises(RuntimeError, match=r"packed must be made from these factors, .* with an index"):
+        ops.lowrank_linear(x, weights["down"], torch.randn(61, 13), packed=both["with"])
 
 
 def test_another_instruction_set_packs_anew():

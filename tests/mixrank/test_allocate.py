@@ -12,20 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mixrank import InputError, allocate, apply_, calibrate, compress, decompose
-from mixrank.allocate import Point, greedy, lower_hull, remaining_error, tokens_per_layer
+from mixrank import InputError, MixedRankLinear, PivotedLinear, allocate, apply_, calibrate, compress, decompose
+from mixrank.allocate import Point, check_budget, greedy, lower_hull, remaining_error, tokens_per_layer
 from mixrank.models import count_bytes, count_macs, count_parameters
 from mixrank.sensitivity import Sensitivity
 
+LAYERS = {"factors": MixedRankLinear, "pivoted": PivotedLinear}
 BUDGETS = [0.95, 0.7, 0.5, 0.3, 0.22]
 
 
+@pytest.mark.parametrize("form", ["factors", "pivoted"])
 @pytest.mark.parametrize("ranks", ["mixed", "uniform"])
 @pytest.mark.parametrize("energy", ["weight", "output"])
 @pytest.mark.parametrize("keep", BUDGETS)
-def test_the_budget_is_never_exceeded_and_nearly_used(model, images, ranks, energy, keep):
+def test_the_budget_is_never_exceeded_and_nearly_used(model, images, ranks, energy, keep, form):
     factorisations = decompose(model, calibrate(model, [images]))
-    plan = allocate(model, factorisations, keep=keep, ranks=ranks, energy=energy)
+    plan = allocate(model, factorisations, keep=keep, ranks=ranks, energy=energy, form=form)
     total = count_parameters(model)
     assert plan.parameters_before == total
     assert plan.parameters_after <= keep * total
@@ -41,20 +43,83 @@ def test_the_budget_is_never_exceeded_and_nearly_used(model, images, ranks, ener
     assert count_parameters(model) == plan.parameters_after
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
-        assert (type(module) is nn.Linear) == (layer.rank is None)
+        assert type(module) is (nn.Linear if layer.rank is None else LAYERS[form])
+        assert layer.form == ("factors" if layer.rank is None else form)
         assert (module.bias is not None) == layer.bias
         assert sum(p.numel() for p in module.parameters()) == layer.parameters_after
         assert layer.parameters_after <= layer.parameters_before
 
 
-def test_budgets_in_bytes_and_macs(model, images):
+@pytest.mark.parametrize("form", ["factors", "pivoted"])
+def test_budgets_in_bytes_and_macs(model, images, form):
     factorisations = decompose(model, calibrate(model, [images]))
     limit = int(0.55 * count_bytes(model))
-    by_bytes = apply_(copy.deepcopy(model), allocate(model, factorisations, max_bytes=limit), factorisations)
+    by_bytes = apply_(copy.deepcopy(model), allocate(model, factorisations, max_bytes=limit, form=form), factorisations)
     assert 0.98 * limit < count_bytes(by_bytes) <= limit
     limit = int(0.6 * count_macs(model))
-    by_macs = apply_(copy.deepcopy(model), allocate(model, factorisations, max_macs=limit), factorisations)
+    by_macs = apply_(copy.deepcopy(model), allocate(model, factorisations, max_macs=limit, form=form), factorisations)
     assert 0.97 * limit < count_macs(by_macs) <= limit
+
+
+@pytest.mark.parametrize("unit", ["keep", "max_bytes", "max_macs"])
+def test_what_the_pivoted_form_costs_is_what_the_model_then_has(model, unit):
+    """To the last number, byte (the index included) and multiply-accumulate."""
+    factorisations = decompose(model, factors="svd")
+    count = {"keep": count_parameters, "max_bytes": count_bytes, "max_macs": count_macs}[unit]
+    limits = dict.fromkeys(("keep", "max_bytes", "max_macs"))
+    limits[unit] = 0.6 if unit == "keep" else int(0.6 * count(model))
+    shapes = {name: factorisation.shape for name, factorisation in factorisations.items()}
+    options = {"ranks": "mixed", "energy": "weight", "step": 8, "form": "pivoted"}
+    budget, fixed = check_budget(model, shapes, **limits, **options)
+    plan = allocate(model, factorisations, **limits, form="pivoted")
+    assert any(layer.rank is not None for layer in plan.layers)
+    expected = fixed + sum(budget.cost(layer.name, shapes[layer.name], layer.rank) for layer in plan.layers)
+    assert count(apply_(model, plan, factorisations)) == expected
+
+
+def test_the_pivoted_form_has_more_rank_and_less_error_in_the_same_budget(model):
+    factorisations = decompose(model, factors="svd")
+    plans = {form: allocate(model, factorisations, keep=0.5, form=form) for form in ("factors", "pivoted")}
+
+    def error(form: str) -> float:
+        kept = {layer.name: layer.rank for layer in plans[form].layers if layer.rank is not None}
+        return sum(1 - factorisations[name].weight_energy[:rank].sum().item() for name, rank in kept.items())
+
+    assert error("pivoted") < 0.95 * error("factors")
+
+
+def test_pivoted_ranks_reach_up_to_where_the_dense_weight_costs_no_more(model):
+    """At full rank R (K + N - R) is K N; the dense weight, which has no error, takes that place."""
+    factorisations = decompose(model, factors="svd")
+    plan = allocate(model, factorisations, keep=0.99, form="pivoted", ranks="uniform")
+    assert all(layer.rank is None or layer.rank < min(layer.in_features, layer.out_features) for layer in plan.layers)
+    assert any(layer.rank is not None and layer.rank > 0.8 * layer.in_features for layer in plan.layers)
+    assert all(layer.parameters_after <= layer.parameters_before for layer in plan.layers)
+    whole = allocate(model, factorisations, keep=1.0, form="pivoted")
+    assert all(layer.rank is None for layer in whole.layers)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 12), st.integers(2, 12), st.integers(0, 2**31)), min_size=1, max_size=3))
+def test_greedy_with_pivoted_costs_is_never_over_budget_and_at_most_a_layer_from_the_best(layers):
+    """Costs that rise ever more slowly make the points non-convex: against exhaustive search at every budget."""
+    choices = {}
+    for number, (k, n, seed) in enumerate(layers):
+        energy = np.sort(np.random.default_rng(seed).random(min(k, n)) ** 3)[::-1]
+        left = 1 - energy.cumsum() / energy.sum()
+        points = [Point(r, r * (k + n - r), max(0.0, left[r - 1])) for r in range(1, min(k, n))]
+        choices[str(number)] = [*points, Point(None, k * n, 0.0)]
+    most = sum(points[-1].cost for points in choices.values())
+    plans = list(itertools.product(*choices.values()))
+    jump = max(points[-1].cost for points in choices.values())
+    for available in range(sum(points[0].cost for points in choices.values()), most + 1, 7):
+        chosen = greedy(choices, available)
+        assert sum(point.cost for point in chosen.values()) <= available
+        best = min(
+            (sum(p.error for p in plan) for plan in plans if sum(p.cost for p in plan) <= available - jump),
+            default=float("inf"),
+        )
+        assert sum(point.error for point in chosen.values()) <= best + 1e-9
 
 
 def test_tokens_per_layer_counts_one_image(model):
@@ -80,6 +145,7 @@ def test_tokens_per_layer_counts_one_image(model):
             {"keep": 0.5, "energy": "solar"},
             "energy must be one of weight, output, held_out, mixed, sensitivity, but it was 'solar'",
         ),
+        ({"keep": 0.5, "form": "round"}, "form must be one of factors, pivoted, but it was 'round'"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused_before_the_work(model, budget, message):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import resource
 import struct
@@ -33,7 +34,7 @@ def image(model: nn.Module) -> torch.Tensor:
     return torch.randn(3, *models.preprocessing(model)["input_size"])
 
 
-def compressed(architecture: str, args: dict, split: bool = False) -> nn.Module:
+def compressed(architecture: str, args: dict, split: bool = False, form: str = "factors") -> nn.Module:
     """A model of the shape that compression leaves, without its work: factors are random."""
     model = timm.create_model(architecture, **args).eval()
     models.expose_qkv_(model)
@@ -44,12 +45,17 @@ def compressed(architecture: str, args: dict, split: bool = False) -> nn.Module:
         n, k, bias = linear.out_features, linear.in_features, linear.bias is not None
         rank = None if number % 3 == 2 else min(8, n, k)
         # A factored layer may have a bias that the dense one had not.
-        after = n * k + n * bias if rank is None else rank * (k + n) + n
-        layers.append(LayerPlan(name, k, n, rank, bias, n * k + n * bias, after))
+        numbers = 0 if rank is None else rank * (k + n - (rank if form == "pivoted" else 0))
+        after = n * k + n * bias if rank is None else numbers + n
+        layers.append(LayerPlan(name, k, n, rank, bias, n * k + n * bias, after, form))
     counts = [sum(getattr(layer, f"parameters_{when}") for layer in layers) for when in ("before", "after")]
     restructure_(model, Plan(tuple(layers), *counts, split=names, options={"keep": 0.6}))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
+    for module in model.modules():
+        if isinstance(module, mixrank.PivotedLinear):
+            parts = torch.randperm(module.out_features).split([module.rank, module.out_features - module.rank])
+            module.index.copy_(torch.cat([part.sort().values for part in parts]))
     return model
 
 
@@ -88,10 +94,14 @@ def assert_same(model: nn.Module, other: nn.Module, *, outputs: bool = True) -> 
             assert torch.equal(model(x), other(x))
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+@pytest.mark.parametrize(
+    ("split", "form"),
+    [(False, "factors"), (True, "factors"), (False, "pivoted"), (True, "pivoted")],
+    ids=["fused", "split", "pivoted", "split-pivoted"],
+)
 @pytest.mark.parametrize(("architecture", "args"), FAMILIES.values(), ids=FAMILIES)
-def test_a_compressed_model_comes_back_bit_for_bit(path, architecture, args, split):
-    model = compressed(architecture, args, split)
+def test_a_compressed_model_comes_back_bit_for_bit(path, architecture, args, split, form):
+    model = compressed(architecture, args, split, form)
     random = torch.get_rng_state()
     mixrank.save(model, path, metadata={"top1": 81.5})
     loaded = mixrank.load(path)
@@ -135,6 +145,46 @@ def test_a_model_that_was_not_compressed(path):
     assert loaded.mixrank_plan is None
     mixrank.save(loaded, path)
     assert_same(model, mixrank.load(path))
+
+
+def test_plans_from_before_there_were_forms_are_of_factors(small, path):
+    mixrank.save(small, path)
+    entries, own, data = parts(path)
+    for layer in own["plan"]["layers"]:
+        del layer["form"]
+    assemble(path, entries, own, data)
+    loaded = mixrank.load(path)
+    assert_same(small, loaded)
+    assert loaded.mixrank_plan == small.mixrank_plan
+
+
+def test_the_index_of_a_pivoted_layer_is_saved_in_int16(path):
+    model = compressed(*VIT, form="pivoted")
+    mixrank.save(model, path)
+    infos = checkpoint.read_header(path).tensors
+    indices = [info for name, info in infos.items() if name.endswith(".index")]
+    assert len(indices) == sum(isinstance(module, mixrank.PivotedLinear) for module in model.modules())
+    assert {info.dtype for info in indices} == {torch.int16}
+    assert models.count_bytes(model) == sum(math.prod(i.shape) * i.dtype.itemsize for i in infos.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.flip(0), "index must hold 0 to 575 once each, rising in its first 8 entries"),
+        (lambda index: index + 1, "index must hold 0 to 575 once each"),
+        (lambda index: index.int(), "index is torch.int32 instead of torch.int16"),
+        (lambda index: index[:-1], r"first: blocks.0.attn.qkv.index, \[575\] instead of \[576\]"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(path, change, message):
+    mixrank.save(compressed(*VIT, form="pivoted"), path)
+    _, own, _ = parts(path)
+    tensors = safetensors.torch.load_file(path)
+    tensors["blocks.0.attn.qkv.index"] = change(tensors["blocks.0.attn.qkv.index"])
+    safetensors.torch.save_file(tensors, path, metadata={"mixrank": json.dumps(own)})
+    with pytest.raises(InputError, match=message):
+        mixrank.load(path)
 
 
 def test_equal_models_give_equal_bytes(small, path, tmp_path):
@@ -280,6 +330,8 @@ def _drop(field: str):
         (_layer(rank=10**9), "rank must be from 1 to 192"),
         (_layer(in_features=7), "with 7 inputs"),
         (_layer(bias=None), "has a field of the wrong type"),
+        (_layer(form="round"), "has a field of the wrong type or range"),
+        (_layer(form="pivoted"), r"missing \(first: blocks.0.attn.qkv.coefficients\)"),
         (_set(preprocessing={}), "the preprocessing's input_size cannot be used"),
         (_set(buffer_dtypes={"x": "float16"}), "there is no computed buffer x"),
         (_set(buffer_dtypes={"x": "float12"}), "not mixrank's: KeyError.'float12'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -12,7 +13,7 @@ import torch
 
 import mixrank
 from mixrank import InputError, allocate, apply_, compress, decompose
-from mixrank.models import count_parameters
+from mixrank.models import count_macs, count_parameters, create_model, split_qkv_
 from mixrank.sample import Sample
 
 
@@ -99,6 +100,38 @@ def test_layers_that_are_never_called_stay_dense_and_are_noted(model, images):
         assert result.plan.keep <= 0.6
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_pivoted_form_computes_what_the_factors_compute(model, images, split, dtype):
+    """At the same ranks, to rounding, with fewer parameters and operations."""
+    model, images = model.to(dtype), images.to(dtype)
+    factored = copy.deepcopy(model)
+    plan = compress(model, keep=0.5, factors="svd", form="pivoted", split_qkv=split).plan
+    if split:
+        split_qkv_(factored)
+    same = [dataclasses.replace(layer, form="factors") for layer in plan.layers]
+    factorisations = decompose(factored, factors="svd")
+    apply_(factored, dataclasses.replace(plan, layers=tuple(same)), factorisations)
+    pivoted = [module for module in model.modules() if isinstance(module, mixrank.PivotedLinear)]
+    assert len(pivoted) == sum(layer.rank is not None for layer in plan.layers) > 0
+    assert not any(isinstance(module, mixrank.MixedRankLinear) for module in model.modules())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    with torch.no_grad():
+        assert (model(images) - factored(images)).norm() < tolerance * factored(images).norm()
+    assert count_parameters(model) < count_parameters(factored)
+    assert count_macs(model) < count_macs(factored)
+
+
+def test_compress_in_the_pivoted_form_comes_back_from_a_checkpoint(images, tmp_path):
+    model = create_model("vit_tiny_patch16_224", args={"img_size": 32, "depth": 2, "num_classes": 7})
+    result = compress(model, [images], keep=0.6, form="pivoted")
+    assert result.plan.options["form"] == "pivoted"
+    assert count_parameters(model) == result.plan.parameters_after <= 0.6 * result.plan.parameters_before
+    assert " pivoted " in result.plan.describe()
+    mixrank.save(model, tmp_path / "model.safetensors")
+    assert torch.equal(mixrank.load(tmp_path / "model.safetensors")(images), model(images))
+
+
 def test_compress_without_images_is_plain_svd(model):
     result = compress(model, keep=0.5, factors="svd")
     assert result.images == 0
@@ -130,6 +163,8 @@ def test_a_plan_round_trips_through_json_and_describes_itself(model):
         lambda data: data["layers"][0].update(rank="8"),
         lambda data: data["layers"][0].update(rank=0),
         lambda data: data["layers"][0].update(surprise=1),
+        lambda data: data["layers"][0].update(form="round"),
+        lambda data: data["layers"][0].update(form=None),
         lambda data: data["layers"][0].update(in_features=-3),
         lambda data: data.update(split=[3]),
     ],

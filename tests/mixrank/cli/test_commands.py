@@ -73,6 +73,22 @@ def test_compress_takes_every_strategy(world, tmp_path: Path, more: list[str]) -
     assert all(f"note: {note}" in result.stdout for note in data["notes"])
 
 
+def test_the_pivoted_form_goes_through_every_command(world, tmp_path: Path) -> None:
+    out, results, page = (tmp_path / name for name in ("m.safetensors", "m.json", "m.html"))
+    result = world.invoke(*world.compress(out, "--form", "pivoted", "--json", str(results), "--report", str(page)))
+    assert result.exit_code == 0, result.output
+    data = json.loads(results.read_text())
+    assert data["compressed"]["parameters"] <= 0.5 * data["dense"]["parameters"]
+    assert data["options"]["form"] == "pivoted"
+    assert page.read_text().count("<svg") == 4
+    inspected = world.invoke("inspect", str(out))
+    assert " pivoted " in inspected.stdout, inspected.output
+    arguments = ["--images", str(world.flat), "--limit", "4", "--json", str(results), "--quiet"]
+    result = world.invoke("evaluate", str(out), *arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(results.read_text())["compressed"]["bytes"] == data["compressed"]["bytes"]
+
+
 @pytest.mark.parametrize(("option", "key"), [("--max-bytes", "bytes"), ("--max-macs", "macs")])
 def test_other_budgets_hold(world, tmp_path: Path, option: str, key: str) -> None:
     limit = int(0.6 * json.loads((world.root / "half.json").read_text())["dense"][key])
