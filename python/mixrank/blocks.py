@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixrank.accumulate import hooked
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
-from mixrank.nn import MixedRankLinear
+from mixrank.nn import LowRankLinear
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -22,7 +22,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """
     modules = dict(model.named_modules())
     dense = compressible_linears(model)
-    layers = [name for name, module in modules.items() if name in dense or isinstance(module, MixedRankLinear)]
+    layers = [name for name, module in modules.items() if name in dense or isinstance(module, LowRankLinear)]
     candidates = [
         name
         for name in modules

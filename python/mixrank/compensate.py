@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from mixrank.errors import InputError
 from mixrank.fidelity import Fidelity, compare, logits_of
 from mixrank.imitation import SCOPES, Imitation
-from mixrank.nn import MixedRankLinear
+from mixrank.nn import LowRankLinear
+from mixrank.nn_pivoted import put_back_, unpivot_
 from mixrank.progress import track
 from mixrank.training_state import TrainingState
 from mixrank.views import Views, gather
@@ -136,7 +137,8 @@ def compensate_(
     """Train a compressed model in place to follow the dense one on unlabelled images.
 
     The model is left at the step that followed the dense model best on the held-out images, which may be none: it is
-    never left worse than it came. Both models run in evaluation mode (no dropout).
+    never left worse than it came. Both models run in evaluation mode (no dropout). Layers in the pivoted form are
+    trained as factors and brought back into their form, the same up to rounding.
 
     Args:
         model: with factored layers; on any device, in fp32.
@@ -177,14 +179,21 @@ def compensate_(
     index = torch.arange(len(images))
     held = ((index + 1) * apart // len(images)) > (index * apart // len(images))
     views = Views(images[~held], options.batch_size, seed=options.seed, min_scale=options.min_scale)
-    training = _Training(model, dense, options, dtype, views, images[held])
-    original = {name: parameter.detach().clone() for name, parameter in training.parameters.items()}
+    pivoted = unpivot_(model)
     try:
-        with _modes(model, dense, training.parameters):
-            return training.run(steps, minutes, None if state is None else Path(state), progress)
+        training = _Training(model, dense, options, dtype, views, images[held])
+        original = {name: parameter.detach().clone() for name, parameter in training.parameters.items()}
+        try:
+            with _modes(model, dense, training.parameters):
+                result = training.run(steps, minutes, None if state is None else Path(state), progress)
+        except BaseException:
+            training.set(original)
+            raise
     except BaseException:
-        training.set(original)
+        put_back_(model, pivoted)
         raise
+    put_back_(model, pivoted, trained=result.best_step > 0)
+    return result
 
 
 def _check_budget(steps: int | None, minutes: float | None) -> None:
@@ -227,7 +236,7 @@ class _Training:
         views: Views,
         held: Tensor,
     ) -> None:
-        layers = [module for module in model.modules() if isinstance(module, MixedRankLinear)]
+        layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
         if not layers:
             raise InputError("the model has no factored layer to train: compress it first")
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}

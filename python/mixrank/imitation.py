@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixrank.blocks import blocks_of
 from mixrank.fidelity import divergence
-from mixrank.nn import MixedRankLinear
+from mixrank.nn import LowRankLinear
 
 SCOPES = ("layer", "block", "model")
 
@@ -28,7 +28,7 @@ class Imitation:
     def __init__(self, model: nn.Module, dense: nn.Module, scope: str, feature_weight: float) -> None:
         self.model, self.dense, self.scope, self.feature_weight = model, dense, scope, feature_weight
         if scope == "layer":
-            taps = {name: module for name, module in model.named_modules() if isinstance(module, MixedRankLinear)}
+            taps = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
         else:
             taps = blocks_of(model)
         self.taps = {name: (module, dense.get_submodule(name)) for name, module in taps.items()}

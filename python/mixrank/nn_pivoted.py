@@ -139,6 +139,15 @@ class PivotedLinear(LowRankLinear):
         factored = MixedRankLinear.from_linear(linear, rank, stats)
         return cls.from_factors(factored.down, factored.up, factored.bias).train(linear.training)
 
+    def to_factors(self) -> MixedRankLinear:
+        """The same layer, up to rounding, as factors of which ``up`` has orthonormal columns; found in float64."""
+        down, coefficients = self.down.detach().double(), self.coefficients.detach().double()
+        rows = torch.cat([torch.eye(self.rank, dtype=down.dtype, device=down.device), coefficients])
+        up, triangle = torch.linalg.qr(torch.empty_like(rows).index_copy(0, self.index.long(), rows))
+        bias = None if self.bias is None else self.bias.detach().clone()
+        factors = ((triangle @ down).to(self.down.dtype), up.to(self.down.dtype))
+        return MixedRankLinear.from_factors(*factors, bias).train(self.training)
+
     @property
     def weight(self) -> Tensor:
         """The ``[N, K]`` weight that the layer stands for, computed in fp32 and rounded once; differentiable."""
@@ -149,6 +158,23 @@ class PivotedLinear(LowRankLinear):
 
     def _weights(self) -> tuple[Tensor, ...]:
         return self.down, self.coefficients, self.index
+
+
+def unpivot_(model: nn.Module) -> dict[str, PivotedLinear]:
+    """Hold every layer in the pivoted form as factors, in place; returns the layers that were replaced, by name."""
+    pivoted = {name: module for name, module in model.named_modules() if isinstance(module, PivotedLinear)}
+    for name, layer in pivoted.items():
+        model.set_submodule(name, layer.to_factors())
+    return pivoted
+
+
+def put_back_(model: nn.Module, pivoted: dict[str, PivotedLinear], *, trained: bool = False) -> None:
+    """Undo :func:`unpivot_`: put back the layers that it returned or, if ``trained``, what became of their factors."""
+    for name, layer in pivoted.items():
+        factors = model.get_submodule(name)
+        if trained:
+            layer = PivotedLinear.from_factors(factors.down, factors.up, factors.bias).train(layer.training)
+        model.set_submodule(name, layer)
 
 
 def index_dtype(out_features: int) -> torch.dtype:

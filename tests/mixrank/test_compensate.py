@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from mixrank import compress
+from mixrank import PivotedLinear, compress
 from mixrank.blocks import block_of, blocks_of
 from mixrank.compensate import CompensationOptions, compensate_
 from mixrank.errors import InputError
@@ -77,6 +77,34 @@ def test_only_the_factored_layers_are_trained_unless_all_is_asked_for(pair):
     dense, model, images = copy.deepcopy(pair)
     compensate_(model, dense, images, steps=8, options=dataclasses.replace(OPTIONS, trained="all", learning_rate=5e-4))
     assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_pivoted_layers_are_trained_as_factors_and_stay_pivoted(pair):
+    dense, _, images = copy.deepcopy(pair)
+    model = copy.deepcopy(dense)
+    compress(model, images, keep=0.4, form="pivoted")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PivotedLinear)}
+    before = state_of(model)
+    ruined = compensate_(model, dense, images, steps=4, options=dataclasses.replace(OPTIONS, learning_rate=30.0))
+    assert ruined.best_step == 0
+    assert all(model.get_submodule(name) is layer for name, layer in layers.items())
+    assert same(before, model.state_dict())
+    result = compensate_(model, dense, images, steps=16, options=dataclasses.replace(OPTIONS, learning_rate=5e-4))
+    assert result.best_step > 0
+    assert all(isinstance(model.get_submodule(name), PivotedLinear) for name in layers)
+    held = torch.cat(images)[3::4].half().float()
+    with torch.inference_mode():
+        assert compare(model(held), dense(held)).divergence == pytest.approx(result.after.divergence, rel=1e-3)
+
+
+def test_a_pivoted_layer_as_factors_is_the_same_layer():
+    torch.manual_seed(0)
+    layer = PivotedLinear.from_factors(torch.randn(6, 20), torch.randn(30, 6), torch.randn(30))
+    factors = layer.to_factors()
+    assert torch.allclose(factors.weight, layer.weight, atol=1e-5)
+    assert torch.allclose(factors.up.mT @ factors.up, torch.eye(6), atol=1e-6)
+    assert torch.equal(factors.bias, layer.bias)
+    assert factors.bias is not layer.bias
 
 
 def test_a_learning_rate_that_ruins_the_model_leaves_it_as_it_was(pair):
