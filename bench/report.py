@@ -20,6 +20,7 @@ from mixrank_bench import (
     tables_ladder,
     tables_models,
     tables_ops,
+    tables_peers,
     tables_triton,
     tables_vit,
 )
@@ -34,6 +35,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "strategies": tables_vit.strategies,
         "costs": tables_vit.costs,
         "speeds": tables_vit.speeds,
+        "peers": tables_peers.peers,
     },
     "docs/benchmarks.md": {
         "machine": tables_ops.machine,

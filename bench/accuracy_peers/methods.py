@@ -1,0 +1,76 @@
+"""Every method by the name that its rows of results carry, with its source, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from mixrank.allocate import allocate
+from mixrank.apply import apply_
+from mixrank.decompose import Factorisation, decompose
+from mixrank.models import count_parameters
+from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, structured, svd_llm
+from mixrank_bench.accuracy_peers.factored import Compressed, compress_mixed, compress_uniform
+from mixrank_bench.accuracy_peers.statistics import Calibration
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compress a model without training.
+
+    Attributes:
+        source: where it was published.
+        ranks: how the budget is shared among the layers.
+        prepare: what it does once for all budgets, from the dense model, which it leaves as it is.
+        compress: the model, what ``prepare`` returned and the share of all parameters that may remain; it changes the
+            model in place.
+    """
+
+    source: str
+    ranks: str
+    prepare: Callable[[nn.Module, Calibration], Any]
+    compress: Callable[[nn.Module, Any, float], Compressed]
+
+
+def _plain(model: nn.Module, _calibration: Calibration) -> dict[str, Factorisation]:
+    return decompose(model, factors="svd")
+
+
+def _ours(model: nn.Module, calibration: Calibration) -> dict[str, Factorisation]:
+    return decompose(model, calibration.to_stats())
+
+
+def _images(_model: nn.Module, calibration: Calibration) -> Calibration:
+    return calibration
+
+
+def _product(model: nn.Module, factorisations: Mapping[str, Factorisation], keep: float, **options: Any) -> Compressed:
+    plan = allocate(model, factorisations, keep=keep, **options)
+    apply_(model, plan, factorisations)
+    return Compressed(count_parameters(model), {"ranks": {layer.name: layer.rank for layer in plan.layers}})
+
+
+UNIFORM, MIXED, SEARCHED, ONE_RATIO = "uniform", "mixed", "searched", "one ratio"
+ASVD = "Yuan et al. 2023, arXiv 2312.05821"
+TORCH_PRUNING = "Fang et al. 2023, arXiv 2301.12900; Torch-Pruning 1.6"
+
+METHODS = {
+    "mixrank, defaults": Method("this library", MIXED, _ours, _product),
+    "plain SVD, mixed": Method("Eckart and Young 1936", MIXED, _plain, _product),
+    "plain SVD, uniform": Method("Eckart and Young 1936", UNIFORM, _plain, partial(_product, ranks="uniform", step=1)),
+    "ASVD, uniform": Method(ASVD, UNIFORM, asvd.prepare, compress_uniform),
+    "ASVD, mixed": Method(ASVD, MIXED, asvd.prepare, compress_mixed),
+    "SVD-LLM": Method("Wang et al. 2024, arXiv 2403.07378", UNIFORM, svd_llm.prepare, compress_uniform),
+    "CorDA": Method("Yang et al. 2024, arXiv 2406.05223", UNIFORM, corda.prepare, compress_uniform),
+    "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform),
+    "OATS": Method("Zhang and Papyan 2024, arXiv 2409.13652", UNIFORM, _images, oats.compress),
+    "Torch-Pruning, uniform": Method(TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=False)),
+    "Torch-Pruning, bottleneck": Method(
+        TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=True)
+    ),
+    "ASVD, searched": Method(ASVD, SEARCHED, asvd_search.prepare, asvd_search.compress),
+}

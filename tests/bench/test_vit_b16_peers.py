@@ -1,0 +1,75 @@
+"""The comparison with published methods: what is still to be measured, and the table of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mixrank_bench import tables_peers, vit_b16_peers
+from mixrank_bench.accuracy_peers.methods import METHODS
+
+CONDITIONS = {"evaluation_dtype": "bfloat16", "calibration_images": 512, "seed": 0}
+ENVIRONMENT = {
+    "cpu": "a processor",
+    "threads": 1,
+    "torch": "2.14",
+    "timm": "1.0",
+    "commit": "abc",
+    "date": "2026-01-01",
+}
+
+
+def row(method: str, keep: float, top1: float, **others) -> dict:
+    found = {"method": method, "source": "somebody 2024", "how": "uniform", "keep": keep, "parameters": 1234567}
+    score = {"top1": top1, "agreement": 90.04, "kl": 0.12345, "images": 500, "correct": "1"}
+    return found | score | CONDITIONS | {"environment": ENVIRONMENT} | others
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    path = tmp_path / "peers.jsonl"
+    monkeypatch.setattr(vit_b16_peers, "OUT", path)
+    return path
+
+
+def write(path, *rows: dict) -> None:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+
+
+def test_what_was_measured_under_the_same_conditions_is_not_measured_again(out):
+    write(out, row("EVA", 0.5, 50), row("EVA", 0.4, 40, seed=1), row("dense", 1.0, 90))
+    found = vit_b16_peers.missing(out, ["EVA", "OATS"], [0.5, 0.4], CONDITIONS)
+    assert found == [("EVA", 0.4), ("OATS", 0.5), ("OATS", 0.4)]
+
+
+def test_methods_that_share_their_preparation_stand_together():
+    prepared = [method.prepare for method in METHODS.values()]
+    groups = [one for one, before in zip(prepared, [None, *prepared], strict=False) if one is not before]
+    assert len(groups) == len(set(prepared))
+
+
+def test_the_table_has_the_most_accurate_first_and_the_latest_of_each(out):
+    write(
+        out,
+        row("dense", 1.0, 90.2),
+        row("EVA", 0.5, 10.0),
+        row("EVA", 0.5, 60.0),
+        row("OATS", 0.5, 70.0, parameters_with_indices=1300000),
+        row("EVA", 0.4, 20.0),
+    )
+    lines = tables_peers.peers().splitlines()
+    assert lines[0] == "Dense: 1,234,567 parameters, top-1 90.2 %."
+    assert lines.index("### keep 0.5") < lines.index("### keep 0.4")
+    cells = [line for line in lines if line.startswith(("| EVA", "| OATS"))]
+    assert cells == [
+        "| OATS | uniform | 1,234,567 (1,300,000 with the places of the nonzeros) "
+        "| 70.0 | 90.0 | 0.123 | somebody 2024 |",
+        "| EVA | uniform | 1,234,567 | 60.0 | 90.0 | 0.123 | somebody 2024 |",
+        "| EVA | uniform | 1,234,567 | 20.0 | 90.0 | 0.123 | somebody 2024 |",
+    ]
+    assert "512 calibration images (seed 0), 500 test images, evaluated in bfloat16." in lines[-1]
+
+
+def test_without_a_run_the_table_says_so(out):
+    assert tables_peers.peers() == tables_peers.NO_RUN
