@@ -98,7 +98,13 @@ def cached_statistics(data: Data, model: torch.nn.Module, cache: Path | None) ->
         with safe_open(cache, "pt") as file:
             header = json.loads(file.metadata()["statistics"])
             layers = {
-                name: LayerStats(side, file.get_tensor(f"{name}.gram"), file.get_tensor(f"{name}.total"), rows)
+                name: LayerStats(
+                    side,
+                    file.get_tensor(f"{name}.gram"),
+                    file.get_tensor(f"{name}.total"),
+                    rows,
+                    images=header["images"],
+                )
                 for name, (side, rows) in header["layers"].items()
             }
         return CalibrationStats(layers, header["images"], header["seconds"])

@@ -19,7 +19,6 @@ from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
 from mixrank.cli_output import Stopwatch, gigamacs, megabytes, percent, rate, ratio, versions, write_json
-from mixrank.compress import layer_reports
 from mixrank.data import Batch
 from mixrank.decompose import decompose
 from mixrank.demo import ARCHITECTURE, ASSETS, IMAGES, MEAN, MODEL_ARGS, PREPROCESSING, STD, WEIGHTS
@@ -28,6 +27,7 @@ from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.files import check_writable, write_text
 from mixrank.models import create_model
 from mixrank.report import write_report
+from mixrank.result import layer_reports
 
 if TYPE_CHECKING:
     from rich.table import Table
