@@ -140,12 +140,16 @@ class PivotedLinear(LowRankLinear):
         return cls.from_factors(factored.down, factored.up, factored.bias).train(linear.training)
 
     def to_factors(self) -> MixedRankLinear:
-        """The same layer, up to rounding, as factors of which ``up`` has orthonormal columns; found in float64."""
+        """The same layer, up to rounding, as the singular value decomposition of its weight gives it, in float64.
+
+        The columns of ``up`` are orthonormal, the rows of ``down`` orthogonal, those of the largest norm first.
+        """
         down, coefficients = self.down.detach().double(), self.coefficients.detach().double()
         rows = torch.cat([torch.eye(self.rank, dtype=down.dtype, device=down.device), coefficients])
-        up, triangle = torch.linalg.qr(torch.empty_like(rows).index_copy(0, self.index.long(), rows))
+        frame, triangle = torch.linalg.qr(torch.empty_like(rows).index_copy(0, self.index.long(), rows))
+        left, values, right = torch.linalg.svd(triangle @ down, full_matrices=False)
         bias = None if self.bias is None else self.bias.detach().clone()
-        factors = ((triangle @ down).to(self.down.dtype), up.to(self.down.dtype))
+        factors = ((values[:, None] * right).to(self.down.dtype), (frame @ left).to(self.down.dtype))
         return MixedRankLinear.from_factors(*factors, bias).train(self.training)
 
     @property

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from mixrank import PivotedLinear, compress
+from mixrank import MixedRankLinear, PivotedLinear, compress
 from mixrank.blocks import block_of, blocks_of
 from mixrank.compensate import CompensationOptions, compensate_
 from mixrank.errors import InputError
@@ -79,6 +79,22 @@ def test_only_the_factored_layers_are_trained_unless_all_is_asked_for(pair):
     assert not torch.equal(model.head.weight, before["head.weight"])
 
 
+def test_a_residual_is_trained_beside_a_frozen_base(pair):
+    dense, model, images = copy.deepcopy(pair)
+    before = copy.deepcopy(model)
+    options = dataclasses.replace(OPTIONS, trained="residual", residual_rank=5)
+    result = compensate_(model, dense, images, steps=9, options=options)
+    assert result.best_step > 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, MixedRankLinear):
+            old, base = before.get_submodule(name), layer.rank - 5
+            assert torch.equal(layer.down[:base], old.down[:base])
+            assert torch.equal(layer.up[:, :base], old.up[:, :base])
+            assert not torch.equal(layer.down[base:], old.down[base:])
+            assert not torch.equal(layer.up[:, base:], old.up[:, base:])
+    assert torch.equal(model.head.weight, before.head.weight)
+
+
 def test_pivoted_layers_are_trained_as_factors_and_stay_pivoted(pair):
     dense, _, images = copy.deepcopy(pair)
     model = copy.deepcopy(dense)
@@ -103,6 +119,7 @@ def test_a_pivoted_layer_as_factors_is_the_same_layer():
     factors = layer.to_factors()
     assert torch.allclose(factors.weight, layer.weight, atol=1e-5)
     assert torch.allclose(factors.up.mT @ factors.up, torch.eye(6), atol=1e-6)
+    assert torch.allclose(factors.down.norm(dim=1), torch.linalg.svdvals(layer.weight.detach())[:6], rtol=1e-5)
     assert torch.equal(factors.bias, layer.bias)
     assert factors.bias is not layer.bias
 
@@ -191,7 +208,8 @@ def test_modes_and_gradients_come_back_as_they_were(pair):
     ("changes", "budget", "message"),
     [
         ({"scope": "head"}, {"steps": 1}, "scope must be one of layer, block, model, but it was 'head'"),
-        ({"trained": "x"}, {"steps": 1}, "trained must be one of factors, all, but it was 'x'"),
+        ({"trained": "x"}, {"steps": 1}, "trained must be one of factors, residual, all, but it was 'x'"),
+        ({"residual_rank": 0}, {"steps": 1}, "residual_rank must be at least 1, but it was 0"),
         ({"batch_size": 0}, {"steps": 1}, "batch_size must be at least 1, but it was 0"),
         ({"learning_rate": 0.0}, {"steps": 1}, "learning_rate must be above 0, but it was 0.0"),
         ({"min_scale": 0.0}, {"steps": 1}, r"min_scale must be in \(0, 1\], but it was 0.0"),
