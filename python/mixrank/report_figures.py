@@ -255,17 +255,19 @@ def _parameters(plan: dict[str, Any]) -> Figure:
 
 
 def error(layers: Sequence[dict[str, Any]], prefix: str) -> str:
-    """The relative output error of each layer on the calibration images."""
+    """The relative output error of each layer on the calibration images and, dashed, on images held out."""
     return _draw(_error, layers, prefix, "Relative output error of each layer along the depth")
 
 
 def _error(layers: Sequence[dict[str, Any]]) -> Figure:
     figure, axis = _figure(10.5, 3.2)
     for (kind, members), colour, marker in zip(_grouped(layers).items(), SERIES, MARKERS, strict=False):
-        errors = [layer.get("relative_error") for layer in members]
-        known = [(place, 100 * value) for place, value in enumerate(errors) if value is not None]
-        if known:
-            axis.plot(*zip(*known, strict=True), color=colour, marker=marker, markersize=5, label=kind)
+        for key, style, label in (("relative_error", "-", kind), ("held_out_error", "--", f"{kind}, held out")):
+            errors = [layer.get(key) for layer in members]
+            known = [(place, 100 * value) for place, value in enumerate(errors) if value is not None]
+            if known:
+                line = {"color": colour, "linestyle": style, "marker": marker, "markersize": 5, "label": label}
+                axis.plot(*zip(*known, strict=True), **line)
     axis.set_title("Relative output error along the depth")
     axis.set_xlabel("layer of this kind, from the input")
     axis.set_ylabel("relative output error (%)")

@@ -50,7 +50,8 @@ def entry(keep: float) -> dict[str, Any]:
     factorisations = decompose(model, factors="svd")
     plan = allocate(model, factorisations, keep=keep, step=4)
     layers = [
-        report.__dict__ | {"relative_error": 0.1, "output_energy_kept": report.weight_energy_kept}
+        report.__dict__
+        | {"relative_error": 0.1, "held_out_error": 0.1234, "output_energy_kept": report.weight_energy_kept}
         for report in layer_reports(plan, factorisations)
     ]
     return {
@@ -162,6 +163,8 @@ def test_single_result_has_every_figure(single: dict[str, Any], tmp_path: Path) 
         "Parameters kept along the depth",
         "parameters (thousands)",
         "relative output error (%)",
+        "10.000 %",
+        "12.340 %",
         "layer of this kind, from the input",
         "mixrank compress --model some_vit --images &#39;a folder&#39; --keep 0.6 --no-centre",
         "x.png: truncated",
