@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixrank.errors import InputError
 
-BOUND = 1.5
+BOUND = 1.05
 STEPS_PER_RANK = 4
 
 
