@@ -255,7 +255,6 @@ for _name in ("lowrank_linear", "lowrank_residual_linear"):
         )
 
 
-
 def without_gradient(name: str) -> Callable:
     """The operator below autograd; it has no gradient, so it refuses to take part where one is recorded."""
     names = [argument.name for argument in overload(name)._schema.arguments]

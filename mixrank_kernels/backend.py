@@ -94,9 +94,11 @@ def _default(kind: str, op: str) -> str:
 def _refusal(name: str, kind: str, op: str) -> str | None:
     """Why the implementation ``name`` cannot serve ``op`` on tensors on devices of ``kind``, or None when it can."""
     compiled = name.startswith("cpu") and _register.extension is not None
-    if (compiled and op not in _register.COMPILED_OPERATORS) or (
-        name == "triton" and op not in _register.TRITON_OPERATORS
-    ) or (name in ("cuda", "composite") and op in INT8_SCHEMAS):
+    if (
+        (compiled and op not in _register.COMPILED_OPERATORS)
+        or (name == "triton" and op not in _register.TRITON_OPERATORS)
+        or (name in ("cuda", "composite") and op in INT8_SCHEMAS)
+    ):
         return f"it has no kernel for {op}"
     return _obstacle(name, kind)
 

@@ -114,7 +114,7 @@ def packed_int8(first: Tensor, second: Tensor | None = None, *, dynamic: bool) -
     """Return the codes of 8-bit weights in the layout of the CPU kernels, for the ``packed`` argument of the operators.
 
     Args:
-        first: ``[N, K]`` int8, the ``weight`` of ``int8_linear``; or ``[R, K]``, the ``down`` of ``int8_lowrank_linear``.
+        first: ``[N, K]`` int8, the ``weight`` of ``int8_linear``, or ``[R, K]``, the ``down`` of the other operator.
         second: the ``up`` of ``int8_lowrank_linear``, or None.
         dynamic: as the operator is going to be called.
 
@@ -168,9 +168,7 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = No
     return overload(_SELF_PACKED)(x, down, up, bias)
 
 
-def int8_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dynamic: bool = True
-) -> Tensor:
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dynamic: bool = True) -> Tensor:
     """Apply :func:`mixrank_kernels.int8_linear` with the codes packed at run time, inside a compiled graph too.
 
     Arguments, result and errors are those of the operator.

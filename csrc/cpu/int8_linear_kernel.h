@@ -63,8 +63,9 @@ struct alignas(kLine) Int8LinearKernel {
   const int64_t M = p.x.rows, K = p.x.cols, R = is_lowrank ? p.weight[0].rows : 0;
   const int64_t rest = p.weight[p.count - 1].rows;  // columns of the last product
   const int64_t N = rest + (p.index ? R : 0);
-  // Sums of codes are exact, and those of fp32 depend on no other row: the division of rows changes no result.
-  const int64_t block_rows = ceil_div(M, round_up(ceil_div(M, kRows), M < kEvenRows ? 1 : num_threads()));
+  // Sums of codes are exact, however rows are divided; the order of those in fp32 depends on the rows of a block.
+  const int64_t even_threads = kDynamic ? num_threads() : kEvenThreads;
+  const int64_t block_rows = ceil_div(M, round_up(ceil_div(M, kRows), M < kEvenRows ? 1 : even_threads));
   const int64_t row_blocks = ceil_div(M, block_rows);
   const int64_t x_row = left_row(K), hidden_row = left_row(R);
   const int64_t sum_row = round_up(R, kCols), rest_row = p.index ? round_up(rest, kCols) : 0;

@@ -34,7 +34,11 @@ struct Int8 {
   static void store(int32_t* p, V v) { _mm512_storeu_si512(p, v); }
 #if defined(MIXRANK_VNNI)
   static UnitV load(const Codes<4>* p) { return _mm512_loadu_si512(p); }
-  static V fma(UnitV a, UnitV b, V c) { return _mm512_dpbusd_epi32(c, a, b); }
+  // Not the intrinsic, with which gcc 12 keeps the accumulators of some loops in memory.
+  static V fma(UnitV a, UnitV b, V c) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
   static void store_left(uint8_t* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 #else
   static UnitV load(const Codes<2>* p) {
