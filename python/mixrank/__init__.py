@@ -15,7 +15,9 @@ from mixrank.errors import InputError
 from mixrank.evaluate import evaluate
 from mixrank.models import create_model
 from mixrank.nn import MixedRankLinear, SplitLinear
+from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear
 from mixrank.plan import Plan
+from mixrank.quantize import QuantizationResult, quantize_
 from mixrank_kernels import __version__
 
 __all__ = [
@@ -23,9 +25,12 @@ __all__ = [
     "CompressionResult",
     "Factorisation",
     "InputError",
+    "Int8Linear",
+    "Int8MixedRankLinear",
     "LayerStats",
     "MixedRankLinear",
     "Plan",
+    "QuantizationResult",
     "SplitLinear",
     "__version__",
     "allocate",
@@ -36,5 +41,6 @@ __all__ = [
     "decompose",
     "evaluate",
     "load",
+    "quantize_",
     "save",
 ]
