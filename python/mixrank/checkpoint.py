@@ -32,7 +32,7 @@ from mixrank.quantize import quantized_layers, restructure_quantized_
 from mixrank_kernels import __version__
 
 FORMAT = 2
-"""The newest format that is read. Format 2 has quantised layers; files without them have format 1, for older readers."""
+"""The newest format that is read. Format 2 has quantised layers; files without them are of format 1 as before."""
 _KEY = "mixrank"
 _MAX_HEADER_BYTES = 64 * 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
