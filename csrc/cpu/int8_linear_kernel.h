@@ -321,7 +321,7 @@ struct alignas(kLine) Int8LinearKernel {
     const float span = highs[0] - lows[0];
     const bool is_finite = nothings[0] == 0 && span * 0 == 0;
     const float inverse = is_finite && span > kLeastSpan ? 255 / span : 0;
-    const int32_t zero = static_cast<int32_t>(__builtin_rintf(-lows[0] * inverse));
+    const int32_t zero = inverse > 0 ? static_cast<int32_t>(__builtin_rintf(-lows[0] * inverse)) : 0;
     const auto factor = F32::broadcast(&inverse);
     const auto offset = Int8::all(zero), shift = Int8::all(Int8::kHasZero ? 0 : zero);
     auto* left = reinterpret_cast<typename Int8::Left*>(to);
