@@ -196,7 +196,7 @@ def torch_int8(engine: str) -> Engine:
 def _quantised(weight: Tensor) -> Tensor:
     scale = (weight.abs().amax(1) / 127).double()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that quantised tensors will move
-        return torch.quantize_per_channel(weight, scale, torch.zeros(len(weight)), 0, torch.qint8)
+        return torch.quantize_per_channel(weight, scale, torch.zeros(len(weight)).long(), 0, torch.qint8)
 
 
 def onnx_runtime_int8(x: Tensor, program: Program) -> Callable[[], Tensor]:

@@ -72,7 +72,10 @@ std::string choose(const std::string& op, const std::string& dtype) {
                           "'");
   }
   const std::string isa = table.isa, tile = table.float_tile;
-  if (is_int8 && dtype == "float64") throw py::value_error("choose: dtype must not be 'float64' for " + op);
+  if (is_int8 && dtype == "float64") {
+    throw py::value_error("choose: dtype must be 'float32', 'bfloat16' or 'float16' for " + op +
+                          ", but it was 'float64'");
+  }
   if (is_int8) return isa + ": " + dtype + " as 8-bit codes (" + table.int8_products + ") or as fp32, tiles of " + tile;
   if (dtype == "float64") return isa + ": fp64 tiles of " + table.double_tile;
   if (dtype == "float32") return isa + ": fp32 tiles of " + tile;

@@ -122,8 +122,9 @@ def int8_linear(
         codes, row_scale = quantise_rows(x)
         y = F.linear(codes.double(), weight.double()).float() * (row_scale * scale)  # fp64 holds these sums exactly
     else:
-        y = F.linear(x.float(), weight.float() * scale[:, None])
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+        wide = accumulation_dtype(x.dtype)
+        y = F.linear(x.to(wide), weight.to(wide) * scale[:, None].to(wide))
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 def int8_lowrank_linear(
@@ -137,8 +138,8 @@ def int8_lowrank_linear(
     index: Tensor | None = None,  # [N] int64
     packed: Tensor | None = None,  # [bytes], the weights once more: of no use here
 ) -> Tensor:  # [..., N]
-    hidden = int8_linear(x.float(), down, down_scale, None, dynamic)
+    hidden = int8_linear(x.to(accumulation_dtype(x.dtype)), down, down_scale, None, dynamic)
     y = int8_linear(hidden, up, up_scale, None, dynamic)
     if index is not None:
         y = torch.cat([hidden, y], -1).index_select(-1, index.argsort())
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
