@@ -1,8 +1,8 @@
 """What this machine can do at most, measured before anything is compared with it.
 
-Arithmetic: a loop of fused multiply-adds that never leaves the registers (``vdpbf16ps`` for bfloat16). Memory: the
-better of a copy (bytes read and written) and a dot product (bytes read), for several sizes of the working set. The
-call: what our operator takes where there is nothing to compute.
+Arithmetic: a loop of fused multiply-adds that never leaves the registers (``vdpbf16ps`` for bfloat16, for int8 what
+multiplies codes of 8 bits). Memory: the better of a copy (bytes read and written) and a dot product (bytes read), for
+several sizes of the working set. The call: what our operator takes where there is nothing to compute.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def measure(threads: int, *, milliseconds: float = 100.0, repeats: int = 5) -> C
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rates = {dtype: _peak(dtype, threads, milliseconds, repeats) for dtype in ("float32", "bfloat16")}
+        rates = {dtype: _peak(dtype, threads, milliseconds, repeats) for dtype in ("float32", "bfloat16", "int8")}
         bandwidth = {size: max(_copy(size, repeats), _dot(size, repeats)) for size in FOOTPRINTS}
         call = _call(repeats)
     finally:

@@ -6,10 +6,15 @@ other. Each engine turns a program and an input ``x [M, K]`` into a call that re
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import logging
 import os
-from collections.abc import Callable
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -98,8 +103,13 @@ def onednn(x: Tensor, program: Program) -> Callable[[], Tensor]:
 
 def onnx_runtime(x: Tensor, program: Program) -> Callable[[], Tensor]:
     """ONNX Runtime on its CPU provider, input and output bound to PyTorch's memory."""
-    onnxruntime = _require("onnxruntime")
+    _require("onnxruntime")
     _require("onnx")
+    return _onnx_call(x, program, _onnx_model(x, program))
+
+
+def _onnx_call(x: Tensor, program: Program, model: bytes) -> Callable[[], Tensor]:
+    onnxruntime = _require("onnxruntime")
     options = onnxruntime.SessionOptions()
     threads = torch.get_num_threads()
     options.intra_op_num_threads = threads
@@ -110,7 +120,7 @@ def onnx_runtime(x: Tensor, program: Program) -> Callable[[], Tensor]:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(_onnx_model(x, program), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:
         dtype = str(x.dtype).removeprefix("torch.")
         raise Unavailable(f"its CPU provider has no {dtype} matrix product") from None
@@ -152,6 +162,66 @@ def _onnx_model(x: Tensor, program: Program) -> bytes:
     graph = helper.make_graph(nodes, "linear", [infos["x"]], [infos["y"]], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     return model.SerializeToString()
+
+
+def torch_int8(engine: str) -> Engine:
+    """PyTorch's dynamically quantised linear layers: weights for each output channel, inputs for the whole tensor."""
+
+    def build(x: Tensor, program: Program) -> Callable[[], Tensor]:
+        if x.dtype != torch.float32:
+            raise Unavailable("torch quantises inputs of float32 only")
+        if engine not in torch.backends.quantized.supported_engines:
+            raise Unavailable(f"this torch has no quantised kernels of {engine}")
+        if len(program) != 1:
+            raise Unavailable("its layers are not added")
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            layers = [torch.ops.quantized.linear_prepack(_quantised(weight), bias) for weight, bias in program[0]]
+        finally:
+            torch.backends.quantized.engine = before
+        linear = torch.ops.quantized.linear_dynamic
+
+        def call() -> Tensor:
+            hidden = x
+            for layer in layers:
+                hidden = linear(hidden, layer)
+            return hidden
+
+        return call
+
+    return build
+
+
+def _quantised(weight: Tensor) -> Tensor:
+    scale = (weight.abs().amax(1) / 127).double()
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that quantised tensors will move
+        return torch.quantize_per_channel(weight, scale, torch.zeros(len(weight)).long(), 0, torch.qint8)
+
+
+def onnx_runtime_int8(x: Tensor, program: Program) -> Callable[[], Tensor]:
+    """ONNX Runtime's dynamic quantisation: weights for each output channel, inputs for the whole tensor."""
+    _require("onnxruntime")
+    onnx = _require("onnx")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = os.path.join(folder, "int8.onnx")
+        model = onnx.load_from_string(_onnx_model(x, program))
+        quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8)
+        content = Path(path).read_bytes()
+    return _onnx_call(x, program, content)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what ONNX Runtime's quantiser logs about models that were not prepared for it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Sum(nn.Module):

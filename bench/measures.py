@@ -65,7 +65,9 @@ class Measure:
     @property
     def arithmetic_milliseconds(self) -> float | None:
         """The least time that the arithmetic needs on this machine."""
-        seconds = self.ceilings and self.ceilings.arithmetic_seconds(self.row["flops"], self.row["dtype"])
+        seconds = self.ceilings and self.ceilings.arithmetic_seconds(
+            self.row["flops"], self.row.get("arithmetic", self.row["dtype"])
+        )
         return 1e3 * seconds if seconds else None
 
     @property

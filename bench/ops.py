@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ HEADS, HEAD_WIDTH = 12, 64
 DTYPES = (torch.float32, torch.bfloat16)
 INDEX = torch.int16
 """What an index of pivots is stored in."""
+INT8 = ("int8_linear", "int8_lowrank_linear")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Case:
         residual: one of ``RESIDUALS``, or empty.
         batch: number of Gram matrices, 0 for one that is not batched.
         master: dtype of the Gram matrix, which a linear operator does not have.
+        dynamic: whether an operator of 8-bit weights quantises its rows too.
     """
 
     op: str
@@ -58,6 +60,7 @@ class Case:
     residual: str = ""
     batch: int = 0
     master: torch.dtype = torch.float64
+    dynamic: bool = True
 
     @property
     def dtype_name(self) -> str:
@@ -69,7 +72,13 @@ class Case:
         sizes = {"B": self.batch, "M": self.m, "K": self.k, "N": self.n, "R": self.rank}
         parts = [self.layer, *(f"{letter}={size}" for letter, size in sizes.items() if size)]
         master = "" if self.master == torch.float64 else f"{_dtype_name(self.master)} master"
-        return " ".join([*parts, *filter(None, (self.residual, master))])
+        rows = "" if self.dynamic else "weight-only"
+        return " ".join([*parts, *filter(None, (self.residual, master, rows))])
+
+    @property
+    def arithmetic(self) -> str:
+        """What the products are of: the ceiling that they have."""
+        return "int8" if self.op in INT8 and self.dynamic else self.dtype_name
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -84,7 +93,7 @@ class Case:
         """Operations that have to be done: of a Gram matrix one triangle with its diagonal."""
         if self.op == "gram_accumulate_":
             return max(1, self.batch) * self.m * self.k * (self.k + 1)
-        if self.op == "cross_gram_accumulate_":
+        if self.op in ("cross_gram_accumulate_", "int8_linear"):
             return 2 * self.m * self.k * self.n
         return 2 * self.m * self.weights
 
@@ -112,11 +121,14 @@ class Case:
             return max(1, self.batch) * (size * self.m * self.k + both_ways * self.k * self.k)
         if self.op == "cross_gram_accumulate_":
             return size * self.m * (self.k + self.n) + both_ways * self.k * self.n
+        if self.op in INT8:  # codes of one byte, and a scale in fp32 for each row of a weight
+            codes = self.rank * (self.k + self.n) if self.rank else self.k * self.n
+            return codes + 4 * (self.rank + self.n) + size * (self.n + self.m * (self.k + self.n))
         index = INDEX.itemsize * self.n if self.op == "pivoted_linear" else 0
         return size * (self.weights + self.n + self.m * (self.k + self.n)) + index
 
     @torch.inference_mode(False)
-    def arguments(self, device: str | torch.device = "cpu") -> dict[str, Tensor | None]:
+    def arguments(self, device: str | torch.device = "cpu") -> dict[str, Tensor | bool | None]:
         """Make the operator's arguments by name, with the same values each time on one kind of device.
 
         They are never tensors of inference mode, whose changes cannot be seen and which a layer would not pack.
@@ -142,6 +154,8 @@ class Case:
                 "index": torch.cat([part.sort().values for part in places]).to(INDEX),
                 "bias": normal(self.n),
             }
+        if self.op in INT8:
+            return self._int8_arguments(normal)
         made = {
             "x": normal(self.m, self.k),
             "down": normal(self.rank, self.k, scale=self.k**-0.5),
@@ -161,12 +175,27 @@ class Case:
             made["values"] = normal(count, side, side, scale=self.k**-0.5)
         return made
 
+    def _int8_arguments(self, normal: Callable[..., Tensor]) -> dict[str, Tensor | bool | None]:
+        def codes(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+            weight = normal(rows, cols, scale=cols**-0.5).float()
+            scale = weight.abs().amax(1) / 127
+            return (weight / scale[:, None]).round().to(torch.int8), scale
+
+        made: dict[str, Tensor | bool | None] = {"x": normal(self.m, self.k)}
+        if self.rank:
+            made["down"], made["down_scale"] = codes(self.rank, self.k)
+            made["up"], made["up_scale"] = codes(self.n, self.rank)
+        else:
+            made["weight"], made["scale"] = codes(self.n, self.k)
+        return made | {"bias": normal(self.n), "dynamic": self.dynamic}
+
     def to_json(self) -> dict[str, object]:
         """The description as a part of a row of results."""
         return dataclasses.asdict(self) | {
             "dtype": self.dtype_name,
             "master": _dtype_name(self.master),
             "case": self.name,
+            "arithmetic": self.arithmetic,
             "flops": self.flops,
             "equivalent_flops": self.equivalent_flops,
             "bytes": self.bytes,
@@ -204,6 +233,9 @@ def cases() -> Iterator[Case]:
         for model, layer in (("vit-s", "proj"), ("vit-b", "proj"), ("vit-b", "fc1")):
             k, n = _features(model, layer)
             yield Case("cross_gram_accumulate_", f"{model} {layer}", dtype, ROWS[-1], k, n)
+    for layer, m, dynamic in itertools.product(LAYERS, ROWS, (True, False)):
+        yield int8("vit-b", layer, m, KEEPS[0], dynamic)
+        yield int8("vit-b", layer, m, 0.0, dynamic)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -219,6 +251,8 @@ def quick_cases() -> Iterator[Case]:
         for k in (192, 768):
             yield Case("gram_accumulate_", f"width {k}", dtype, ROWS[-1], k)
         yield Case("cross_gram_accumulate_", "vit-s proj", dtype, ROWS[-1], *_features("vit-s", "proj"))
+    for m, keep in itertools.product((1, TOKENS), (KEEPS[0], 0.0)):
+        yield int8("vit-b", "fc1", m, keep, True)
 
 
 def _features(model: str, layer: str) -> tuple[int, int]:
@@ -236,3 +270,10 @@ def pivoted(model: str, layer: str, m: int, keep: float, dtype: torch.dtype) -> 
     """The case of one linear layer in the pivoted form."""
     k, n = _features(model, layer)
     return Case("pivoted_linear", f"{model} {layer}", dtype, m, k, n, pivoted_rank_of(keep, k, n), keep)
+
+
+def int8(model: str, layer: str, m: int, keep: float, dynamic: bool) -> Case:
+    """The case of one layer of 8-bit weights and fp32 rows: factors, or for ``keep`` 0 one weight."""
+    k, n = _features(model, layer)
+    op, rank = ("int8_lowrank_linear", rank_of(keep, k, n)) if keep else ("int8_linear", 0)
+    return Case(op, f"{model} {layer}", torch.float32, m, k, n, rank, keep, dynamic=dynamic)

@@ -11,6 +11,8 @@
     factors and residual apart, and their sum.
 ``dense``
     one dense layer that does the same.
+``floating``
+    for 8-bit weights: what serves the same weights without quantisation, ours among them.
 ``gram``
     other ways to the same sum of products.
 ``rounded``
@@ -34,7 +36,7 @@ from torch import Tensor
 from mixrank_bench import engines as libraries
 from mixrank_bench.engines import Engine, Program, Unavailable
 from mixrank_bench.measures import ADDMM, OUT_DTYPE, SERVED, SSYRK, UNPACKED
-from mixrank_bench.ops import TOKENS, Case
+from mixrank_bench.ops import INT8, TOKENS, Case
 from mixrank_kernels import backend, cuda, ops, packing, reference, testing
 
 ENGINES = {
@@ -45,6 +47,11 @@ ENGINES = {
     "zentorch": libraries.zentorch,
 }
 DEVICE_ENGINES = {"torch eager": libraries.eager, "torch.compile": libraries.compiled_sum}
+INT8_ENGINES = {
+    "torch onednn int8": libraries.torch_int8("onednn"),
+    "torch fbgemm int8": libraries.torch_int8("fbgemm"),
+    "ONNX Runtime int8": libraries.onnx_runtime_int8,
+}
 COMPILING = ("torch.compile", "zentorch")
 ROUNDED = "rounded"
 FACTORED = ("lowrank_linear", "lowrank_residual_linear")
@@ -122,6 +129,11 @@ def field(
     if "cuda" in forced and case.op in FACTORED and case.dtype == torch.bfloat16:
         for name, form in FORMS.items():
             offer("forms", name, lambda form=form: _in_form(case, arguments, form))
+    if case.op in INT8:
+        for group, named in _int8_peers(case, arguments).items():
+            for name, build in named.items():
+                offer(group, name, build)
+        return found
     if "gram" in case.op:
         for name, build in _gram_peers(case, arguments).items():
             offer("gram", name, build)
@@ -205,14 +217,51 @@ def ours(
         return {SERVED: _accumulating(case, arguments)} | {
             name: _accumulating(case, arguments, functools.partial(backend.use, name)) for name in forced
         }
-    weights = {name: tensor for name, tensor in arguments.items() if name not in ("x", "bias")}
-    packed = (packing.packed_pivots if case.op == "pivoted_linear" else packing.packed)(**weights)
+    if case.op in INT8:
+        first = arguments["down" if case.rank else "weight"]
+        packed = packing.packed_int8(first, arguments.get("up"), dynamic=case.dynamic)
+    else:
+        weights = {name: tensor for name, tensor in arguments.items() if name not in ("x", "bias")}
+        packed = (packing.packed_pivots if case.op == "pivoted_linear" else packing.packed)(**weights)
     made = {SERVED: Variant(lambda: operator(**arguments, packed=packed))}
     if unpacked and packed is not None:
         made[UNPACKED] = Variant(lambda: operator(**arguments))
     for name in forced:
         made[name] = Variant(lambda: operator(**arguments), within=functools.partial(backend.use, name))
     return made
+
+
+def _int8_peers(case: Case, arguments: dict[str, Tensor | bool | None]) -> dict[str, dict[str, Callable[[], Variant]]]:
+    """Others on the same weights: in 8 bits for rows that are quantised, and without quantisation."""
+    x, bias = arguments["x"], arguments["bias"]
+    if case.rank:
+        down = arguments["down"] * arguments["down_scale"][:, None]
+        up = arguments["up"] * arguments["up_scale"][:, None]
+        programs = {"factors": [[(down, None), (up, bias)]], "dense": [[(up @ down, bias)]]}
+        floating: dict[str, Callable[[], Variant]] = {
+            f"ours in {str(dtype).removeprefix('torch.')}": functools.partial(_floating, x, down, up, bias, dtype)
+            for dtype in (torch.float32, torch.bfloat16)[: 1 + case.dynamic]  # bf16 rounds rows that are not codes
+        }
+    else:
+        weight = arguments["weight"] * arguments["scale"][:, None]
+        programs, floating = {"dense": [[(weight, bias)]]}, {}
+
+    def served(engine: Engine, program: Program) -> Callable[[], Variant]:
+        return lambda: Variant(engine(x, program))
+
+    found = {"floating": floating}
+    for group, program in programs.items():
+        floating[f"torch eager, {group}"] = served(libraries.eager, program)
+        if case.dynamic:
+            found[group] = {name: served(engine, program) for name, engine in INT8_ENGINES.items()}
+    return found
+
+
+def _floating(x: Tensor, down: Tensor, up: Tensor, bias: Tensor, dtype: torch.dtype) -> Variant:
+    """Our operator on the same factors in a floating dtype."""
+    x, down, up, bias = (tensor.to(dtype) for tensor in (x, down, up, bias))
+    packed = packing.packed(down, up)
+    return Variant(lambda: ops.lowrank_linear(x, down, up, bias, packed))
 
 
 def _in_form(case: Case, arguments: dict[str, Tensor | None], form: cuda.Form) -> Variant:

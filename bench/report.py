@@ -17,6 +17,7 @@ from mixrank_bench import (
     tables_cuda,
     tables_gpu_results,
     tables_gpu_roofline,
+    tables_int8,
     tables_ladder,
     tables_models,
     tables_ops,
@@ -58,6 +59,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "gpu-fusing": tables_gpu_roofline.fusing,
         "gpu-roofline": tables_gpu_roofline.roofline,
     },
+    "docs/kernels/int8.md": {"int8-speed": tables_int8.speed, "int8-accuracy": tables_int8.accuracy},
     "docs/kernels/triton.md": {"triton-resources": tables_triton.triton_resources},
 }
 

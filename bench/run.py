@@ -29,7 +29,7 @@ from mixrank_bench.environment import append_all, busy, environment, peer_versio
 from mixrank_bench.measures import Measure
 from mixrank_bench.memory import keep_freed_memory
 from mixrank_bench.timing import SETTLE_SECONDS, SETTLE_THREADS_SECONDS, interleaved
-from mixrank_kernels._schema import SCHEMAS
+from mixrank_kernels._schema import INT8_SCHEMAS, SCHEMAS
 
 CASE_SECONDS = 20.0
 """Where the rounds of a case would take longer than this, there are fewer of them."""
@@ -38,6 +38,7 @@ TITLES = {
     "add": "best linear + add",
     "dense": "best dense",
     "gram": "best peer",
+    "floating": "best without quantisation",
 }
 
 
@@ -72,8 +73,8 @@ class Options:
             if threads < 1:
                 raise InputError(f"--threads must be at least 1, but it was {threads}")
         for op in self.only:
-            if op not in SCHEMAS:
-                raise InputError(f"--only must be one of {', '.join(SCHEMAS)}, but it was {op!r}")
+            if op not in SCHEMAS | INT8_SCHEMAS:
+                raise InputError(f"--only must be one of {', '.join(SCHEMAS | INT8_SCHEMAS)}, but it was {op!r}")
 
     def cases(self) -> Iterator[ops.Case]:
         """The cases to time."""

@@ -24,7 +24,14 @@ def tiny_cases(dtype: torch.dtype) -> list[Case]:
         Case("cross_gram_accumulate_", "tiny", dtype, 2 * TOKENS, 24, 16),
     ]
     pivoted = [Case("pivoted_linear", "tiny", dtype, 5, 48, 40, 16, 0.6)]
-    return linear + residual + grams + pivoted
+    int8 = []
+    if dtype == torch.float32:
+        for dynamic in (True, False):
+            int8 += [
+                Case("int8_linear", "tiny", dtype, 5, 48, 40, dynamic=dynamic),
+                Case("int8_lowrank_linear", "tiny", dtype, 5, 48, 40, 8, 0.4, dynamic=dynamic),
+            ]
+    return linear + residual + grams + pivoted + int8
 
 
 def _timing(median: float) -> dict[str, float]:

@@ -40,12 +40,12 @@ py::dict features() {
 }
 
 double peak_flops(const std::string& kind, double milliseconds) {
-  const bool pairs = kind == "bfloat16";
-  if (kind != "float32" && !pairs) {
-    throw py::value_error("peak_flops: kind must be 'float32' or 'bfloat16', but it was '" + kind + "'");
+  const bool pairs = kind == "bfloat16", codes = kind == "int8";
+  if (kind != "float32" && !pairs && !codes) {
+    throw py::value_error("peak_flops: kind must be 'float32', 'bfloat16' or 'int8', but it was '" + kind + "'");
   }
   if (!(milliseconds > 0)) throw py::value_error("peak_flops: milliseconds must be above zero");
-  const auto loop = pairs ? kernels().bfloat_loop : kernels().float_loop;
+  const auto loop = pairs ? kernels().bfloat_loop : codes ? kernels().int8_loop : kernels().float_loop;
   if (loop == nullptr) {
     throw py::value_error("peak_flops: the instruction set " + std::string(kernels().isa) +
                           " has no instruction for bfloat16");
@@ -63,8 +63,8 @@ double peak_flops(const std::string& kind, double milliseconds) {
 
 std::string choose(const std::string& op, const std::string& dtype) {
   const KernelTable& table = kernels();
-  const bool is_gram = op == "gram_accumulate_";
-  if (!is_gram && op != "lowrank_linear" && op != "lowrank_residual_linear" && op != "pivoted_linear" &&
+  const bool is_gram = op == "gram_accumulate_", is_int8 = op == "int8_linear" || op == "int8_lowrank_linear";
+  if (!is_gram && !is_int8 && op != "lowrank_linear" && op != "lowrank_residual_linear" && op != "pivoted_linear" &&
       op != "cross_gram_accumulate_") {
     throw py::value_error("choose: op must be the name of an operator, but it was '" + op + "'");
   }
@@ -73,6 +73,11 @@ std::string choose(const std::string& op, const std::string& dtype) {
                           "'");
   }
   const std::string isa = table.isa, tile = table.float_tile;
+  if (is_int8 && dtype == "float64") {
+    throw py::value_error("choose: dtype must be 'float32', 'bfloat16' or 'float16' for " + op +
+                          ", but it was 'float64'");
+  }
+  if (is_int8) return isa + ": " + dtype + " as 8-bit codes (" + table.int8_products + ") or as fp32, tiles of " + tile;
   if (dtype == "float64") return isa + ": fp64 tiles of " + table.double_tile;
   if (dtype == "float32") return isa + ": fp32 tiles of " + tile;
   if (dtype == "bfloat16" && table.bfloat_pairs) {
@@ -93,8 +98,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_isa", [] { return std::string(kernels().isa); }, "The instruction set in use by this process.");
   m.def("set_isa", &set_isa, py::arg("name"), "Choose the instruction set for this process; 'auto' is the best one.");
   m.def("peak_flops", &peak_flops, py::arg("kind"), py::arg("milliseconds"),
-        "Floating-point operations per second of one thread in a loop of register multiply-adds; kind is 'float32' or "
-        "'bfloat16'.");
+        "Operations per second of one thread in a loop of register multiply-adds; kind is 'float32', 'bfloat16' or 'int8'.");
   m.def("choose", &choose, py::arg("op"), py::arg("dtype"),
         "The kernel that serves an operator for a dtype, in words.");
 }

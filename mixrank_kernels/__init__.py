@@ -1,4 +1,4 @@
-"""Operators for mixed-rank models: fused low-rank linear layers and Gram-matrix accumulation.
+"""Operators for mixed-rank models: fused low-rank linear layers, also in 8 bits, and Gram-matrix accumulation.
 
 Importing the package registers the operators and loads the compiled extension where there is one; it
 touches neither CUDA nor Triton. :mod:`mixrank_kernels.backend` tells which implementation serves a call.
@@ -11,6 +11,8 @@ from mixrank_kernels._version import __version__
 from mixrank_kernels.ops import (
     cross_gram_accumulate_,
     gram_accumulate_,
+    int8_linear,
+    int8_lowrank_linear,
     lowrank_linear,
     lowrank_residual_linear,
     pivoted_linear,
@@ -24,6 +26,8 @@ __all__ = [
     "backend",
     "cross_gram_accumulate_",
     "gram_accumulate_",
+    "int8_linear",
+    "int8_lowrank_linear",
     "lowrank_linear",
     "lowrank_residual_linear",
     "pivoted_linear",

@@ -18,6 +18,9 @@ MASTER = (torch.float64, torch.float32)
 INDEX = (torch.int32, torch.int64)
 PIVOTS = (torch.int16, *INDEX)
 BLOCKS = (16, 32)
+INT8_X = (torch.float32, torch.bfloat16, torch.float16)
+# 255 * 128 times this fits into int32.
+MOST_TERMS = 65536
 # What an operator changes, beside each argument that must lie apart from it.
 APART = {
     "gram_accumulate_": (
@@ -198,6 +201,86 @@ def _blocks(op: str, x: Tensor, up: Tensor, crow: Tensor, col: Tensor, values: T
         _same_device(op, name, tensor, x, "x")
 
 
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool, packed: Tensor | None
+) -> None:
+    """Raise RuntimeError unless x [..., K], weight [N, K], scale [N], bias [N] and packed [bytes] fit together."""
+    op = "int8_linear"
+    _codes(op, "weight", weight, x, "NK", _features(op, x), "the last dimension of x")
+    _scale(op, "scale", scale, x, "N", weight, "weight")
+    _int8_bias(op, x, bias, weight.shape[0], "the rows of weight")
+    _packed(op, packed, x)
+
+
+def int8_lowrank_linear(
+    x: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    bias: Tensor | None,
+    dynamic: bool,
+    index: Tensor | None,
+    packed: Tensor | None,
+) -> None:
+    """Raise RuntimeError unless the codes, their scales, bias, index and packed fit together (shapes: see ``ops``)."""
+    op = "int8_lowrank_linear"
+    _codes(op, "down", down, x, "RK", _features(op, x), "the last dimension of x")
+    _scale(op, "down_scale", down_scale, x, "R", down, "down")
+    _codes(op, "up", up, x, "NR", down.shape[0], "the rows of down")
+    _scale(op, "up_scale", up_scale, x, "N", up, "up")
+    n, what = up.shape[0], "the rows of up"
+    if index is not None:
+        n, what = n + down.shape[0], "the rows of down and of up"
+    _int8_bias(op, x, bias, n, what)
+    if index is not None:
+        _shape(op, "index", index.dim() == 1 and index.shape[0] == n, f"[N] with N = {n} ({what})", index)
+        _typed(op, "index", index, torch.int64, x)
+    _packed(op, packed, x)
+
+
+def _features(op: str, x: Tensor) -> int:
+    _shape(op, "x", x.dim() >= 1, "[..., K]", x)
+    _one_of(op, "x", x, INT8_X)
+    k = x.shape[-1]
+    torch._check(k >= 1, lambda: f"{op}: x must have at least one feature (its last dimension), but it had none")
+    return k
+
+
+def _typed(op: str, name: str, tensor: Tensor, dtype: torch.dtype, x: Tensor) -> None:
+    torch._check(
+        tensor.dtype == dtype,
+        lambda: f"{op}: {name} must have dtype {_names((dtype,))}, but it was {_names((tensor.dtype,))}",
+    )
+    _contiguous(op, name, tensor)
+    _same_device(op, name, tensor, x, "x")
+
+
+def _codes(op: str, name: str, codes: Tensor, x: Tensor, letters: str, columns: int, what: str) -> None:
+    wanted = f"[{letters[0]}, {letters[1]}] with {letters[1]} = {columns} ({what})"
+    _shape(op, name, codes.dim() == 2 and codes.shape[1] == columns, wanted, codes)
+    torch._check(codes.shape[0] >= 1, lambda: f"{op}: {name} must have at least one row, but it had none")
+    torch._check(
+        columns <= MOST_TERMS,
+        lambda: f"{op}: {name} must have at most {MOST_TERMS} columns, but it had {columns}",
+    )
+    _typed(op, name, codes, torch.int8, x)
+
+
+def _scale(op: str, name: str, scale: Tensor, x: Tensor, letter: str, codes: Tensor, codes_name: str) -> None:
+    rows = codes.shape[0]
+    wanted = f"[{letter}] with {letter} = {rows} (the rows of {codes_name})"
+    _shape(op, name, scale.dim() == 1 and scale.shape[0] == rows, wanted, scale)
+    _typed(op, name, scale, torch.float32, x)
+
+
+def _int8_bias(op: str, x: Tensor, bias: Tensor | None, n: int, what: str) -> None:
+    if bias is not None:
+        _shape(op, "bias", bias.dim() == 1 and bias.shape[0] == n, f"[N] with N = {n} ({what})", bias)
+        _same_device(op, "bias", bias, x, "x")
+        _same_dtype(op, "bias", bias, x.dtype, "x")
+
+
 def gram_accumulate_(gram: Tensor, x: Tensor, row_weight: Tensor | None, column_sum: Tensor | None) -> None:
     """Raise RuntimeError unless gram, x, row_weight and column_sum fit together (shapes: see ``ops``)."""
     op = "gram_accumulate_"
@@ -257,11 +340,28 @@ def memory_and_contents(op: str, arguments: dict[str, Tensor | None]) -> None:
     if op == "pivoted_linear":
         index, rank = arguments["index"], arguments["down"].shape[0]
         _once((index,), rank, lambda: _read_pivots(op, index, rank))
+    if op == "int8_lowrank_linear" and arguments["index"] is not None:
+        _permutation(op, arguments["index"])
     for name, other in APART.get(op, ()):
         if arguments[name] is not None and arguments[other] is not None:
             (begin, end), (other_begin, other_end) = _touched(arguments[name]), _touched(arguments[other])
             message = f"{op}: {name} must not share memory with {other}, but they overlap"
             torch._check(end <= other_begin or other_end <= begin, lambda message=message: message)
+
+
+def _permutation(op: str, index: Tensor) -> None:
+    n = index.shape[0]
+    first = torch.full((n,), n, dtype=torch.int64, device=index.device)
+    inside = (index >= 0) & (index < n)
+    first.scatter_reduce_(0, index.clamp(0, n - 1), torch.arange(n, device=index.device), "amin")
+    wrong = (~inside | (first[index.clamp(0, n - 1)] != torch.arange(n, device=index.device))).nonzero()
+    torch._check(
+        len(wrong) == 0,
+        lambda: (
+            f"{op}: index must hold every number from 0 to {n - 1} once, but entry {int(wrong[0])} was "
+            f"{int(index[wrong[0]])}"
+        ),
+    )
 
 
 def _touched(tensor: Tensor) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 
 from mixrank_kernels import _autograd, _checks, choice, composite, cuda, reference
 from mixrank_kernels._load import load_extension
-from mixrank_kernels._schema import NAMESPACE, SCHEMAS, library, overload
+from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, library, overload
 
 AUTOCAST = ("cpu", "cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -47,10 +47,10 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def bind(name: str, *args: Tensor | None, **kwargs: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All arguments of the operator ``name`` in the order of its schema, the absent ones as None."""
+    """All arguments of the operator ``name`` in the order of its schema, the absent ones with their defaults."""
     schema = overload(name)._schema
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    return tuple(given.get(argument.name) for argument in schema.arguments)
+    return tuple(given.get(argument.name, argument.default_value) for argument in schema.arguments)
 
 
 def triton_implementation(name: str) -> Callable:
@@ -174,10 +174,19 @@ def fake(name: str) -> Callable:
         _name_kernels_to_caches(name, *arguments)
         if name.endswith("_"):
             return None
-        x, columns = arguments[0], arguments[3] if name == "pivoted_linear" else arguments[2]  # index, or up
-        return x.new_empty((*x.shape[:-1], columns.shape[0]))
+        x = arguments[0]
+        return x.new_empty((*x.shape[:-1], _out_features(name, arguments)))
 
     return call
+
+
+def _out_features(name: str, arguments: tuple[Tensor | None, ...]) -> int:
+    if name == "int8_linear":
+        return arguments[1].shape[0]
+    if name == "int8_lowrank_linear":
+        _x, down, _down_scale, up, _up_scale, _bias, _dynamic, index, _packed = arguments
+        return up.shape[0] + (0 if index is None else down.shape[0])
+    return arguments[3 if name == "pivoted_linear" else 2].shape[0]  # of index, or of up
 
 
 def _autocast(name: str, device_type: str) -> Callable:
@@ -245,9 +254,59 @@ for _name in ("lowrank_linear", "lowrank_residual_linear", "pivoted_linear"):
             with_keyset=True,
         )
 
+
+def without_gradient(name: str) -> Callable:
+    """The operator below autograd; it has no gradient, so it refuses to take part where one is recorded."""
+    names = [argument.name for argument in overload(name)._schema.arguments]
+
+    def call(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled():
+            for argument, value in zip(names, bind(name, *args, **kwargs), strict=True):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise RuntimeError(
+                        f"{name}: {argument} must not require a gradient, as 8-bit layers are for inference, but it "
+                        "does: call the model under torch.no_grad() or torch.inference_mode()"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(name)(*args, **kwargs)
+
+    return call
+
+
+def int8_autocast(name: str, device_type: str) -> Callable:
+    """Casts x and bias to the dtype of the region; codes and scales stay, and with them what is packed."""
+    key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device_type))
+    names = [argument.name for argument in overload(name)._schema.arguments]
+
+    def kernel(_keys, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+        arguments = dict(zip(names, bind(name, *args, **kwargs), strict=True))
+        dtype = torch.get_autocast_dtype(device_type)
+        for cast in ("x", "bias"):
+            if arguments[cast] is not None and arguments[cast].is_floating_point():
+                arguments[cast] = arguments[cast].to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return overload(name)(**arguments)
+
+    return kernel
+
+
+for _name in INT8_SCHEMAS:
+    library.impl(_name, checked(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", fake(_name), lib=library)
+    library.impl(_name, without_gradient(_name), "Autograd")
+    for _device_type in AUTOCAST:
+        library.impl(
+            _name,
+            int8_autocast(_name, _device_type),
+            "Autocast" + torch._C._dispatch_key_for_device(_device_type),
+            with_keyset=True,
+        )
+
 extension = load_extension()
 
 # Asked before backend.use can register anything for the same key.
 COMPILED_OPERATORS = tuple(
-    name for name in SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    name
+    for name in SCHEMAS | INT8_SCHEMAS
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # What stays as it is made in every dtype of the operands, unless they are fp64.
-_MASTERS = ("gram", "cross", "column_sum", "row_weight")
+_MASTERS = ("gram", "cross", "column_sum", "row_weight", "scale", "down_scale", "up_scale")
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,16 @@ class Sample:
         made = self.make(torch.Generator().manual_seed(0))
         kept = () if dtype == torch.float64 else _MASTERS
         return {
-            name: tensor if tensor is None or not tensor.is_floating_point() or name in kept else _recast(tensor, dtype)
-            for name, tensor in made.items()
+            name: _recast(value, dtype) if _is_floating(value) and name not in kept else value
+            for name, value in made.items()
         }
 
     def __str__(self) -> str:
         return self.name
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _recast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -161,6 +165,41 @@ def _cross(
         }
 
     return Sample("cross_gram_accumulate_", name, make)
+
+
+def _codes(generator: torch.Generator, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Codes of all values that 8 bits have, and scales that make their products of the size of x."""
+    codes = torch.randint(-128, 128, (rows, cols), generator=generator, dtype=torch.int8)
+    return codes, (torch.rand(rows, generator=generator) + 0.5) / (64 * cols**0.5)
+
+
+def _int8(
+    name: str,
+    rows: tuple[int, ...],
+    k: int,
+    n: int,
+    r: int = 0,
+    bias: bool = True,
+    dynamic: bool = True,
+    pivoted: bool = False,
+    layout: Callable = lambda t: t,
+) -> Sample:
+    """One weight, or two factors where there is a rank ``r``."""
+
+    def make(generator: torch.Generator) -> dict[str, Tensor | bool | None]:
+        # Not about zero, so that the zero points of rows differ.
+        made = {"x": layout(_normal(generator, *rows, k) + torch.randn(*rows, 1, generator=generator))}
+        if r:
+            made["down"], made["down_scale"] = _codes(generator, r, k)
+            made["up"], made["up_scale"] = _codes(generator, n - r if pivoted else n, r)
+        else:
+            made["weight"], made["scale"] = _codes(generator, n, k)
+        made |= {"bias": _normal(generator, n) if bias else None, "dynamic": dynamic}
+        if r:
+            made["index"] = torch.randperm(n, generator=generator) if pivoted else None
+        return made
+
+    return Sample("int8_lowrank_linear" if r else "int8_linear", name, make)
 
 
 def every_other_row(x: Tensor) -> Tensor:
@@ -329,7 +368,66 @@ _CROSS_REAL = (
     _cross("vit-b", (8, 197), 768, 768),
     _cross("vit-b-fc1-long", (3000,), 768, 384),
 )
+_INT8_SHAPES = (
+    ("tiny", (3,), 5, 4, 2),
+    ("ones", (1,), 1, 2, 1),
+    ("prime", (63,), 127, 61, 5),
+    ("vector", (), 33, 17, 9),
+    ("no-bias", (7,), 24, 40, 8),
+    ("empty", (0,), 16, 8, 4),
+    ("leading-dims", (2, 3, 5), 20, 24, 6),
+    ("below-tile", (31,), 63, 31, 15),
+    ("on-tile", (32,), 64, 32, 16),
+    ("above-tile", (33,), 65, 33, 17),
+    ("many-terms", (13,), 1030, 35, 18),
+    ("every-other-row", (10,), 32, 16, 8),
+    ("transposed", (10,), 32, 16, 8),
+    ("slice-of-wider", (10,), 32, 16, 8),
+)
+# Those that are made of each kind of layer.
+_INT8_VARIED = ("tiny", "prime", "vector", "empty", "above-tile", "many-terms")
+_LAYOUTS = {"every-other-row": every_other_row, "transposed": transposed, "slice-of-wider": slice_of_wider}
+
+
+def _int8_small(lowrank: bool) -> tuple[Sample, ...]:
+    made = []
+    for pivoted in (False, True)[: 1 + lowrank]:
+        for dynamic in (True, False):
+            for name, rows, k, n, r in _INT8_SHAPES:
+                kind = ("-pivoted" if pivoted else "") + ("" if dynamic else "-weight-only")
+                if not kind or name in _INT8_VARIED:
+                    layout = _LAYOUTS.get(name, lambda t: t)
+                    made.append(
+                        _int8(name + kind, rows, k, n, r * lowrank, name != "no-bias", dynamic, pivoted, layout)
+                    )
+    return tuple(made)
+
+
+_INT8_REAL = tuple(
+    _int8(name + ("" if dynamic else "-weight-only"), rows, k, n, dynamic=dynamic)
+    for dynamic in (True, False)
+    for name, rows, k, n in (
+        ("vit-b-qkv", (197,), 768, 2304),
+        ("vit-b-fc2", (2, 197), 3072, 768),
+        ("vit-b-fc2-one-token", (1,), 3072, 768),
+        ("vit-b-classifier", (8,), 768, 1000),
+    )
+)
+_INT8_LOWRANK_REAL = tuple(
+    _int8(name + kind, rows, k, n, r, dynamic=dynamic, pivoted=kind == "-pivoted")
+    for kind, dynamic in (("", True), ("-weight-only", False), ("-pivoted", True))
+    for name, rows, k, n, r in (
+        ("vit-b-qkv", (197,), 768, 2304, 232),
+        ("vit-b-fc1", (2, 197), 768, 3072, 248),
+        ("vit-b-fc2", (197,), 3072, 768, 248),
+        ("vit-b-proj-one-token", (1,), 768, 768, 152),
+    )
+)
 _SAMPLES = {
+    ("int8_linear", False): _int8_small(lowrank=False),
+    ("int8_linear", True): _INT8_REAL,
+    ("int8_lowrank_linear", False): _int8_small(lowrank=True),
+    ("int8_lowrank_linear", True): _INT8_LOWRANK_REAL,
     ("lowrank_linear", False): _LINEAR_SMALL,
     ("lowrank_linear", True): _LINEAR_REAL,
     ("lowrank_residual_linear", False): _RESIDUAL_SMALL,

@@ -23,11 +23,23 @@ SCHEMAS = {
     "cross_gram_accumulate_": "(Tensor(a!) cross, Tensor x, Tensor z) -> ()",
 }
 
+# Layers of 8-bit weights, for inference: no gradient, no choice among implementations. The extension serves them on the
+# CPU, the reference everywhere else.
+INT8_SCHEMAS = {
+    "int8_linear": (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, bool dynamic=True, Tensor? packed=None) -> Tensor"
+    ),
+    "int8_lowrank_linear": (
+        "(Tensor x, Tensor down, Tensor down_scale, Tensor up, Tensor up_scale, Tensor? bias=None, bool dynamic=True, "
+        "Tensor? index=None, Tensor? packed=None) -> Tensor"
+    ),
+}
+
 # What backward passes are made of where Triton serves: no public function, no choice among implementations.
 PRIVATE_SCHEMAS = {"_factor_grad": "(Tensor x, Tensor down, Tensor grad) -> Tensor"}
 
 library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _signature in (SCHEMAS | PRIVATE_SCHEMAS).items():
+for _name, _signature in (SCHEMAS | INT8_SCHEMAS | PRIVATE_SCHEMAS).items():
     library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 

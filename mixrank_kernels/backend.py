@@ -3,8 +3,8 @@
 The names of the implementations:
 
 ``cpu``
-    C++ on the CPU with the best instruction set of this machine; ``cpu-avx512bf16``, ``cpu-avx512``, ``cpu-avx2``
-    and ``cpu-portable`` force one of them.
+    C++ on the CPU with the best instruction set of this machine; ``cpu-avx512bf16``, ``cpu-avx512vnni``,
+    ``cpu-avx512``, ``cpu-avx2`` and ``cpu-portable`` force one of them.
 ``cuda``
     CUDA C++ kernels on CUDA tensors; what they do not serve (float64, for one) is served by what is chosen for it.
 ``triton``
@@ -27,10 +27,11 @@ from torch import Tensor
 
 from mixrank_kernels import _checks, _register, cuda, packing
 from mixrank_kernels._load import EXTENSION, REBUILD
-from mixrank_kernels._schema import NAMESPACE, SCHEMAS
+from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS
 
 _CPU_PREFIX = "cpu-"
 _DEVICES = ("cpu", "cuda")
+_OPERATORS = SCHEMAS | INT8_SCHEMAS
 _forced: list[str] = []
 _overrides: torch.library.Library | None = None
 
@@ -78,7 +79,7 @@ def available(device: str | torch.device = "cpu", op: str | None = None) -> tupl
     Raises:
         ValueError: no operator has this name.
     """
-    kind, wanted = torch.device(device).type, tuple(SCHEMAS) if op is None else (_known_operator(op),)
+    kind, wanted = torch.device(device).type, tuple(_OPERATORS) if op is None else (_known_operator(op),)
     names = [name for name in implementations() if any(_refusal(name, kind, one) is None for one in wanted)]
     first = next((name for one in wanted if (name := _default(kind, one)) != "reference"), "reference")
     return tuple(sorted(names, key=lambda name: name != first))
@@ -93,8 +94,10 @@ def _default(kind: str, op: str) -> str:
 def _refusal(name: str, kind: str, op: str) -> str | None:
     """Why the implementation ``name`` cannot serve ``op`` on tensors on devices of ``kind``, or None when it can."""
     compiled = name.startswith("cpu") and _register.extension is not None
-    if (compiled and op not in _register.COMPILED_OPERATORS) or (
-        name == "triton" and op not in _register.TRITON_OPERATORS
+    if (
+        (compiled and op not in _register.COMPILED_OPERATORS)
+        or (name == "triton" and op not in _register.TRITON_OPERATORS)
+        or (name in ("cuda", "composite") and op in INT8_SCHEMAS)
     ):
         return f"it has no kernel for {op}"
     return _obstacle(name, kind)
@@ -131,8 +134,8 @@ def _known(name: str) -> str:
 
 
 def _known_operator(op: str) -> str:
-    if op not in SCHEMAS:
-        raise ValueError(f"op must be one of {', '.join(SCHEMAS)}, but it was {op!r}")
+    if op not in _OPERATORS:
+        raise ValueError(f"op must be one of {', '.join(_OPERATORS)}, but it was {op!r}")
     return op
 
 
@@ -160,7 +163,7 @@ def explain(op: str, *args: Tensor | None) -> Explanation:
         forced = None
     if forced:
         chosen, reason = forced, "forced by backend.use"
-    elif kind == "cuda":
+    elif kind == "cuda" and op in SCHEMAS:
         choice = _register.chosen(op, *_register.bind(op, *args))
         chosen, reason = choice.implementation, choice.reason
     else:
@@ -221,7 +224,7 @@ def _install(name: str | None) -> None:
     if name not in ("cuda", "triton", "composite", "reference"):
         return
     _overrides = torch.library.Library(NAMESPACE, "IMPL")
-    for op in SCHEMAS:
+    for op in _OPERATORS:
         for kind in _DEVICES:
             if _refusal(name, kind, op) is None:
                 implementation = _register.checked(op, _register.implementation(name, op))

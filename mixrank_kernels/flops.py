@@ -64,3 +64,17 @@ def gram_accumulate_(gram_shape, x_shape, *_rest, out_shape=None, **_kwargs) -> 
 def cross_gram_accumulate_(cross_shape, x_shape, z_shape, *_rest, out_shape=None, **_kwargs) -> int:
     """Two operations for every multiply-accumulate: ``2 * M * K * N``."""
     return 2 * math.prod(x_shape) * z_shape[-1]
+
+
+@register_flop_formula([torch.ops.mixrank_kernels.int8_linear, torch.ops.mixrank_kernels._int8_linear_self_packed])
+def int8_linear(x_shape, weight_shape, *_rest, out_shape=None, **_kwargs) -> int:
+    """Two operations for every multiply-accumulate, whatever it is made in: ``2 * M * K * N``."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(
+    [torch.ops.mixrank_kernels.int8_lowrank_linear, torch.ops.mixrank_kernels._int8_lowrank_linear_self_packed]
+)
+def int8_lowrank_linear(x_shape, down_shape, down_scale_shape, up_shape, *_rest, out_shape=None, **_kwargs) -> int:
+    """That of both factors: ``2 * M * R * (K + rows of up)``."""
+    return lowrank_linear(x_shape, down_shape, up_shape)

@@ -17,6 +17,8 @@ _lowrank_residual_linear = overload("lowrank_residual_linear")
 _pivoted_linear = overload("pivoted_linear")
 _gram_accumulate_ = overload("gram_accumulate_")
 _cross_gram_accumulate_ = overload("cross_gram_accumulate_")
+_int8_linear = overload("int8_linear")
+_int8_lowrank_linear = overload("int8_lowrank_linear")
 
 
 def _follow_the_choice() -> None:
@@ -212,3 +214,86 @@ def cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
     """
     _follow_the_choice()
     _cross_gram_accumulate_(cross, x, z)
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    dynamic: bool = True,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer whose weight is held in 8 bits, with one scale for each output channel. For inference.
+
+    Equivalent to ``F.linear(x', weight * scale[:, None], bias)``. With ``dynamic``, ``x'`` is each row of ``x`` in 256
+    even steps between its least and its largest value (0 included), products are summed exactly in int32, and the rest
+    is fp32; otherwise ``x'`` is ``x``, and the arithmetic is fp32. docs/kernels/int8.md defines the numbers.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16, any strides; K at most 65536. With ``dynamic``, a row that is not
+            finite gives NaN, and one that spans 2^-100 or less counts as zero.
+        weight: ``[N, K]``, int8, contiguous.
+        scale: ``[N]``, float32, contiguous.
+        bias: ``[N]`` or None; dtype of ``x``.
+        dynamic: whether the rows of ``x`` are quantised too.
+        packed: ``weight`` once more in the layout of the CPU kernels, made by
+            :func:`mixrank_kernels.packing.packed_int8` for the same ``dynamic``; or None.
+
+    Returns:
+        ``[..., N]``, contiguous, dtype of ``x``. Under autocast ``x`` and ``bias`` are cast to the dtype of the region.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, or an argument requires a gradient while gradients are
+            recorded; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> x, weight, scale = torch.ones(2, 8), torch.full((3, 8), 100, dtype=torch.int8), torch.full((3,), 0.01)
+        >>> round(int8_linear(x, weight, scale)[0, 0].item(), 3)
+        8.0
+    """
+    return _int8_linear(x, weight, scale, bias, dynamic, packed)
+
+
+def int8_lowrank_linear(
+    x: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    bias: Tensor | None = None,
+    dynamic: bool = True,
+    index: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer whose weight is the product of two thin factors that are held in 8 bits. For inference.
+
+    Equivalent to :func:`int8_linear` with ``down`` and without a bias, then with ``up``; the intermediate is fp32, and
+    with ``dynamic`` its rows are quantised as those of ``x`` are. With ``index`` the layer is pivoted: column ``r`` of
+    the intermediate is the output's ``index[r]``, as it is, and the columns of the second product are the others.
+
+    Args:
+        x: ``[..., K]``, as for :func:`int8_linear`.
+        down: ``[R, K]``, int8, contiguous.
+        down_scale: ``[R]``, float32, contiguous.
+        up: ``[N, R]``, int8, contiguous; ``[N - R, R]`` with ``index``.
+        up_scale: one for each row of ``up``, float32, contiguous.
+        bias: ``[N]`` or None, in the order of the output; dtype of ``x``.
+        dynamic: whether the rows of ``x`` and of the intermediate are quantised too.
+        index: ``[N]``, int64, contiguous, every number from 0 to N - 1 once; or None.
+        packed: ``down`` and ``up`` once more, as for :func:`int8_linear`.
+
+    Returns:
+        ``[..., N]``, contiguous, dtype of ``x``. Autocast as for :func:`int8_linear`.
+
+    Raises:
+        RuntimeError: as :func:`int8_linear`, or ``index`` is no permutation.
+
+    Example:
+        >>> import torch
+        >>> x, down, up = torch.ones(2, 8), torch.ones(3, 8, dtype=torch.int8), torch.ones(5, 3, dtype=torch.int8)
+        >>> round(int8_lowrank_linear(x, down, torch.ones(3), up, torch.ones(5))[0, 0].item(), 3)
+        24.0
+    """
+    return _int8_lowrank_linear(x, down, down_scale, up, up_scale, bias, dynamic, index, packed)

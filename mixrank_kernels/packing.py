@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels import _register
-from mixrank_kernels._schema import NAMESPACE, SCHEMAS, library, overload
+from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, library, overload
 
 
 class _Entry:
@@ -53,7 +53,8 @@ def _state(weight: Tensor) -> tuple:
     return weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
-_entries: dict[int, _Entry] = {}
+# By the identity of the first weight, for codes with the kind of arithmetic.
+_entries: dict[int | tuple[int, bool], _Entry] = {}
 _enabled = True
 
 
@@ -134,7 +135,38 @@ def _packed(pack: str, weights: tuple[Tensor | None, ...], given: tuple[Tensor, 
     entry = _entries.get(id(given[0]))
     if entry is not None and entry.is_of(given):
         return entry.packed
-    return _pack(pack, weights, given)
+    return _pack(id(given[0]), given, lambda: getattr(torch.ops.mixrank_kernels, pack)(*weights))
+
+
+def packed_int8(first: Tensor, second: Tensor | None = None, *, dynamic: bool) -> Tensor | None:
+    """Return the codes of 8-bit weights in the layout of the CPU kernels, for the ``packed`` argument of the operators.
+
+    Args:
+        first: ``[N, K]`` int8, the ``weight`` of ``int8_linear``, or ``[R, K]``, the ``down`` of the other operator.
+        second: the ``up`` of ``int8_lowrank_linear``, or None.
+        dynamic: as the operator is going to be called.
+
+    Returns:
+        As :func:`packed`.
+
+    Raises:
+        RuntimeError: the weights do not fit together; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from mixrank_kernels import ops
+        >>> weight = torch.ones(3, 8, dtype=torch.int8)
+        >>> packed = packed_int8(weight, dynamic=True)
+        >>> round(ops.int8_linear(torch.ones(2, 8), weight, torch.ones(3), packed=packed)[0, 0].item(), 3)
+        8.0
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return None
+    key, given = (id(first), dynamic), (first,) if second is None else (first, second)
+    entry = _entries.get(key)
+    if entry is not None and entry.is_of(given):
+        return entry.packed
+    return _pack(key, given, lambda: torch.ops.mixrank_kernels._pack_int8(first, second, dynamic))
 
 
 def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -188,6 +220,42 @@ def pivoted_linear(x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor,
     return overload(_self_packed("pivoted_linear"))(x, down, coefficients, index, bias)
 
 
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dynamic: bool = True) -> Tensor:
+    """Apply :func:`mixrank_kernels.int8_linear` with the codes packed at run time, inside a compiled graph too.
+
+    Arguments, result and errors are those of the operator.
+
+    Example:
+        >>> import torch
+        >>> round(int8_linear(torch.ones(2, 8), torch.ones(3, 8, dtype=torch.int8), torch.ones(3))[0, 0].item(), 3)
+        8.0
+    """
+    return overload("_int8_linear_self_packed")(x, weight, scale, bias, dynamic)
+
+
+def int8_lowrank_linear(
+    x: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    bias: Tensor | None = None,
+    dynamic: bool = True,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Apply :func:`mixrank_kernels.int8_lowrank_linear` with the codes packed at run time, as :func:`int8_linear`.
+
+    Arguments, result and errors are those of the operator.
+
+    Example:
+        >>> import torch
+        >>> down, up = torch.ones(3, 8, dtype=torch.int8), torch.ones(5, 3, dtype=torch.int8)
+        >>> round(int8_lowrank_linear(torch.ones(2, 8), down, torch.ones(3), up, torch.ones(5))[0, 0].item(), 3)
+        24.0
+    """
+    return overload("_int8_lowrank_linear_self_packed")(x, down, down_scale, up, up_scale, bias, dynamic, index)
+
+
 def enable(enabled: bool) -> None:
     """Turn packing on (as it is at the start) or off for the whole process; off also frees what is packed."""
     global _enabled
@@ -205,8 +273,7 @@ def nbytes() -> int:
     return sum(entry.packed.nbytes for entry in list(_entries.values()))
 
 
-def _pack(pack: str, weights: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> Tensor | None:
-    key = id(weights[0])
+def _pack(key: int | tuple[int, bool], given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor | None:
     _entries.pop(key, None)
     if not _enabled or _register.extension is None or not all(_is_plain(weight) for weight in given):
         return None
@@ -220,7 +287,7 @@ def _pack(pack: str, weights: tuple[Tensor | None, ...], given: tuple[Tensor, ..
     # Made before the weights are read, so that a write from another thread meanwhile shows at the next call.
     entry = _Entry(given, forget)
     with torch.no_grad():
-        entry.packed = getattr(torch.ops.mixrank_kernels, pack)(*weights)
+        entry.packed = make()
     _entries[key] = entry
     return entry.packed
 
@@ -278,3 +345,31 @@ def _define(op: str, packed_of: Callable[..., Tensor | None]) -> None:
 
 _define("lowrank_linear", packed)
 _define("pivoted_linear", packed_pivots)
+
+
+def _int8_self_packed(name: str) -> Callable[..., Tensor]:
+    is_lowrank = name == "int8_lowrank_linear"
+
+    def call(*arguments: Tensor | None) -> Tensor:
+        bound = _register.bind(name, *arguments)
+        if is_lowrank:
+            first, second, dynamic = bound[1], bound[3], bound[6]
+        else:
+            first, second, dynamic = bound[1], None, bound[4]
+        return overload(name)(*bound[:-1], packed_int8(first, second, dynamic=dynamic))
+
+    return call
+
+
+for _name in INT8_SCHEMAS:
+    _own = f"_{_name}_self_packed"
+    library.define(
+        _own + INT8_SCHEMAS[_name].replace(", Tensor? packed=None", ""),
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+    )
+    library.impl(_own, _int8_self_packed(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_own}", _register.fake(_name), lib=library)
+    library.impl(_own, _register.without_gradient(_own), "Autograd")
+    for _device_type in ("cpu", "cuda"):
+        _key = "Autocast" + torch._C._dispatch_key_for_device(_device_type)
+        library.impl(_own, _register.int8_autocast(_own, _device_type), _key, with_keyset=True)

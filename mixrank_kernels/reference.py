@@ -106,3 +106,55 @@ def cross_gram_accumulate_(
     wide = torch.promote_types(cross.dtype, accumulation_dtype(x.dtype))
     rows, targets = x.to(wide).reshape(-1, x.shape[-1]), z.to(wide).reshape(-1, z.shape[-1])
     cross.add_(rows.mT @ targets)
+
+
+def quantise_rows(
+    x: Tensor,  # [..., K]
+) -> tuple[Tensor, Tensor]:  # code - zero point [..., K] as fp32, scale [..., 1] fp32
+    """Each row in 256 steps from its least value, or 0, to its largest, or 0: ``x`` is about the codes times the scale.
+
+    A row that is not finite has the scale NaN, one that spans 2^-100 or less is zero.
+    """
+    wide = x.float()
+    low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
+    span = high - low
+    steps = torch.full_like(span, 255)  # divided by as a tensor: PyTorch multiplies by the reciprocal of a number
+    inverse = torch.where(span.isfinite() & (span > 2**-100), steps / span, 0)
+    zero = (-low * inverse).round()
+    scale = torch.where(span.isfinite(), span / steps, torch.nan)
+    return ((wide * inverse).round() + zero).clamp(0, 255) - zero, scale
+
+
+def int8_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K] int8
+    scale: Tensor,  # [N] fp32
+    bias: Tensor | None = None,  # [N]
+    dynamic: bool = True,
+    packed: Tensor | None = None,  # [bytes], the weight once more: of no use here
+) -> Tensor:  # [..., N]
+    if dynamic:
+        codes, row_scale = quantise_rows(x)
+        y = F.linear(codes.double(), weight.double()).float() * (row_scale * scale)  # fp64 holds these sums exactly
+    else:
+        wide = accumulation_dtype(x.dtype)
+        y = F.linear(x.to(wide), weight.to(wide) * scale[:, None].to(wide))
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+
+
+def int8_lowrank_linear(
+    x: Tensor,  # [..., K]
+    down: Tensor,  # [R, K] int8
+    down_scale: Tensor,  # [R] fp32
+    up: Tensor,  # [N, R] int8; [N - R, R] with an index
+    up_scale: Tensor,  # one for each row of up, fp32
+    bias: Tensor | None = None,  # [N]
+    dynamic: bool = True,
+    index: Tensor | None = None,  # [N] int64
+    packed: Tensor | None = None,  # [bytes], the weights once more: of no use here
+) -> Tensor:  # [..., N]
+    hidden = int8_linear(x.to(accumulation_dtype(x.dtype)), down, down_scale, None, dynamic)
+    y = int8_linear(hidden, up, up_scale, None, dynamic)
+    if index is not None:
+        y = torch.cat([hidden, y], -1).index_select(-1, index.argsort())
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)

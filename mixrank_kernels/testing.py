@@ -20,6 +20,8 @@ __all__ = [
     "plain",
     "plain_cross_gram_accumulate_",
     "plain_gram_accumulate_",
+    "plain_int8_linear",
+    "plain_int8_lowrank_linear",
     "plain_lowrank_linear",
     "plain_lowrank_residual_linear",
     "plain_pivoted_linear",
@@ -95,6 +97,31 @@ def plain_cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
     cross += x.to(wide).reshape(-1, x.shape[-1]).mT @ z.to(wide).reshape(-1, z.shape[-1])
 
 
+def plain_int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dynamic: bool = True
+) -> Tensor:
+    """What a user writes without this package: the weight made floating again, and a linear layer; ``x`` as it is."""
+    return F.linear(x, (weight * scale[:, None].to(x.dtype)), bias)
+
+
+def plain_int8_lowrank_linear(
+    x: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    bias: Tensor | None = None,
+    dynamic: bool = True,
+    index: Tensor | None = None,
+) -> Tensor:
+    """What a user writes without this package: both factors made floating again; ``x`` as it is."""
+    hidden = plain_int8_linear(x, down, down_scale)
+    y = plain_int8_linear(hidden, up, up_scale)
+    if index is not None:
+        y = torch.empty(*y.shape[:-1], len(index), dtype=y.dtype).index_copy_(-1, index, torch.cat([hidden, y], -1))
+    return y if bias is None else y + bias
+
+
 def plain(op: str) -> Callable:
     """The yardstick of the error budget for the operator ``op``: plain PyTorch in the dtype of its operands."""
     return {
@@ -103,6 +130,8 @@ def plain(op: str) -> Callable:
         "pivoted_linear": plain_pivoted_linear,
         "gram_accumulate_": plain_gram_accumulate_,
         "cross_gram_accumulate_": plain_cross_gram_accumulate_,
+        "int8_linear": plain_int8_linear,
+        "int8_lowrank_linear": plain_int8_lowrank_linear,
     }[op]
 
 
@@ -116,7 +145,7 @@ def run(function: Callable, arguments: dict[str, Tensor | None]) -> Iterator[Ten
 def exact(arguments: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The same (already rounded) values in fp64."""
     return {
-        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+        name: tensor.double() if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
         for name, tensor in arguments.items()
     }
 

@@ -20,7 +20,9 @@ const std::vector<Candidate>& candidates() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    found.push_back({&kAvx512Bf16Kernels, avx512 && __builtin_cpu_supports("avx512bf16")});
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    found.push_back({&kAvx512Bf16Kernels, vnni && __builtin_cpu_supports("avx512bf16")});
+    found.push_back({&kAvx512VnniKernels, vnni});
     found.push_back({&kAvx512Kernels, avx512});
     found.push_back({&kAvx2Kernels, avx2});
 #endif

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/gram.h"
+#include "cpu/int8_linear.h"
 #include "cpu/lowrank_linear.h"
 
 namespace mixrank {
@@ -24,12 +25,17 @@ struct KernelTable {
   // Loops of multiply-adds in registers, the ceiling of any kernel: each returns the floating-point operations done.
   int64_t (*float_loop)(int64_t steps);
   int64_t (*bfloat_loop)(int64_t steps);  // null without bfloat_pairs
+  void (*int8_linear)(const Int8LinearParams&);
+  int64_t (*int8_pack)(const Int8LinearParams&, void* packed);  // as lowrank_pack
+  int64_t (*int8_loop)(int64_t steps);
+  const char* int8_products;  // what multiplies codes, as text
 };
 
 extern const KernelTable kPortableKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512VnniKernels;
 extern const KernelTable kAvx512Bf16Kernels;
 #endif
 

@@ -22,18 +22,20 @@ constexpr int32_t kIsa = 2;
 }
 }  // namespace mixrank
 
-#include "cpu/simd_avx512.h"
+#include "cpu/simd_int8_avx512.h"
 // These build on the vector layer above.
 #include "cpu/microkernel.h"
 #include "cpu/pack.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/lowrank_linear_kernel.h"
+#include "cpu/int8_linear_kernel.h"
 
 namespace mixrank {
 
 const KernelTable kAvx512Kernels = {
     "avx512", kIsa, "12x32", "12x16", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
     multiply_add_loop<F32>, nullptr,
+    int8_linear_kernel, int8_pack_kernel, multiply_add_loop<Int8>, "vpmaddwd",
 };
 
 }  // namespace mixrank

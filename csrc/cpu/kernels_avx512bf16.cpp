@@ -10,13 +10,14 @@
 
 // After the standard headers, so that their functions are not compiled for a processor that may be missing.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
 #endif
 
 #define MIXRANK_BF16_PAIRS
+#define MIXRANK_VNNI
 
 namespace mixrank {
 namespace {
@@ -24,18 +25,20 @@ constexpr int32_t kIsa = 3;
 }
 }  // namespace mixrank
 
-#include "cpu/simd_avx512.h"
+#include "cpu/simd_int8_avx512.h"
 // These build on the vector layer above.
 #include "cpu/microkernel.h"
 #include "cpu/pack.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/lowrank_linear_kernel.h"
+#include "cpu/int8_linear_kernel.h"
 
 namespace mixrank {
 
 const KernelTable kAvx512Bf16Kernels = {
     "avx512bf16", kIsa, "12x32", "12x16", true, lowrank_linear_kernel<Bf16Pairs>, lowrank_pack_kernel<Bf16Pairs>, gram_kernel<Bf16Pairs>,
     multiply_add_loop<F32>, multiply_add_loop<Bf16Pairs>,
+    int8_linear_kernel, int8_pack_kernel, multiply_add_loop<Int8>, "vpdpbusd",
 };
 
 }  // namespace mixrank

@@ -23,6 +23,7 @@ inline uint32_t as_bits(float value) {
 
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
+inline float widen(Codes<1> value) { return value.of[0]; }
 inline float widen(BFloat value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
 
 inline float widen(Half value) {

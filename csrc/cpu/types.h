@@ -14,6 +14,12 @@ struct Half {
   uint16_t bits;
 };
 
+// Signed 8-bit codes of neighbours of a product's inner dimension, which are multiplied together.
+template <int kCount>
+struct Codes {
+  int8_t of[kCount];
+};
+
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // A matrix [rows, cols] of any strides (in elements). Where the rows do not lie at a uniform distance, row_offsets

@@ -15,8 +15,10 @@ from mixrank.errors import InputError
 from mixrank.evaluate import evaluate
 from mixrank.models import create_model
 from mixrank.nn import MixedRankLinear, SplitLinear
+from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear
 from mixrank.plan import Plan
+from mixrank.quantize import QuantizationResult, quantize_
 from mixrank.result import CompressionResult
 from mixrank.stats import CalibrationStats, LayerStats
 from mixrank.weighting import Weighting
@@ -27,10 +29,14 @@ __all__ = [
     "CompressionResult",
     "Factorisation",
     "InputError",
+    "Int8Linear",
+    "Int8MixedRankLinear",
+    "Int8PivotedLinear",
     "LayerStats",
     "MixedRankLinear",
     "PivotedLinear",
     "Plan",
+    "QuantizationResult",
     "SplitLinear",
     "Weighting",
     "__version__",
@@ -42,5 +48,6 @@ __all__ = [
     "decompose",
     "evaluate",
     "load",
+    "quantize_",
     "save",
 ]

@@ -24,12 +24,15 @@ from mixrank.models import (
     model_spec,
     preprocessing,
 )
+from mixrank.nn_int8 import Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear, check_index
 from mixrank.plan import Plan
 from mixrank.prepare import check_preprocessing
+from mixrank.quantize import quantized_layers, restructure_quantized_
 from mixrank_kernels import __version__
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format that is read. Format 2 has quantised layers; files without them are of format 1 as before."""
 _KEY = "mixrank"
 _MAX_HEADER_BYTES = 64 * 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -58,6 +61,7 @@ class Header:
         metadata: whatever :func:`save` was given.
         exposed_qkv: whether :func:`mixrank.models.expose_qkv_` was applied.
         buffer_dtypes: floating dtypes, other than fp32, of buffers that are not in the file but computed.
+        quantization: the layers of 8-bit weights by name, and whether their input is quantised too.
         tensors: dtype and shape by name.
     """
 
@@ -70,6 +74,7 @@ class Header:
     metadata: dict
     exposed_qkv: bool
     buffer_dtypes: dict[str, torch.dtype]
+    quantization: dict[str, bool]
     tensors: dict[str, TensorInfo]
 
 
@@ -94,8 +99,9 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
     spec = model_spec(model)
     state = model.state_dict()
     computed = {name: buffer for name, buffer in model.named_buffers() if name not in state}
+    quantization = quantized_layers(model)
     content = {
-        "format": FORMAT,
+        "format": 2 if quantization else 1,
         "library_version": __version__,
         "architecture": spec.architecture,
         "args": spec.args,
@@ -109,6 +115,8 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
             if buffer.is_floating_point() and buffer.dtype != torch.float32
         },
     }
+    if quantization:
+        content["quantization"] = quantization
     try:
         text = json.dumps(content, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
@@ -175,7 +183,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
                 # A copy, since the tensor is a view of the file, which someone may overwrite.
                 tensor.data = file.get_tensor(name).clone()
         for name, module in model.named_modules():
-            if isinstance(module, PivotedLinear):
+            if isinstance(module, PivotedLinear | Int8PivotedLinear):
                 _check_index(module, name, path)
         return model.to(device).eval()
     except (SafetensorError, OSError) as error:
@@ -184,7 +192,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
         raise InputError(f"the model cannot be put on the device {device!r}: {error}") from error
 
 
-def _check_index(layer: PivotedLinear, name: str, path: Path) -> None:
+def _check_index(layer: PivotedLinear | Int8PivotedLinear, name: str, path: Path) -> None:
     try:
         check_index(layer.index, layer.rank)
     except InputError as error:
@@ -251,6 +259,7 @@ def _parse(text: str, tensors: dict[str, TensorInfo], path: Path) -> Header:
                 name: {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
                 for name, dtype in _typed(content, "buffer_dtypes", dict).items()
             },
+            quantization=_quantization(content) if version >= 2 else {},
             tensors=tensors,
         )
         check_spec(ModelSpec(header.architecture, header.args))
@@ -268,6 +277,13 @@ def _parse(text: str, tensors: dict[str, TensorInfo], path: Path) -> Header:
 
 def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
+
+
+def _quantization(content: dict) -> dict[str, bool]:
+    layers = _typed(content, "quantization", dict) if "quantization" in content else {}
+    if not all(type(dynamic) is bool for dynamic in layers.values()):
+        raise ValueError("quantization does not say for each layer whether its input is quantised")
+    return layers
 
 
 def _typed(content: dict, key: str, kind: type) -> Any:
@@ -291,7 +307,11 @@ def _skeleton(header: Header, source: str) -> None:
         source,
         target,
     )
+    # A scale of 8-bit codes is fp32, whatever the dtype of the rest.
+    scales = {name for name, _ in model.named_buffers() if name.rpartition(".")[0] in header.quantization}
     for name, info in header.tensors.items():
+        if name in scales and info.dtype != state[name].dtype:
+            raise InputError(f"{source} does not fit {target}: {name} is {info.dtype} instead of {state[name].dtype}")
         fits = info.dtype.is_floating_point if state[name].is_floating_point() else info.dtype == state[name].dtype
         if not fits:
             raise InputError(f"{source} does not fit {target}: {name} is {info.dtype} instead of {state[name].dtype}")
@@ -306,5 +326,7 @@ def _prepare(model: nn.Module, header: Header) -> None:
         expose_qkv_(model)
     if header.plan is not None:
         restructure_(model, header.plan)
+    if header.quantization:
+        restructure_quantized_(model, header.quantization)
     model.mixrank_plan = header.plan
     model.mixrank_preprocessing = header.preprocessing

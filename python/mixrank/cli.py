@@ -1,4 +1,4 @@
-"""The command line: ``mixrank compress | compensate | evaluate | inspect | report | bench | demo``.
+"""The command line: ``mixrank compress | compensate | quantize | evaluate | inspect | report | bench | demo``.
 
 Only arguments are declared here. What a command does lives in its own module and is imported when the command
 runs, so that ``mixrank --help`` does not wait for timm and matplotlib.
@@ -262,6 +262,28 @@ def compress(
     from mixrank.cli_compress import CompressOptions, run
 
     run(CompressOptions(**options))
+
+
+@app.command(epilog="Example: mixrank quantize deit_small_50.safetensors --out deit_small_50_int8.safetensors")
+def quantize(
+    file: Annotated[Path, typer.Argument(help="A checkpoint written by mixrank.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (safetensors).")],
+    weight_only: Annotated[
+        bool, typer.Option("--weight-only", help="Leave the inputs of the layers as they are: smaller, but not faster.")
+    ] = False,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="A layer that stays as it is (repeatable); * stands for anything.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help=JSON_HELP)] = None,
+) -> None:
+    """Give a checkpoint weights of 8 bits: a quarter of the bytes, and faster on processors that multiply integers.
+
+    Linear layers are quantised, factored or dense, the classifier among them. No images are needed.
+    """
+    options = dict(locals()) | {"skip": tuple(skip or ())}
+    from mixrank.cli_quantize import QuantizeOptions, run
+
+    run(QuantizeOptions(**options))
 
 
 @app.command(epilog="Example: mixrank evaluate deit_small_50.safetensors --images val/ --labels val.csv")

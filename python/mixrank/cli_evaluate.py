@@ -78,13 +78,14 @@ def run(options: EvaluateOptions) -> None:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A copy of the model with every factored layer multiplied out to a plain ``nn.Linear``."""
+    """A copy of the model with every factored or quantised layer multiplied out to a plain ``nn.Linear``."""
     from mixrank.nn import LowRankLinear, SplitLinear
+    from mixrank.quantize import INT8_LAYERS
 
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, LowRankLinear | SplitLinear):
+            if isinstance(child, (LowRankLinear, SplitLinear, *INT8_LAYERS)):
                 setattr(module, name, child.merge())
     return model
 
@@ -108,7 +109,8 @@ def _write(
             "model": {"architecture": header.architecture, "args": header.args},
             "dense": dense,
             "compressed": compressed | {"top5": score.top5},
-            "plan": header.plan.to_json(),
+            "plan": None if header.plan is None else header.plan.to_json(),
+            "quantization": header.quantization,
             "images": images,
             "options": dataclasses.asdict(options),
             "speed": {side: dataclasses.asdict(values) for side, values in speed.items()},

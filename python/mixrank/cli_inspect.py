@@ -19,7 +19,8 @@ def run(file: Path, *, as_json: bool) -> None:
         "preprocessing": header.preprocessing,
         "library_version": header.library_version,
         "file_bytes": file.stat().st_size,
-        "plan": header.plan.to_json(),
+        "plan": None if header.plan is None else header.plan.to_json(),
+        "quantization": header.quantization,
         "metadata": header.metadata,
     }
     if as_json:
@@ -35,7 +36,15 @@ def run(file: Path, *, as_json: bool) -> None:
         ("preprocessing", json.dumps(header.preprocessing)),
         ("written by", f"mixrank {header.library_version}"),
         ("file", f"{content['file_bytes'] / 1e6:.2f} MB"),
-        ("options", json.dumps(content["plan"]["options"])),
+        ("quantization", _quantization(header.quantization)),
+        ("options", "-" if header.plan is None else json.dumps(header.plan.options)),
     ):
         console.print(f"{label:<14} {value}", markup=False, highlight=False, soft_wrap=True)
-    console.print(header.plan.describe(), markup=False, highlight=False, soft_wrap=True)
+    if header.plan is not None:
+        console.print(header.plan.describe(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _quantization(layers: dict[str, bool]) -> str:
+    if not layers:
+        return "none"
+    return f"{len(layers)} layers of 8-bit weights, {sum(layers.values())} of them with 8-bit inputs"

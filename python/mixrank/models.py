@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixrank.errors import InputError
 from mixrank.nn import LowRankLinear, SplitLinear
+from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 
 # Decided by this library, or a way for a file's header to reach the network, the disk or a pickle.
 _RESERVED_ARGS = (
@@ -25,6 +26,12 @@ _RESERVED_ARGS = (
     "features_only",
     "pruned",
 )
+
+CLASSIFIER = "it is the classifier"
+"""Why :func:`skipped_linears` leaves a classifier alone, which quantisation does not."""
+
+
+_REPLACEMENTS = (LowRankLinear, SplitLinear, Int8Linear, Int8MixedRankLinear, Int8PivotedLinear)
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,8 @@ def _merged_shapes(model: nn.Module) -> dict[str, torch.Size]:
     shapes = _shapes(model.state_dict())
     replaced: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear | SplitLinear) and not any(name.startswith(f"{n}.") for n in replaced):
+        replaces = isinstance(module, _REPLACEMENTS)
+        if replaces and not any(name.startswith(f"{n}.") for n in replaced):
             replaced.append(name)
             shapes = {key: shape for key, shape in shapes.items() if not key.startswith(f"{name}.")}
             shapes[f"{name}.weight"] = torch.Size([module.out_features, module.in_features])
@@ -253,7 +261,7 @@ def skipped_linears(model: nn.Module) -> dict[str, str]:
     reasons = {}
     for name, linear in linears.items():
         if linear in in_heads:
-            reasons[name] = "it is the classifier"
+            reasons[name] = CLASSIFIER
         # A subclass promises more than a linear map: nn.MultiheadAttention reads its out_proj's weight directly.
         elif type(linear) is not nn.Linear:
             reasons[name] = f"it is a {type(linear).__name__}, not a plain nn.Linear"

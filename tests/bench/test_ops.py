@@ -59,6 +59,12 @@ def test_operations_and_bytes_are_those_that_have_to_be():
     gram = Case("gram_accumulate_", "", torch.float32, 10, 4)
     assert (gram.flops, gram.equivalent_flops) == (10 * 4 * 5, 2 * 10 * 16)
     assert gram.bytes == 4 * 10 * 4 + 2 * 8 * 16
+    codes = Case("int8_lowrank_linear", "", torch.float32, 3, 64, 32, 8)
+    assert codes.flops == linear.flops
+    assert codes.bytes == 8 * (64 + 32) + 4 * (8 + 32) + 4 * (32 + 3 * (64 + 32))
+    dense = Case("int8_linear", "", torch.float32, 3, 64, 32, dynamic=False)
+    assert (dense.flops, dense.bytes) == (2 * 3 * 64 * 32, 64 * 32 + 4 * 32 + 4 * (32 + 3 * (64 + 32)))
+    assert (codes.arithmetic, dense.arithmetic) == ("int8", "float32")
     cross = Case("cross_gram_accumulate_", "", torch.float32, 10, 4, 6)
     assert cross.flops == 2 * 10 * 4 * 6
 
@@ -68,7 +74,7 @@ def test_arguments_are_the_same_each_time_and_fit_the_operator():
         if case.m > ops.TOKENS or case.dtype != torch.float32:
             continue
         first, second = case.arguments(), case.arguments()
-        assert all(t is None or torch.equal(t, second[name]) for name, t in first.items())
+        assert all(torch.equal(t, second[name]) for name, t in first.items() if isinstance(t, torch.Tensor))
         (answer,) = testing.run(getattr(reference, case.op), first)
         assert answer.shape == (case.m, case.n)
         assert math.isclose(answer.std(), 2**0.5, rel_tol=0.3), "values of a layer's size"

@@ -17,7 +17,9 @@ def every_tiny_case() -> list[Case]:
     return [case for dtype in ops.DTYPES for case in tiny_cases(dtype)]
 
 
-@pytest.mark.parametrize("case", every_tiny_case(), ids=lambda case: f"{case.op}-{case.dtype_name}-{case.residual}")
+@pytest.mark.parametrize(
+    "case", every_tiny_case(), ids=lambda case: f"{case.op}-{case.dtype_name}-{case.residual}-{case.arithmetic}"
+)
 def test_all_variants_of_a_case_pass_its_gate(case):
     with torch.inference_mode():
         field = peers.field(case, compiling=False)
@@ -25,6 +27,12 @@ def test_all_variants_of_a_case_pass_its_gate(case):
     assert peers.SERVED in field.variants["ours"]
     offered = {group for group in (*field.variants, *field.absent) if group != "ours"}
     wanted = {"gram"} if "gram" in case.op else {"dense", "add" if case.residual else "factors"}
+    if case.op in ops.INT8:
+        wanted = {
+            "floating",
+            *(("dense",) if case.dynamic else ()),
+            *(("factors",) if case.dynamic and case.rank else ()),
+        }
     assert wanted <= offered
     assert all(field.absent[group][name] for group in field.absent for name in field.absent[group])
 

@@ -129,14 +129,14 @@ class Extension:
         return self.isas
 
     def peak_flops(self, kind: str, milliseconds: float) -> float:
-        return {"float32": 100.0, "bfloat16": 200.0}[kind]
+        return {"float32": 100.0, "bfloat16": 200.0, "int8": 400.0}[kind]
 
 
 @pytest.mark.parametrize(
     ("extension", "flops"),
     [
-        (Extension("avx512bf16", "avx2"), {"float32": 200.0, "bfloat16": 400.0}),
-        (Extension("avx2"), {"float32": 200.0}),
+        (Extension("avx512bf16", "avx2"), {"float32": 200.0, "bfloat16": 400.0, "int8": 800.0}),
+        (Extension("avx2"), {"float32": 200.0, "int8": 800.0}),
         (None, {}),
     ],
     ids=["bf16", "no-bf16", "no-extension"],

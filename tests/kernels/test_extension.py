@@ -17,9 +17,10 @@ from torch import Tensor
 import mixrank_kernels  # noqa: F401  (defines the schemas, which the extension needs first)
 from mixrank_kernels import _C, reference
 
-BEST_FIRST = ["avx512bf16", "avx512", "avx2", "portable"]
+BEST_FIRST = ["avx512bf16", "avx512vnni", "avx512", "avx2", "portable"]
 NEEDS = {
-    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set(),
@@ -73,7 +74,7 @@ def test_build_info_names_what_was_built() -> None:
 
 def test_supported_isas_follow_the_cpu_features_best_first() -> None:
     features = {name for name, present in _C.cpu_features().items() if present}
-    assert set(_C.cpu_features()) == set().union(*NEEDS.values()) | {"avx512_vnni"}
+    assert set(_C.cpu_features()) == set().union(*NEEDS.values())
     assert _C.supported_isas() == [name for name in _C.build_info()["isas"] if features >= NEEDS[name]]
 
 
@@ -109,7 +110,15 @@ def test_choose_names_the_kernel(isa: str, dtype: torch.dtype) -> None:
         assert _C.choose(op, str(dtype).removeprefix("torch.")).startswith(f"{isa}: ")
 
 
-@pytest.mark.parametrize(("op", "name"), [("linear", "float32"), ("lowrank_linear", "int8")])
+def test_choose_names_what_multiplies_codes(isa: str) -> None:
+    product = {"portable": "plain C++", "avx2": "vpmaddwd", "avx512": "vpmaddwd"}.get(isa, "vpdpbusd")
+    for op in ("int8_linear", "int8_lowrank_linear"):
+        assert product in _C.choose(op, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("linear", "float32"), ("lowrank_linear", "int8"), ("int8_linear", "float64")]
+)
 def test_choose_refuses_what_has_no_kernel(op: str, name: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         _C.choose(op, name)
