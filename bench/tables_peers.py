@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixrank_bench import vit_b16_peers
+from mixrank_bench.accuracy_peers.methods import METHODS
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
@@ -21,6 +22,9 @@ def peers() -> str:
         found = [row for (method, at), row in latest.items() if at == keep and method != "dense"]
         found.sort(key=lambda row: (-row["top1"], row["kl"]))
         parts.append(f"### keep {keep}\n\n" + table(HEADER, map(_line, found)))
+    absent = [name for name in METHODS if not any(method == name for method, _ in latest)]
+    if absent:
+        parts.append(f"Not measured yet: {'; '.join(absent)}.\n")
     last = rows[-1]
     images = f"{last['calibration_images']} calibration images (seed {last['seed']}), {last['images']} test images"
     parts.append(f"{images}, evaluated in {last['evaluation_dtype']}. {conditions(last)}")
