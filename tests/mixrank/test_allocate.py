@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mixrank import InputError, MixedRankLinear, PivotedLinear, allocate, apply_, calibrate, compress, decompose
-from mixrank.allocate import Point, check_budget, greedy, lower_hull, remaining_error, tokens_per_layer
+from mixrank.allocate import check_budget, remaining_error, tokens_per_layer
+from mixrank.greedy import Point, greedy, lower_hull
 from mixrank.models import count_bytes, count_macs, count_parameters
 from mixrank.sensitivity import Sensitivity
 
