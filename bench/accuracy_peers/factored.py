@@ -47,8 +47,6 @@ class PeerFactors:
         bias: ``[N]`` or None.
         weight_energy: ``[S]`` float64, squared singular values of the weight as shares of their sum: what mixed ranks
             go by, the same for every method.
-        output_energy: not known.
-        centred_share: no method moves a mean into the bias.
     """
 
     shape: LayerShape
@@ -56,8 +54,6 @@ class PeerFactors:
     up: Tensor
     bias: Tensor | None
     weight_energy: Tensor
-    output_energy: None = None
-    centred_share: float = 1.0
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return ``down [R, K]``, ``up [N, R]`` and the bias for one rank."""
