@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixrank.calibrate import CalibrationStats, LayerStats
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
+from mixrank.stats import CalibrationStats, LayerStats
 from mixrank_kernels import ops
 
 PARTS = ("gram", "total", "absolute")
