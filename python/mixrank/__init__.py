@@ -19,6 +19,7 @@ from mixrank.nn_pivoted import PivotedLinear
 from mixrank.plan import Plan
 from mixrank.result import CompressionResult
 from mixrank.stats import CalibrationStats, LayerStats
+from mixrank.sweep import SweepResult, SweepRow, sweep
 from mixrank.weighting import Weighting
 from mixrank_kernels import __version__
 
@@ -32,6 +33,8 @@ __all__ = [
     "PivotedLinear",
     "Plan",
     "SplitLinear",
+    "SweepResult",
+    "SweepRow",
     "Weighting",
     "__version__",
     "allocate",
@@ -43,4 +46,5 @@ __all__ = [
     "evaluate",
     "load",
     "save",
+    "sweep",
 ]
