@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixrank import fidelity
 from mixrank.data import Batch
 from mixrank.errors import InputError
 
@@ -87,21 +88,12 @@ def reference(
 
 def logits_of(model: nn.Module, images: Iterable[Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
     """Return the logits ``[images, classes]`` of a model in evaluation mode, in float32 on the CPU."""
-    device = next(model.parameters()).device
-    training, results = model.training, []
+    training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            results = [model(batch.to(device)).float().cpu() for batch in images]
+        return fidelity.logits_of(model, list(images), dtype)
     finally:
         model.train(training)
-    return torch.cat(results)
-
-
-def divergence(dense: Tensor, logits: Tensor) -> Tensor:
-    """KL(dense || model) of the softmax of ``[images, classes]`` logits for each image ``[images]``, in nats."""
-    target, found = dense.double().log_softmax(-1), logits.double().log_softmax(-1)
-    return (target.exp() * (target - found)).sum(-1)
 
 
 def compare(model: nn.Module, dense: Reference, *, dtype: torch.dtype | None = None) -> Fidelity:
@@ -131,15 +123,13 @@ def compare_logits(logits: Tensor, dense: Reference, *, seconds: float = 0.0) ->
             f"the model must return logits {list(dense.logits.shape)} as the dense model, but returned "
             f"{list(logits.shape)}"
         )
-    if not logits.isfinite().all():
-        raise InputError("the model must return finite logits, but some are not")
-    predicted = logits.argmax(-1)
-    right = predicted == dense.labels
+    close = fidelity.compare(logits, dense.logits)
+    right = logits.argmax(-1) == dense.labels
     return Fidelity(
         images=len(logits),
         top1=100 * right.double().mean().item(),
-        agreement=100 * (predicted == dense.logits.argmax(-1)).double().mean().item(),
-        kl=divergence(dense.logits, logits).mean().item(),
+        agreement=close.agreement,
+        kl=close.divergence,
         correct="".join("1" if one else "0" for one in right.tolist()),
         seconds=seconds,
     )

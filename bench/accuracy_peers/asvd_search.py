@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
+from mixrank.fidelity import divergence
 from mixrank.models import compressible_linears, count_parameters
 from mixrank.nn import MixedRankLinear
 from mixrank_bench.accuracy_peers import asvd
 from mixrank_bench.accuracy_peers.blocks import check_blocks, first_inputs, run_block, run_from
 from mixrank_bench.accuracy_peers.factored import Compressed, PeerFactors
 from mixrank_bench.accuracy_peers.statistics import Calibration
-from mixrank_bench.fidelity import divergence
 
 SHARES = tuple(tenths / 10 for tenths in range(1, 10))
 SAMPLES = 32
@@ -59,7 +59,7 @@ def sensitivity(
                     logits = torch.cat([run_from(model, number, state, dtype=dtype) for state in states])
                 finally:
                     model.set_submodule(name, linear)
-                damage[name, share] = divergence(dense, logits).mean().item()
+                damage[name, share] = divergence(logits, dense).mean().item()
         states = run_block(block, states, dtype=dtype)
     return damage
 

@@ -21,6 +21,7 @@ from mixrank.plan import Plan
 from mixrank.quantize import QuantizationResult, quantize_
 from mixrank.result import CompressionResult
 from mixrank.stats import CalibrationStats, LayerStats
+from mixrank.sweep import SweepResult, SweepRow, sweep
 from mixrank.weighting import Weighting
 from mixrank_kernels import __version__
 
@@ -38,6 +39,8 @@ __all__ = [
     "Plan",
     "QuantizationResult",
     "SplitLinear",
+    "SweepResult",
+    "SweepRow",
     "Weighting",
     "__version__",
     "allocate",
@@ -50,4 +53,5 @@ __all__ = [
     "load",
     "quantize_",
     "save",
+    "sweep",
 ]

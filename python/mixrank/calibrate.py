@@ -22,7 +22,7 @@ CHUNK = 8  # images whose activations are held at once where gradients have to f
 DEFAULT_HELD_OUT = 0.2
 
 
-def _held_out(first: int, count: int, share: float, views: int) -> Tensor:
+def held_out_images(first: int, count: int, share: float, views: int) -> Tensor:
     """Which of ``count`` views from number ``first`` on are of images that are held out.
 
     They are evenly spread over the images, whatever the batches are, and all views of an image stay together.
@@ -118,7 +118,7 @@ def calibrate(
                     for part in parts:
                         part.arrange(groups)
                     sizes.add(inputs.shape[1:])
-                apart = _held_out(first, len(inputs), share, views)
+                apart = held_out_images(first, len(inputs), share, views)
                 for part, chosen in zip(parts, (~apart, apart), strict=False):
                     for index in chosen.nonzero().flatten().split(CHUNK if measure.backward else max(1, len(inputs))):
                         if len(index):

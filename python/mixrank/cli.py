@@ -1,4 +1,4 @@
-"""The command line: ``mixrank compress | compensate | quantize | evaluate | inspect | report | bench | demo``.
+"""The command line: ``mixrank compress | sweep | compensate | quantize | evaluate | inspect | report | bench | demo``.
 
 Only arguments are declared here. What a command does lives in its own module and is imported when the command
 runs, so that ``mixrank --help`` does not wait for timm and matplotlib.
@@ -7,55 +7,18 @@ runs, so that ``mixrank --help`` does not wait for timm and matplotlib.
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from mixrank import cli_bench, cli_compensate
+from mixrank import cli_bench, cli_compensate, cli_compress, cli_sweep
+from mixrank.cli_help import IMAGES_HELP, JSON_HELP, LABELS_HELP, LIMIT_HELP, QUIET_HELP, ROOT_HELP, STRICT_HELP
 from mixrank.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-
-
-class Factors(StrEnum):
-    aware = "aware"
-    svd = "svd"
-    fisher = "fisher"
-
-
-class Ranks(StrEnum):
-    mixed = "mixed"
-    uniform = "uniform"
-
-
-class Energy(StrEnum):
-    weight = "weight"
-    output = "output"
-    held_out = "held_out"
-    mixed = "mixed"
-
-
-class WeightingKind(StrEnum):
-    none = "none"
-    image = "image"
-    token = "token"
-    clip = "clip"
-    class_ = "class"
-    gradient = "gradient"
-
-
-class Form(StrEnum):
-    factors = "factors"
-    pivoted = "pivoted"
-
-
-class Precision(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 class Commands(TyperGroup):
@@ -83,14 +46,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-IMAGES_HELP = "A folder of images, an ImageFolder tree, or a timm.data dataset name such as hfds/... or torch/cifar10."
-LABELS_HELP = "A csv with the columns file,label; without it the class folders of an ImageFolder tree are the labels."
-JSON_HELP = "Also write the result to this file, as JSON."
-ROOT_HELP = "The folder in which a named data set lies or is downloaded to."
-LIMIT_HELP = "Use a random subset of this many images."
-STRICT_HELP = "Fail on an image that does not decode instead of skipping and counting it."
-QUIET_HELP = "No progress bars."
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -109,159 +64,7 @@ def _root(
     pass
 
 
-@app.command(
-    epilog="Example: mixrank compress --model deit_small_patch16_224 --images calibration/ --keep 0.5 "
-    "--out deit_small_50.safetensors --eval-images val/ --labels val.csv --report deit_small_50.html"
-)
-def compress(
-    model: Annotated[str, typer.Option(help="A timm architecture.", rich_help_panel="Model")],
-    images: Annotated[str, typer.Option(help="Images without labels. " + IMAGES_HELP, rich_help_panel="Calibration")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write (safetensors).", rich_help_panel="Output")],
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="A state dict (safetensors, pth); without it timm's pretrained weights.", rich_help_panel="Model"
-        ),
-    ] = None,
-    model_args: Annotated[
-        str | None,
-        typer.Option(help="""Arguments of timm.create_model: '{"img_size": 384}'.""", rich_help_panel="Model"),
-    ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(help="The share of all parameters that remains, in (0, 1].", rich_help_panel="Budget"),
-    ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option(help="The largest size of the model in bytes.", rich_help_panel="Budget")
-    ] = None,
-    max_macs: Annotated[
-        int | None, typer.Option(help="The most multiply-accumulates for one image.", rich_help_panel="Budget")
-    ] = None,
-    factors: Annotated[
-        Factors,
-        typer.Option(
-            help="aware: best factors for the calibration images; svd: for the weight alone; fisher: aware in the "
-            "metric of the loss.",
-            rich_help_panel="Strategy",
-        ),
-    ] = Factors.aware,
-    ranks: Annotated[
-        Ranks, typer.Option(help="mixed: a rank for each layer; uniform: one share.", rich_help_panel="Strategy")
-    ] = Ranks.mixed,
-    energy: Annotated[
-        Energy,
-        typer.Option(
-            help="The energy that decides the mixed ranks: of the weight, of the outputs on the calibration images or "
-            "on images held out, or mixed: the geometric mean of weight and held_out.",
-            rich_help_panel="Strategy",
-        ),
-    ] = Energy.weight,
-    centre: Annotated[
-        bool | None,
-        typer.Option(
-            "--centre/--no-centre",
-            help="Move the mean activation into the bias; by default as the factors need it.",
-            rich_help_panel="Strategy",
-        ),
-    ] = None,
-    shrink: Annotated[
-        str,
-        typer.Option(
-            help="Pull of the factors towards svd, against few images: a number of at least 0; auto: by layer, from "
-            "images held out; oas: from the number of images.",
-            rich_help_panel="Strategy",
-        ),
-    ] = "0",
-    fisher_shrink: Annotated[
-        float, typer.Option(help="Pull of the metric of fisher towards the plain one.", rich_help_panel="Strategy")
-    ] = 1.0,
-    weighting: Annotated[
-        WeightingKind,
-        typer.Option(
-            help="How much each calibration token counts: none: alike; image, token: errors relative to the image's or "
-            "the token's output; clip: long outputs less; class: the class token more; gradient: by its effect on "
-            "the model's answer.",
-            rich_help_panel="Calibration",
-        ),
-    ] = WeightingKind.none,
-    weighting_level: Annotated[
-        float | None,
-        typer.Option(
-            help="clip: a multiple of the median length, or below 1 a quantile; class: the class token's weight "
-            "relative to all patches.",
-            rich_help_panel="Calibration",
-        ),
-    ] = None,
-    held_out: Annotated[
-        float | None,
-        typer.Option(
-            help="The share of the images on which factors made without them are judged; by default a fifth.",
-            rich_help_panel="Calibration",
-        ),
-    ] = None,
-    draws: Annotated[
-        int,
-        typer.Option(help="Labels drawn for each image where gradients are needed.", rich_help_panel="Calibration"),
-    ] = 1,
-    augment: Annotated[
-        int,
-        typer.Option(help="Further random views (crops, flips) of each image.", rich_help_panel="Calibration"),
-    ] = 0,
-    sequential: Annotated[
-        bool,
-        typer.Option("--sequential", help="Fit layers to the compressed prefix.", rich_help_panel="Strategy"),
-    ] = False,
-    ridge: Annotated[
-        float, typer.Option(help="Pull of --sequential towards the original weights.", rich_help_panel="Strategy")
-    ] = 0.1,
-    split_qkv: Annotated[
-        bool,
-        typer.Option("--split-qkv/--no-split-qkv", help="Factor q, k and v apart.", rich_help_panel="Strategy"),
-    ] = False,
-    step: Annotated[int, typer.Option(help="Ranks are multiples of this.", rich_help_panel="Strategy")] = 8,
-    min_rank: Annotated[
-        float | None,
-        typer.Option(help="The lowest rank, or below 1 a share of the full rank.", rich_help_panel="Strategy"),
-    ] = None,
-    max_rank: Annotated[
-        float | None,
-        typer.Option(help="The highest rank, or below 1 a share of the full rank.", rich_help_panel="Strategy"),
-    ] = None,
-    form: Annotated[
-        Form,
-        typer.Option(
-            help="How layers of low rank are held; pivoted: fewer numbers for each rank.", rich_help_panel="Strategy"
-        ),
-    ] = Form.factors,
-    eval_images: Annotated[
-        str | None, typer.Option(help="Labelled images to measure top-1 on.", rich_help_panel="Evaluation")
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help=LABELS_HELP + " For --eval-images.", rich_help_panel="Evaluation")
-    ] = None,
-    data_root: Annotated[Path | None, typer.Option(help=ROOT_HELP, rich_help_panel="Calibration")] = None,
-    split: Annotated[
-        str, typer.Option(help="The part of a named data set to calibrate on.", rich_help_panel="Calibration")
-    ] = "train",
-    eval_split: Annotated[
-        str, typer.Option(help="The part of a named data set to evaluate on.", rich_help_panel="Evaluation")
-    ] = "validation",
-    json: Annotated[Path | None, typer.Option(help=JSON_HELP, rich_help_panel="Output")] = None,
-    report: Annotated[Path | None, typer.Option(help="Also write an HTML report.", rich_help_panel="Output")] = None,
-    limit: Annotated[int | None, typer.Option(help=LIMIT_HELP, rich_help_panel="Calibration")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images in one batch.")] = 32,
-    dtype: Annotated[
-        Precision, typer.Option(help="Precision of the model; the sums are float64.", rich_help_panel="Calibration")
-    ] = Precision.float32,
-    strict: Annotated[bool, typer.Option("--strict", help=STRICT_HELP)] = False,
-    seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help=QUIET_HELP)] = False,
-) -> None:
-    """Make a timm model smaller, with a few hundred unlabelled images and no training."""
-    options = dict(locals())
-    from mixrank.cli_compress import CompressOptions, run
-
-    run(CompressOptions(**options))
+app.command(epilog=cli_compress.EPILOG)(cli_compress.compress)
 
 
 @app.command(epilog="Example: mixrank quantize deit_small_50.safetensors --out deit_small_50_int8.safetensors")
@@ -324,7 +127,9 @@ def inspect(
 
 @app.command(epilog="Example: mixrank report deit_small_50.json --out deit_small_50.html")
 def report(
-    result: Annotated[Path, typer.Argument(help="What --json of compress or demo wrote.", show_default=False)],
+    result: Annotated[
+        Path, typer.Argument(help="What --json of compress, sweep, compensate or demo wrote.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")],
 ) -> None:
     """Draw the report of a result: one HTML file that needs nothing beside it."""
@@ -337,6 +142,7 @@ def report(
     print(f"report      {out}")
 
 
+app.command(epilog=cli_sweep.EPILOG)(cli_sweep.sweep)
 app.command(epilog=cli_compensate.EPILOG)(cli_compensate.compensate)
 app.command(epilog=cli_bench.EPILOG)(cli_bench.bench)
 

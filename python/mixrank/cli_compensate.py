@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ class Scope(StrEnum):
 
 class Trained(StrEnum):
     factors = "factors"
+    residual = "residual"
     all = "all"
 
 
@@ -132,18 +134,15 @@ def _run(options: _Options) -> None:
     options.check()
     training = options.training()
 
-    import torch
-
     from mixrank import checkpoint
-    from mixrank.compensate import compensate_
     from mixrank.data import open_images
+    from mixrank.evaluate import summarise
     from mixrank.models import create_model, preprocessing
 
     header = checkpoint.read_header(options.file)
     model = checkpoint.load(options.file)
     pretrained = options.weights is None
     dense = create_model(header.architecture, pretrained=pretrained, weights=options.weights, args=header.args)
-    _match(dense, model)
     source = open_images(
         options.images,
         preprocessing(model),
@@ -153,10 +152,34 @@ def _run(options: _Options) -> None:
         root=options.data_root,
         split=options.split,
     )
-    result = compensate_(
+    before = summarise(dense).to_json()
+    result = train(model, dense, source.batches(32), options, training)
+    checkpoint.save(model, options.out, metadata=header.metadata | {"compensation": noted(result)})
+    options.state.unlink(missing_ok=True)
+    sizes = {"dense": before, "compressed": summarise(model).to_json(), "plan": header.plan.to_json()}
+    _report(options, result, {"architecture": header.architecture, "args": header.args}, sizes)
+
+
+def train(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable,
+    options: Any,
+    training: CompensationOptions,
+) -> CompensationResult:
+    """Train what a checkpoint was loaded to; ``dense`` is brought into its form.
+
+    ``options`` of the command say ``steps``, ``minutes``, ``dtype``, ``state`` and ``quiet``.
+    """
+    import torch
+
+    from mixrank.compensate import compensate_
+
+    _match(dense, model)
+    return compensate_(
         model,
         dense,
-        source.batches(32),
+        batches,
         steps=options.steps,
         minutes=options.minutes,
         options=training,
@@ -164,12 +187,11 @@ def _run(options: _Options) -> None:
         state=options.state,
         progress=not options.quiet,
     )
-    # No times, so that a run that was interrupted writes the same bytes.
-    noted = {key: value for key, value in result.to_json().items() if key != "seconds"}
-    metadata = header.metadata | {"compensation": noted}
-    checkpoint.save(model, options.out, metadata=metadata)
-    options.state.unlink(missing_ok=True)
-    _report(options, result, header.architecture)
+
+
+def noted(result: CompensationResult) -> dict[str, Any]:
+    """What a checkpoint says of its training: no times, so that a run that was interrupted writes the same bytes."""
+    return {key: value for key, value in result.to_json().items() if key != "seconds"}
 
 
 def _match(dense: nn.Module, model: nn.Module) -> None:
@@ -187,7 +209,19 @@ def _match(dense: nn.Module, model: nn.Module) -> None:
         split_qkv_(dense)
 
 
-def _report(options: _Options, result: CompensationResult, architecture: str) -> None:
+def summary(result: CompensationResult) -> str:
+    """What became of the training, in a sentence."""
+    if result.best_step == 0:
+        return f"training brought nothing in {result.steps} steps ({result.stopped}): the model is as it was"
+    return (
+        f"best after {result.best_step} of {result.steps} steps ({result.stopped}), "
+        f"on {result.before.images} held-out images"
+    )
+
+
+def _report(
+    options: _Options, result: CompensationResult, model: dict[str, Any], sizes: dict[str, dict[str, Any]]
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -196,7 +230,8 @@ def _report(options: _Options, result: CompensationResult, architecture: str) ->
     if options.json is not None:
         data = {
             "command": "compensate",
-            "model": {"architecture": architecture},
+            "model": model,
+            **sizes,
             "compensation": result.to_json(),
             "options": {name: _plain(value) for name, value in dataclasses.asdict(options).items()},
             "versions": versions(),
@@ -208,12 +243,7 @@ def _report(options: _Options, result: CompensationResult, architecture: str) ->
     table.add_row("agreement with the dense model", percent(before.agreement), percent(after.agreement))
     console = Console()
     console.print(table)
-    console.print(
-        f"best after {result.best_step} of {result.steps} steps ({result.stopped}), on {before.images} held-out images",
-        highlight=False,
-    )
-    if result.best_step == 0:
-        console.print("training brought nothing: the checkpoint is as it was")
+    console.print(summary(result), highlight=False)
     console.print(f"checkpoint  {options.out}", markup=False, soft_wrap=True, highlight=False)
     if options.json is not None:
         console.print(f"JSON        {options.json}", markup=False, soft_wrap=True, highlight=False)

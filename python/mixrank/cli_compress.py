@@ -1,250 +1,237 @@
-"""``mixrank compress``: every check first, then the long work, then the files."""
+"""``mixrank compress``: its arguments; what it does is in :mod:`mixrank.run_compress`."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from mixrank.cli_input import check_outputs, check_positive, first_images
-from mixrank.cli_output import Stopwatch, comparison_table, plain, versions, write_json
-from mixrank.errors import InputError
+import typer
 
-if TYPE_CHECKING:
-    from mixrank.data import ImageSource
+from mixrank.cli_help import (
+    EVAL_HELP,
+    IMAGES_HELP,
+    JSON_HELP,
+    LABELS_HELP,
+    LIMIT_HELP,
+    MODEL_ARGS_HELP,
+    MODEL_HELP,
+    QUIET_HELP,
+    ROOT_HELP,
+    STRICT_HELP,
+    WEIGHTS_HELP,
+)
 
-AUTOMATIC = ("auto", "oas")
-STRATEGY = (
-    "factors", "ranks", "energy", "centre", "fisher_shrink", "held_out", "draws", "split_qkv", "step", "min_rank",
-    "max_rank", "form", "sequential", "ridge", "seed",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressOptions:
-    """The arguments of the command, under their own names."""
-
-    model: str
-    images: str
-    out: Path
-    weights: Path | None
-    model_args: str | None
-    keep: float | None
-    max_bytes: int | None
-    max_macs: int | None
-    factors: str
-    ranks: str
-    energy: str
-    centre: bool | None
-    shrink: str
-    fisher_shrink: float
-    weighting: str
-    weighting_level: float | None
-    held_out: float | None
-    draws: int
-    augment: int
-    sequential: bool
-    ridge: float
-    split_qkv: bool
-    step: int
-    min_rank: float | None
-    max_rank: float | None
-    form: str
-    eval_images: str | None
-    labels: Path | None
-    data_root: Path | None
-    split: str
-    eval_split: str
-    json: Path | None
-    report: Path | None
-    limit: int | None
-    batch_size: int
-    dtype: str
-    strict: bool
-    seed: int
-    quiet: bool
-
-    def check(self) -> None:
-        """Everything that can be known before a model is built."""
-        if sum(budget is not None for budget in (self.keep, self.max_bytes, self.max_macs)) != 1:
-            raise InputError("exactly one of --keep, --max-bytes and --max-macs must be given")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise InputError(f"--keep must be above 0 and at most 1, got {self.keep:g}")
-        for name in ("max_bytes", "max_macs", "step", "batch_size", "limit", "draws"):
-            check_positive(name, getattr(self, name))
-        if self.augment < 0:
-            raise InputError(f"--augment must be at least 0, got {self.augment}")
-        self.pull()
-        if self.weights is not None and not self.weights.is_file():
-            raise InputError(f"--weights {self.weights} does not exist or is not a file")
-        if self.labels is not None and self.eval_images is None:
-            raise InputError("--labels belongs to --eval-images, which is missing (calibration needs no labels)")
-        check_outputs({"--out": self.out, "--json": self.json, "--report": self.report}, self.weights, self.labels)
-
-    def pull(self) -> float | str:
-        """``--shrink`` as a number, where it is one."""
-        if self.shrink in AUTOMATIC:
-            return self.shrink
-        try:
-            return float(self.shrink)
-        except ValueError:
-            raise InputError(f"--shrink must be a number, {' or '.join(AUTOMATIC)}, got {self.shrink}") from None
-
-    def strategy(self) -> dict[str, Any]:
-        """The arguments of :func:`mixrank.compress` that are neither images nor budget."""
-        chosen = {name: getattr(self, name) for name in STRATEGY}
-        return chosen | {"shrink": self.pull(), "weighting": self.weighting}
-
-    def timm_args(self) -> dict[str, Any]:
-        """``--model-args`` as a dictionary."""
-        try:
-            args = json.loads(self.model_args or "{}")
-        except json.JSONDecodeError as error:
-            raise InputError(f"--model-args is not JSON: {error}") from None
-        if not isinstance(args, dict):
-            raise InputError(f"--model-args must be a JSON object, got {self.model_args}")
-        return args
+EPILOG = (
+    "Example: mixrank compress --model deit_small_patch16_224 --images calibration/ --keep 0.5 "
+    "--out deit_small_50.safetensors --eval-images val/ --labels val.csv --report deit_small_50.html"
+)
 
 
-def run(options: CompressOptions) -> None:
-    """Compress, measure, write; nothing is written unless everything before it worked."""
-    options.check()
-    args = options.timm_args()
-
-    import torch
-
-    from mixrank import checkpoint
-    from mixrank.compress import compress
-    from mixrank.data import open_images
-    from mixrank.evaluate import compare_speed, evaluate, summarise
-    from mixrank.models import create_model, preprocessing
-    from mixrank.weighting import Weighting
-
-    weighting = Weighting(options.weighting, options.weighting_level)
-    watch, progress = Stopwatch(), not options.quiet
-    with watch.stage("load"):
-        model = create_model(options.model, pretrained=options.weights is None, weights=options.weights, args=args)
-        data_config = preprocessing(model)
-        calibration = open_images(
-            options.images,
-            data_config,
-            limit=options.limit,
-            seed=options.seed,
-            strict=options.strict,
-            root=options.data_root,
-            split=options.split,
-            augment=options.augment,
-        )
-        evaluation = _open_evaluation(options, data_config)
-
-    dense, dense_score = copy.deepcopy(model), None
-    if evaluation is not None:
-        with watch.stage("evaluate_dense"):
-            dense_score = evaluate(dense, evaluation.batches(options.batch_size), progress=progress)
-
-    budget = {name: getattr(options, name) for name in ("keep", "max_bytes", "max_macs")}
-    strategy = options.strategy()
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else None
-    batches = calibration.batches(options.batch_size)
-    running = {"weighting": weighting, "dtype": dtype, "progress": progress}
-    result = compress(model, batches, **(budget | strategy | running))
-    watch.seconds |= result.seconds
-
-    score = None
-    if evaluation is not None:
-        with watch.stage("evaluate_compressed"):
-            score = evaluate(model, evaluation.batches(options.batch_size), progress=progress)
-    with watch.stage("speed"):
-        sample = first_images(calibration if evaluation is None else evaluation, options.batch_size)
-        speed = compare_speed({"dense": dense, "compressed": model}, sample)
-
-    summaries = {
-        "dense": summarise(dense, dense_score, speed["dense"]).to_json(),
-        "compressed": summarise(model, score, speed["compressed"]).to_json(),
-    }
-    images = {
-        "calibration": result.images,
-        "calibration_skipped": list(calibration.skipped),
-        "evaluation": None if score is None else score.images,
-        "evaluation_skipped": [] if evaluation is None else list(evaluation.skipped),
-    }
-    with watch.stage("save"):
-        made = budget | strategy | {"weighting_level": options.weighting_level, "augment": options.augment}
-        checkpoint.save(model, options.out, metadata=_provenance(made, summaries, images))
-    _write(options, args, result, summaries, images, speed, watch)
+class Factors(StrEnum):
+    aware = "aware"
+    svd = "svd"
+    fisher = "fisher"
 
 
-def _open_evaluation(options: CompressOptions, data_config: dict[str, Any]) -> ImageSource | None:
-    from mixrank.data import open_images
-
-    if options.eval_images is None:
-        return None
-    source = open_images(
-        options.eval_images,
-        data_config,
-        labels=options.labels,
-        strict=options.strict,
-        root=options.data_root,
-        split=options.eval_split,
-    )
-    # Asked of an image and not of the source, because a named data set only knows its labels by reading.
-    batch = next(iter(source.batches(1, workers=0)), None)
-    if batch is None or batch.labels is None:
-        raise InputError(
-            f"--eval-images {options.eval_images} has no labels: give --labels or one subfolder for each class"
-        )
-    return source
+class Ranks(StrEnum):
+    mixed = "mixed"
+    uniform = "uniform"
 
 
-def _provenance(options: dict[str, Any], summaries: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint says of its origin: no times and no paths, so that equal runs give equal bytes."""
-    kept = ("top1", "parameters", "bytes", "macs")
-    scores = {side: {key: values.get(key) for key in kept} for side, values in summaries.items()}
-    return {"options": options, "images": {"calibration": images["calibration"]}, **scores}
+class Energy(StrEnum):
+    weight = "weight"
+    output = "output"
+    held_out = "held_out"
+    mixed = "mixed"
+    sensitivity = "sensitivity"
 
 
-def _write(
-    options: CompressOptions,
-    args: dict[str, Any],
-    result: Any,
-    summaries: dict[str, Any],
-    images: dict[str, Any],
-    speed: dict[str, Any],
-    watch: Stopwatch,
+class WeightingKind(StrEnum):
+    none = "none"
+    image = "image"
+    token = "token"
+    clip = "clip"
+    class_ = "class"
+    gradient = "gradient"
+
+
+class Form(StrEnum):
+    factors = "factors"
+    pivoted = "pivoted"
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def compress(
+    model: Annotated[str, typer.Option(help=MODEL_HELP, rich_help_panel="Model")],
+    images: Annotated[str, typer.Option(help="Images without labels. " + IMAGES_HELP, rich_help_panel="Calibration")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (safetensors).", rich_help_panel="Output")],
+    weights: Annotated[Path | None, typer.Option(help=WEIGHTS_HELP, rich_help_panel="Model")] = None,
+    model_args: Annotated[str | None, typer.Option(help=MODEL_ARGS_HELP, rich_help_panel="Model")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="The share of all parameters that remains, in (0, 1].", rich_help_panel="Budget"),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="The largest size of the model in bytes.", rich_help_panel="Budget")
+    ] = None,
+    max_macs: Annotated[
+        int | None, typer.Option(help="The most multiply-accumulates for one image.", rich_help_panel="Budget")
+    ] = None,
+    factors: Annotated[
+        Factors,
+        typer.Option(
+            help="aware: best factors for the calibration images; svd: for the weight alone; fisher: aware in the "
+            "metric of the loss.",
+            rich_help_panel="Strategy",
+        ),
+    ] = Factors.aware,
+    ranks: Annotated[
+        Ranks, typer.Option(help="mixed: a rank for each layer; uniform: one share.", rich_help_panel="Strategy")
+    ] = Ranks.mixed,
+    energy: Annotated[
+        Energy,
+        typer.Option(
+            help="The energy that decides the mixed ranks: of the weight, of the outputs on the calibration images or "
+            "on images held out; mixed: the geometric mean of weight and held_out; sensitivity: how far the logits "
+            "move, measured layer by layer.",
+            rich_help_panel="Strategy",
+        ),
+    ] = Energy.weight,
+    sensitivity_images: Annotated[
+        int,
+        typer.Option(help="How many images --energy sensitivity is measured on.", rich_help_panel="Calibration"),
+    ] = 48,
+    centre: Annotated[
+        bool | None,
+        typer.Option(
+            "--centre/--no-centre",
+            help="Move the mean activation into the bias; by default as the factors need it.",
+            rich_help_panel="Strategy",
+        ),
+    ] = None,
+    shrink: Annotated[
+        str,
+        typer.Option(
+            help="Pull of the factors towards svd, against few images: a number of at least 0; auto: by layer, from "
+            "images held out; oas: from the number of images.",
+            rich_help_panel="Strategy",
+        ),
+    ] = "0",
+    fisher_shrink: Annotated[
+        float, typer.Option(help="Pull of the metric of fisher towards the plain one.", rich_help_panel="Strategy")
+    ] = 1.0,
+    weighting: Annotated[
+        WeightingKind,
+        typer.Option(
+            help="How much each calibration token counts: none: alike; image, token: errors relative to the image's or "
+            "the token's output; clip: long outputs less; class: the class token more; gradient: by its effect on "
+            "the model's answer.",
+            rich_help_panel="Calibration",
+        ),
+    ] = WeightingKind.none,
+    weighting_level: Annotated[
+        float | None,
+        typer.Option(
+            help="clip: a multiple of the median length, or below 1 a quantile; class: the class token's weight "
+            "relative to all patches.",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            help="The share of the images on which factors made without them are judged; by default a fifth.",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(help="Labels drawn for each image where gradients are needed.", rich_help_panel="Calibration"),
+    ] = 1,
+    augment: Annotated[
+        int,
+        typer.Option(help="Further random views (crops, flips) of each image.", rich_help_panel="Calibration"),
+    ] = 0,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="Fit layers to the compressed prefix.", rich_help_panel="Strategy"),
+    ] = False,
+    ridge: Annotated[
+        float, typer.Option(help="Pull of --sequential towards the original weights.", rich_help_panel="Strategy")
+    ] = 0.1,
+    split_qkv: Annotated[
+        bool,
+        typer.Option("--split-qkv/--no-split-qkv", help="Factor q, k and v apart.", rich_help_panel="Strategy"),
+    ] = False,
+    step: Annotated[int, typer.Option(help="Ranks are multiples of this.", rich_help_panel="Strategy")] = 8,
+    min_rank: Annotated[
+        float | None,
+        typer.Option(help="The lowest rank, or below 1 a share of the full rank.", rich_help_panel="Strategy"),
+    ] = None,
+    max_rank: Annotated[
+        float | None,
+        typer.Option(help="The highest rank, or below 1 a share of the full rank.", rich_help_panel="Strategy"),
+    ] = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="How layers of low rank are held; pivoted: fewer numbers for each rank.", rich_help_panel="Strategy"
+        ),
+    ] = Form.factors,
+    eval_images: Annotated[str | None, typer.Option(help=EVAL_HELP, rich_help_panel="Evaluation")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help=LABELS_HELP + " For --eval-images.", rich_help_panel="Evaluation")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Then train the factors for this many steps on the calibration images, as mixrank compensate does.",
+            rich_help_panel="Compensation",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="The same for about this long.", rich_help_panel="Compensation")
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest one of the training.", rich_help_panel="Compensation")
+    ] = 1e-4,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a training that was interrupted; what was compressed is not compressed again.",
+            rich_help_panel="Compensation",
+        ),
+    ] = False,
+    data_root: Annotated[Path | None, typer.Option(help=ROOT_HELP, rich_help_panel="Calibration")] = None,
+    split: Annotated[
+        str, typer.Option(help="The part of a named data set to calibrate on.", rich_help_panel="Calibration")
+    ] = "train",
+    eval_split: Annotated[
+        str, typer.Option(help="The part of a named data set to evaluate on.", rich_help_panel="Evaluation")
+    ] = "validation",
+    json: Annotated[Path | None, typer.Option(help=JSON_HELP, rich_help_panel="Output")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML report.", rich_help_panel="Output")] = None,
+    limit: Annotated[int | None, typer.Option(help=LIMIT_HELP, rich_help_panel="Calibration")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images in one batch.")] = 32,
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision of the model; the sums are float64.", rich_help_panel="Calibration")
+    ] = Precision.float32,
+    strict: Annotated[bool, typer.Option("--strict", help=STRICT_HELP)] = False,
+    seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help=QUIET_HELP)] = False,
 ) -> None:
-    from rich.console import Console
+    """Make a timm model smaller, with a few hundred unlabelled images, and train it afterwards only if asked to.
 
-    details = result.to_json()
-    data = {
-        "command": "compress",
-        "model": {"architecture": options.model, "args": args, "weights": options.weights or "pretrained"},
-        **summaries,
-        "plan": details["plan"],
-        "layers": details["layers"],
-        "images": images,
-        "notes": result.notes,
-        "options": dataclasses.asdict(options),
-        "speed": {side: dataclasses.asdict(values) for side, values in speed.items()},
-        "times": watch.seconds,
-        "versions": versions(),
-    }
-    if options.report is not None:
-        from mixrank.report import write_report
+    With --steps or --minutes the compressed model is kept as OUT.compressed (a checkpoint) and the training as
+    OUT.state until --out is written, so that --resume can go on with the training.
+    """
+    options = dict(locals())
+    from mixrank.run_compress import CompressOptions, run
 
-        write_report(options.report, plain(data))
-    if options.json is not None:
-        write_json(options.json, data)
-
-    console = Console()
-    console.print(comparison_table(summaries["dense"], summaries["compressed"], options.model))
-    skipped = len(images["calibration_skipped"]) + len(images["evaluation_skipped"])
-    if skipped:
-        first = (images["calibration_skipped"] + images["evaluation_skipped"])[0]
-        console.print(f"{skipped} images were skipped, the first: {first}", markup=False)
-    for note in result.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True, highlight=False)
-    for label, path in (("checkpoint", options.out), ("report", options.report), ("JSON", options.json)):
-        if path is not None:
-            console.print(f"{label:<11} {path}", markup=False, soft_wrap=True, highlight=False)
+    run(CompressOptions(**options))

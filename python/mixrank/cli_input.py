@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixrank.errors import InputError
 from mixrank.files import check_writable
@@ -32,6 +33,24 @@ def check_outputs(files: dict[str, Path | None], *inputs: Path | None) -> None:
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise InputError(f"{other} and {option} name the same file {path}")
+
+
+def check_budgets(name: str, *keeps: float) -> None:
+    """Each share of the parameters is one."""
+    for keep in keeps:
+        if not 0 < keep <= 1:
+            raise InputError(f"{name} must be above 0 and at most 1, got {keep:g}")
+
+
+def model_arguments(text: str | None) -> dict[str, Any]:
+    """``--model-args`` as a dictionary."""
+    try:
+        args = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise InputError(f"--model-args is not JSON: {error}") from None
+    if not isinstance(args, dict):
+        raise InputError(f"--model-args must be a JSON object, got {text}")
+    return args
 
 
 def first_images(source: ImageSource, count: int) -> torch.Tensor:

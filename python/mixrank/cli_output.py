@@ -125,8 +125,10 @@ def points(new: float | None, old: float | None) -> str:
     return UNKNOWN if new is None or old is None else f"{new - old:+.2f} pt"
 
 
-def comparison_table(dense: dict[str, Any], compressed: dict[str, Any], title: str) -> Table:
-    """Dense against compressed, one row per quantity."""
+def comparison_table(
+    dense: dict[str, Any], compressed: dict[str, Any], title: str, fidelity: dict[str, Any] | None = None
+) -> Table:
+    """Dense against compressed, one row per quantity; ``fidelity``: of the compressed model to the dense one."""
     from rich.table import Table
 
     table = Table("", title=title, title_justify="left", title_style="bold")
@@ -141,5 +143,33 @@ def comparison_table(dense: dict[str, Any], compressed: dict[str, Any], title: s
     row("MB", "bytes", megabytes, change)
     row("GMACs", "macs", gigamacs, change)
     row("top-1", "top1", percent, points)
+    if fidelity is not None:
+        table.add_row("agreement", UNKNOWN, percent(fidelity["agreement"]), UNKNOWN)
+        table.add_row("divergence, nats", UNKNOWN, f"{fidelity['divergence']:.4f}", UNKNOWN)
     row("images/s", "images_per_second", rate, ratio)
+    return table
+
+
+def sweep_table(data: dict[str, Any]) -> Table:
+    """The rows of a sweep beside the dense model, narrow enough for 80 columns."""
+    from rich import box
+    from rich.table import Table
+
+    dense = data["dense"]
+    scored = dense["top1"] is not None
+    table = Table(title=data["model"]["architecture"], title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    table.add_column("strategy", no_wrap=True)
+    for heading in ("keep", "Mparam.", "MB", "GMACs", *(["top-1 %"] if scored else []), "agree %", "KL nats", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def row(label: str, keep: str, summary: dict[str, Any], *more: str) -> None:
+        sizes = (megabytes(summary["parameters"]), megabytes(summary["bytes"]), gigamacs(summary["macs"]))
+        table.add_row(label, keep, *sizes, *([f"{summary['top1']:.2f}"] if scored else []), *more)
+
+    row("dense", "", dense, *[UNKNOWN] * 3)
+    for each in data["rows"]:
+        fidelity = each["fidelity"]
+        shown = (f"{fidelity['agreement']:.2f}", f"{fidelity['divergence']:.4f}", f"{each['compressing']:.1f}")
+        row(each["strategy"], f"{each['keep']:g}", each["compressed"], *shown)
     return table

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,9 +13,10 @@ from torch import nn
 from mixrank.allocate import ENERGIES, allocate, check_budget
 from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, check_calibration
-from mixrank.decompose import FISHER_SHRINK, LayerShape, check_strategy, decompose
+from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
+from mixrank.plan import Plan
 from mixrank.result import CompressionResult, layer_reports, notes
 from mixrank.sample import Sample
 from mixrank.sensitivity import measure_sensitivity
@@ -107,14 +108,7 @@ def compress(
         >>> result.plan.keep <= 0.5
         True
     """
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, step_: Callable[[], Value]) -> Value:
-        started = time.perf_counter()
-        value = step_()
-        seconds[name] = time.perf_counter() - started
-        return value
-
+    timed = Timer()
     fused = dict(model.named_modules()) if split_qkv else {}
     exposed = expose_qkv_(model)
     split = split_qkv_(model) if split_qkv else ()
@@ -144,12 +138,7 @@ def compress(
         first = strategy if stats is not None or not sequential else {"factors": "svd", "centre": False}
         factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **first))
         factorisations = {name: replace(made, shape=shapes[name]) for name, made in factorisations.items()}
-        first = allocation | ({"energy": "weight"} if energy == "sensitivity" else {})
-        plan = timed("allocate", lambda: allocate(model, factorisations, **first))
-        if energy == "sensitivity" and ranks == "mixed":
-            batches = sample.images.split(_SENSITIVITY_BATCH)
-            found = timed("sensitivity", lambda: measure_sensitivity(model, plan, factorisations, batches, **running))
-            plan = allocate(model, factorisations, sensitivities=found, **allocation)
+        plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
         if sequential:
             del strategy["fisher_shrink"]
             options = {"ridge": ridge, "strategy": strategy, **running}
@@ -165,7 +154,49 @@ def compress(
             model.set_submodule(name, fused[name])
         hide_qkv_(model, exposed)
         raise
-    return CompressionResult(plan, reports, count, seconds, notes(reports, stats))
+    return CompressionResult(plan, reports, count, timed.seconds, notes(reports, stats))
+
+
+class Timer:
+    """Wall-clock seconds of steps, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, step: Callable[[], Value]) -> Value:
+        """Do a step and note how long it took."""
+        started = time.perf_counter()
+        value = step()
+        self.seconds[name] = time.perf_counter() - started
+        return value
+
+
+def plan_ranks(
+    model: nn.Module,
+    factorisations: Mapping[str, Factorisation],
+    sample: Sample,
+    timed: Timer,
+    allocation: dict[str, Any],
+    running: dict[str, Any],
+) -> Plan:
+    """The plan of an allocation; that by sensitivity is measured at a first one by weight energy.
+
+    Args:
+        model: the dense model.
+        factorisations: of its layers.
+        sample: the images to measure sensitivity on, after they were gone through.
+        timed: notes the seconds of ``allocate`` and ``sensitivity``.
+        allocation: arguments of :func:`mixrank.allocate.allocate`.
+        running: ``dtype`` and ``progress`` of :func:`mixrank.sensitivity.measure_sensitivity`.
+    """
+    measured = allocation["energy"] == "sensitivity" and allocation["ranks"] == "mixed"
+    first = allocation | ({"energy": "weight"} if allocation["energy"] == "sensitivity" else {})
+    plan = timed("allocate", lambda: allocate(model, factorisations, **first))
+    if not measured:
+        return plan
+    batches = sample.images.split(_SENSITIVITY_BATCH)
+    found = timed("sensitivity", lambda: measure_sensitivity(model, plan, factorisations, batches, **running))
+    return allocate(model, factorisations, sensitivities=found, **allocation)
 
 
 def check_energy(energy: str, ranks: str, *, calibrated: bool, held_out: bool) -> None:

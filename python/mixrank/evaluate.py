@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Evaluation:
         seconds: time in the model, without decoding.
         images_per_second: images by seconds; of a set this size, not a benchmark: see :func:`compare_speed`.
         skipped: images that did not decode.
+        logits: ``[images, classes]`` fp32 on the CPU, for :func:`mixrank.fidelity.compare`.
     """
 
     images: int
@@ -37,6 +38,7 @@ class Evaluation:
     seconds: float
     images_per_second: float
     skipped: int
+    logits: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False
             as many as classes; some images have labels and some none; an output is not finite or not [B, classes].
     """
     images, right1, right5, labelled, classes, seconds = 0, 0, 0, 0, 0, 0.0
+    outputs: list[Tensor] = []
     device, dtype = _placement(model)
     with _eval_mode(model), torch.inference_mode():
         for item in track(batches, "evaluate", enabled=progress):
@@ -99,6 +102,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False
             logits = model(x)
             seconds += _now(device) - start
             classes = _check_logits(logits, batch.names)
+            outputs.append(logits.float().cpu())
             if batch.labels is not None:
                 _check_labels(batch.labels, batch.names, classes, getattr(batches, "classes", None))
                 order = logits.float().topk(min(5, classes)).indices.cpu()
@@ -118,6 +122,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False
         seconds=seconds,
         images_per_second=images / seconds,
         skipped=len(getattr(batches, "skipped", ())),
+        logits=torch.cat(outputs),
     )
 
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file with the numbers, the plots and the plan of a compression, and nothing beside it."""
+"""The report: one HTML file with the numbers, the plots and the plans of a result, and nothing beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import shlex
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from mixrank.errors import InputError
 from mixrank.files import write_text
@@ -20,8 +22,8 @@ def write_report(path: str | Path, data: dict[str, Any]) -> None:
 
     Args:
         path: the file to write; it is whole afterwards, or what it was before.
-        data: what ``mixrank compress --json`` or ``evaluate --json`` wrote, or the same with a list ``results``, one
-            entry for each budget with its own ``label``, ``compressed``, ``plan`` and ``layers`` (``mixrank demo``).
+        data: what ``--json`` of ``mixrank compress``, ``compensate``, ``evaluate`` or ``sweep`` wrote, or what
+            ``mixrank demo`` did: a list ``results`` with one entry for each budget.
 
     Raises:
         InputError: ``data`` is not such a result, or the file cannot be written.
@@ -50,30 +52,36 @@ def _context(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"the data is not a result of mixrank compress, evaluate or demo: {type(error).__name__}: {error}"
+            "the data is not a result of mixrank compress, sweep, compensate, evaluate or demo: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
 def _checked_context(data: dict[str, Any]) -> dict[str, Any]:
-    entries = data.get("results", [data])
+    swept = [row | {"label": f"{row['strategy']}, keep {row['keep']:g}"} for row in data.get("rows", [])]
+    entries = swept or data.get("results", [data])
     dense = {key: data["dense"][key] for key in SUMMARY_KEYS}
-    results = [_result(entry, index, dense) for index, entry in enumerate(entries)]
+    results = [_result(entry, index, dense, brief=bool(swept)) for index, entry in enumerate(entries)]
     architecture = data["model"]["architecture"]
     context = {
         "architecture": architecture,
         "dense": dense,
         "results": results,
+        "swept": len({row["strategy"] for row in swept}),
         "chosen": results[(len(results) - 1) // 2],
         "front": None,
+        "compensation": _compensation(data.get("compensation")),
         "rows": _rows(dense, results),
         "speed": _speed_note(data),
         "command": _command_line(data),
         "facts": _facts(data),
         "skipped": _skipped(data.get("images", {})),
     }
-    if len(results) > 1:
-        from markupsafe import Markup
+    if swept:
+        from mixrank import report_figures
 
+        context["front"] = Markup(report_figures.sweep(dense, swept, "front"))
+    elif len(results) > 1:
         from mixrank import report_figures
 
         variants = [{"label": "dense", **dense}] + [{"label": r["label"], **r["compressed"]} for r in results]
@@ -81,10 +89,17 @@ def _checked_context(data: dict[str, Any]) -> dict[str, Any]:
     return context
 
 
-def _result(entry: dict[str, Any], index: int, dense: dict[str, Any]) -> dict[str, Any]:
-    """One budget: its summary, its layers, and its plots."""
-    from markupsafe import Markup
+def _compensation(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A training: its figure and what it brought."""
+    if result is None:
+        return None
+    from mixrank import report_figures
 
+    return result | {"figure": Markup(report_figures.compensation(result, "compensation"))}
+
+
+def _result(entry: dict[str, Any], index: int, dense: dict[str, Any], *, brief: bool) -> dict[str, Any]:
+    """One budget: its summary, its layers, and its plots; ``brief``: of these only the ranks."""
     from mixrank import report_figures
 
     plan = entry["plan"]
@@ -95,7 +110,8 @@ def _result(entry: dict[str, Any], index: int, dense: dict[str, Any]) -> dict[st
     figures: dict[str, str | None] = dict.fromkeys(("energy", "depth", "parameters", "error"))
     if layers:
         figures["depth"] = report_figures.depth(layers, f"depth{index}")
-        figures["parameters"] = report_figures.parameters(plan, f"parameters{index}")
+        if not brief:
+            figures["parameters"] = report_figures.parameters(plan, f"parameters{index}")
         if any(layer.get("relative_error") is not None for layer in layers):
             figures["error"] = report_figures.error(layers, f"error{index}")
         if any(layer.get("weight_energy_kept") or layer.get("output_energy_kept") for layer in layers):
@@ -105,12 +121,14 @@ def _result(entry: dict[str, Any], index: int, dense: dict[str, Any]) -> dict[st
         "kept": kept,
         "compressed": compressed,
         "layers": layers,
-        "tiles": _tiles(dense, compressed),
+        "fidelity": entry.get("fidelity"),
+        "seconds": entry.get("compressing"),
+        "tiles": _tiles(dense, compressed, entry.get("fidelity")),
         "figures": {name: svg and Markup(svg) for name, svg in figures.items()},
     }
 
 
-def _tiles(dense: dict[str, Any], compressed: dict[str, Any]) -> list[dict[str, str]]:
+def _tiles(dense: dict[str, Any], compressed: dict[str, Any], fidelity: dict[str, Any] | None) -> list[dict[str, str]]:
     """The headline numbers."""
     tiles = [
         {"value": f"{100 * (compressed[key] / dense[key] - 1):+.1f} %".replace("-", "−"), "label": label}
@@ -122,19 +140,22 @@ def _tiles(dense: dict[str, Any], compressed: dict[str, Any]) -> list[dict[str, 
     if dense["top1"] is not None and compressed["top1"] is not None:
         change = compressed["top1"] - dense["top1"]
         tiles.append({"value": f"{change:+.2f} pt".replace("-", "−"), "label": "top-1"})
+    if fidelity is not None:
+        tiles.append({"value": f"{fidelity['agreement']:.1f} %", "label": "agreement with the dense model"})
     return tiles
 
 
 def _rows(dense: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The summary table: the dense model, then each budget."""
 
-    def row(label: str, summary: dict[str, Any]) -> dict[str, Any]:
+    def row(label: str, summary: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         gain = None
         if dense["images_per_second"] and summary["images_per_second"]:
             gain = summary["images_per_second"] / dense["images_per_second"]
-        return {"label": label, "kept": summary["parameters"] / dense["parameters"], "gain": gain, **summary}
+        more = {"fidelity": result.get("fidelity"), "seconds": result.get("seconds")}
+        return {"label": label, "kept": summary["parameters"] / dense["parameters"], "gain": gain, **summary, **more}
 
-    return [row("dense", dense)] + [row(result["label"], result["compressed"]) for result in results]
+    return [row("dense", dense, {})] + [row(result["label"], result["compressed"], result) for result in results]
 
 
 def _speed_note(data: dict[str, Any]) -> str | None:
@@ -154,14 +175,16 @@ def _command_line(data: dict[str, Any]) -> str | None:
     """The command that made the result, from its options."""
     options = data.get("options") or {}
     command = data.get("command")
-    if command not in ("compress", "evaluate"):
+    if command not in ("compress", "sweep", "compensate", "evaluate"):
         return None if command is None else f"mixrank {command}"
     words = ["mixrank", command] + ([str(options["file"])] if "file" in options else [])
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if name == "file" or value is None or (value is False and name != "centre"):
             continue
-        if isinstance(value, bool):
+        if isinstance(value, list):
+            words += [word for item in value for word in (option, str(item))]
+        elif isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-", 1))
         else:
             words += [option, str(value)]

@@ -24,6 +24,7 @@ VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", REMOVED: 
 VARIABLES |= {colour: f"series-{index}" for index, colour in enumerate(SERIES)}
 VARIABLES |= {colour: f"ramp-{index}" for index, colour in enumerate(RAMP)}
 MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", ":")
 OTHER = "other"
 
 STYLE = {
@@ -149,6 +150,64 @@ def _front(variants: Sequence[dict[str, Any]]) -> Figure:
         gain = f" ({value / rates[0]:.2f}x)" if index and rates[0] else ""
         speed.annotate(f"{value:.0f}{gain}", (index, value), (0, 3), textcoords="offset points", ha="center")
     speed.margins(y=0.15)
+    return figure
+
+
+def sweep(dense: dict[str, Any], rows: Sequence[dict[str, Any]], prefix: str) -> str:
+    """Accuracy (where it was measured), agreement and divergence against size: one curve for each strategy."""
+    description = "Accuracy, agreement with the dense model and divergence from it against parameters, by strategy"
+    return _draw(sweep_figure, (dense, rows), prefix, description)
+
+
+def sweep_figure(data: tuple[dict[str, Any], Sequence[dict[str, Any]]]) -> Figure:
+    """The figure of :func:`sweep`."""
+    dense, rows = data
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["compressed"]["parameters"]):
+        groups.setdefault(row["strategy"], []).append(row)
+    panels = [
+        ("agreement with the dense model (%)", "fidelity", "agreement"),
+        ("divergence from the dense model (nats)", "fidelity", "divergence"),
+    ]
+    if dense["top1"] is not None:
+        panels.insert(0, ("top-1 (%)", "compressed", "top1"))
+    figure, axes = _figure(10.5, 3.9, ncols=len(panels), squeeze=False)
+    for axis, (label, part, key) in zip(axes[0], panels, strict=True):
+        for index, name in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
+            points = [(row["compressed"]["parameters"] / 1e6, row[part][key]) for row in groups[name]]
+            place = index % len(SERIES)
+            style = {"color": SERIES[place], "marker": MARKERS[place], "linestyle": DASHES[index // len(SERIES) % 3]}
+            axis.plot(*zip(*points, strict=True), markersize=5, label=name, **style)
+        axis.set_xlabel("parameters (millions)")
+        axis.set_ylabel(label)
+    if dense["top1"] is not None:
+        axes[0][0].axhline(dense["top1"], color=MUTED, linestyle=":", label="dense")
+    if all(row["fidelity"]["divergence"] > 0 for row in rows):
+        axes[0][-1].set_yscale("log")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+def compensation(result: dict[str, Any], prefix: str) -> str:
+    """Divergence and agreement on the held-out images along a training; the step that was kept is ringed."""
+    return _draw(compensation_figure, result, prefix, "Divergence and agreement on held-out images along the training")
+
+
+def compensation_figure(result: dict[str, Any]) -> Figure:
+    """The figure of :func:`compensation`."""
+    looks = [{"step": 0, **result["before"]}, *result["history"]]
+    figure, axes = _figure(10.5, 3.2, ncols=2)
+    labels = {"divergence": "divergence from the dense model (nats)", "agreement": "agreement with the dense model (%)"}
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        axis.plot([look["step"] for look in looks], [look[key] for look in looks], color=SERIES[0], marker="o")
+        best = next(look for look in looks if look["step"] == result["best_step"])
+        ring = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": INK, "linestyle": ""}
+        axis.plot([best["step"]], [best[key]], "o", **ring)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_title("Held-out error along the training")
+    axes[0].set_ylim(bottom=0)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""A random sample of the images of a stream, taken while the stream passes by."""
+"""Images of a stream that are kept while the stream passes by: a random sample, or those that it shall not hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from operator import length_hint
 import torch
 from torch import Tensor
 
-from mixrank.data import as_batch
+from mixrank.calibrate import held_out_images
+from mixrank.data import Batch, as_batch
 from mixrank.errors import InputError
 
 
@@ -56,3 +57,48 @@ class Sample:
         if len(sizes) > 1:
             raise InputError(f"sensitivity needs images of one size, but there were {sorted(sizes)}")
         return torch.stack(self._kept)
+
+
+class Apart:
+    """Batches without a share of their images, spread evenly; those are kept, without labels.
+
+    Args:
+        batches: as for :func:`mixrank.calibrate.calibrate`, one view of each image.
+        share: of the images, in (0, 1).
+    """
+
+    def __init__(self, batches: Iterable, share: float) -> None:
+        if getattr(batches, "views", 1) != 1:
+            raise InputError("images to hold out of must be one view each, but there were further ones")
+        self.batches, self.share = batches, share
+        self._kept: list[Batch] = []
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._kept, self._count = [], 0
+        for item in self.batches:
+            batch = as_batch(item, self._count)
+            apart = held_out_images(self._count, len(batch.images), self.share, 1)
+            self._count += len(batch.images)
+            for chosen in (apart, ~apart):
+                if chosen.any():
+                    names = [batch.names[index] for index in chosen.nonzero().flatten().tolist()]
+                    part = Batch(batch.images[chosen.to(batch.images.device)], None, names)
+                    if chosen is apart:
+                        self._kept.append(part)
+                    else:
+                        yield part
+
+    def __length_hint__(self) -> int:
+        return length_hint(self.batches)
+
+    @property
+    def kept(self) -> list[Batch]:
+        """The images held out.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self._kept:
+            raise InputError(f"held_out={self.share} needs more images, but there were {self._count}")
+        return self._kept

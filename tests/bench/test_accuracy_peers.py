@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mixrank.decompose import factorise
 from mixrank.errors import InputError
+from mixrank.fidelity import divergence
 from mixrank.models import compressible_linears, count_parameters
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, statistics, structured, svd_llm
 from mixrank_bench.accuracy_peers.factored import compress_mixed, compress_uniform, layer_share, truncatable
 from mixrank_bench.accuracy_peers.methods import METHODS
 from mixrank_bench.accuracy_peers.statistics import Calibration, InputStats, input_statistics
-from mixrank_bench.fidelity import divergence
 
 SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16)}
 
@@ -247,7 +247,7 @@ def test_the_sensitivity_of_asvd_is_the_divergence_with_one_layer_cut(calibratio
     linear.weight.data = up @ down
     with torch.inference_mode():
         x = torch.cat(images())
-        expected = divergence(model(x), cut(x)).mean().item()
+        expected = divergence(cut(x), model(x)).mean().item()
     assert damage["blocks.1.attn.proj", 0.3] == pytest.approx(expected, rel=1e-3)
 
 

@@ -18,7 +18,7 @@ from mixrank.compress import layer_reports
 from mixrank.decompose import decompose
 from mixrank.errors import InputError
 from mixrank.report import write_report
-from mixrank.report_figures import kinds_of
+from mixrank.report_figures import compensation_figure, kinds_of, sweep_figure
 
 HOSTILE = "blocks.0.<script>alert(1)</script>.$\\frac{1$.\"&'qkv"
 
@@ -89,6 +89,52 @@ def several(single: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+STRATEGIES = ("svd", "aware", "aware-pivoted")
+
+
+@pytest.fixture(scope="module")
+def swept(single: dict[str, Any]) -> dict[str, Any]:
+    """Three strategies at two budgets, as a sweep writes them."""
+    rows = []
+    for number, strategy in enumerate(STRATEGIES):
+        for keep in (0.6, 0.5):
+            made = entry(keep)
+            rows.append(
+                {
+                    "strategy": strategy,
+                    "keep": keep,
+                    "options": {},
+                    "compressed": made["compressed"] | {"images_per_second": None},
+                    "fidelity": {"divergence": 0.1 + number / 10, "agreement": 70 + 100 * keep / 3, "images": 9},
+                    "plan": made["plan"],
+                    "seconds": {"calibrate": 1.0, "evaluate": 2.0},
+                    "compressing": 1.0,
+                }
+            )
+    return {key: single[key] for key in ("model", "versions", "times")} | {
+        "command": "sweep",
+        "dense": single["dense"] | {"images_per_second": None},
+        "rows": rows,
+        "options": {"model": "some_vit", "keep": [0.6, 0.5], "strategy": None},
+        "images": {"calibration": 12, "evaluation": 9, "calibration_skipped": [], "evaluation_skipped": []},
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(single: dict[str, Any]) -> dict[str, Any]:
+    """A training of six steps with three looks, the second of which was the best."""
+    looks = [(2, 0.5, 60.0), (4, 0.25, 80.0), (6, 0.3, 70.0)]
+    history = [{"step": step, "divergence": kl, "agreement": same, "loss": 1.0} for step, kl, same in looks]
+    fidelity = {"before": (1.0, 40.0), "after": (0.25, 80.0)}
+    result = {name: {"divergence": kl, "agreement": same, "images": 5} for name, (kl, same) in fidelity.items()} | {
+        "history": history,
+        "steps": 6,
+        "best_step": 4,
+    }
+    data = {key: value for key, value in single.items() if key not in ("layers", "speed")}
+    return data | {"command": "compensate", "options": {"file": "a.safetensors", "steps": 6}, "compensation": result}
+
+
 class Page(HTMLParser):
     """Tags, ids and references of a page."""
 
@@ -129,7 +175,7 @@ def written(path: Path, data: dict[str, Any]) -> str:
     return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["single", "several"])
+@pytest.mark.parametrize("name", ["single", "several", "swept", "trained"])
 def test_page_needs_nothing_beside_it(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     text = written(tmp_path / "page.html", request.getfixturevalue(name))
     page = Page(text)
@@ -143,8 +189,9 @@ def test_page_needs_nothing_beside_it(name: str, tmp_path: Path, request: pytest
     assert references <= set(page.ids)
 
 
-def test_every_colour_follows_the_page(single: dict[str, Any], tmp_path: Path) -> None:
-    text = written(tmp_path / "page.html", single)
+@pytest.mark.parametrize("name", ["single", "several", "swept", "trained"])
+def test_every_colour_follows_the_page(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    text = written(tmp_path / "page.html", request.getfixturevalue(name))
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert drawn
     assert not re.findall(r"(?:fill|stroke): #\w+", drawn)
@@ -183,6 +230,63 @@ def test_several_budgets_have_a_front(several: dict[str, Any], tmp_path: Path) -
         assert words in text, words
 
 
+def test_a_sweep_has_one_curve_for_each_strategy_with_a_point_for_each_budget(swept: dict[str, Any]) -> None:
+    axes = sweep_figure((swept["dense"], swept["rows"])).axes
+    assert [axis.get_ylabel().split()[0] for axis in axes] == ["top-1", "agreement", "divergence"]
+    for axis, curves in zip(axes, (len(STRATEGIES) + 1, len(STRATEGIES), len(STRATEGIES)), strict=True):
+        assert len(axis.lines) == curves  # in the first also the dense model's accuracy
+    for axis, key in ((axes[1], "agreement"), (axes[2], "divergence")):
+        for line, strategy in zip(axis.lines, STRATEGIES, strict=True):
+            rows = [row for row in swept["rows"] if row["strategy"] == strategy][::-1]
+            assert line.get_label() == strategy
+            assert list(line.get_xdata()) == [row["compressed"]["parameters"] / 1e6 for row in rows]
+            assert list(line.get_ydata()) == [row["fidelity"][key] for row in rows]
+    unlabelled = sweep_figure((swept["dense"] | {"top1": None}, swept["rows"])).axes
+    assert [len(axis.lines) for axis in unlabelled] == [len(STRATEGIES)] * 2
+
+
+def test_a_sweep_of_many_strategies_gives_each_a_look_of_its_own(swept: dict[str, Any]) -> None:
+    rows = [swept["rows"][0] | {"strategy": f"number {number}"} for number in range(12)]
+    lines = sweep_figure((swept["dense"] | {"top1": None}, rows)).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+
+
+def test_a_sweep_shows_every_row_and_its_ranks(swept: dict[str, Any], tmp_path: Path) -> None:
+    text = written(tmp_path / "page.html", swept)
+    assert text.count("<svg") == 1 + len(swept["rows"])
+    for words in (
+        "6 compressed models by 3 strategies",
+        "<td>aware-pivoted, keep 0.5</td>",
+        "<td>86.67</td>",
+        "<td>0.3000</td>",
+        "mixrank sweep --model some_vit --keep 0.6 --keep 0.5",
+        "Rank along the depth",
+    ):
+        assert words in text, words
+    assert "images/s" not in text
+
+
+def test_a_training_is_drawn_from_its_start_with_the_best_step_ringed(trained: dict[str, Any], tmp_path: Path) -> None:
+    divergence, agreement = compensation_figure(trained["compensation"]).axes
+    for axis, expected in ((divergence, [1.0, 0.5, 0.25, 0.3]), (agreement, [40.0, 60.0, 80.0, 70.0])):
+        curve, ring = axis.lines
+        assert list(curve.get_xdata()) == [0, 2, 4, 6]
+        assert list(curve.get_ydata()) == expected
+        assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([4], [expected[2]])
+    text = written(tmp_path / "page.html", trained)
+    assert text.count("<svg") == 3
+    for words in ("Error compensation", "from 1.0000\nto 0.2500 nats", "Held-out error along the training"):
+        assert words in text, words
+
+
+def test_fidelity_is_shown_where_it_was_measured(single: dict[str, Any], tmp_path: Path) -> None:
+    assert "divergence (nats)" not in written(tmp_path / "page.html", single)
+    data = single | {"fidelity": {"divergence": 0.125, "agreement": 93.75, "images": 16}}
+    text = written(tmp_path / "page.html", data)
+    for words in ("divergence (nats)", "<td>0.1250</td>", "<td>93.75</td>", "agreement with the dense model"):
+        assert words in text, words
+
+
 def test_without_curves_and_scores_the_rest_is_drawn(single: dict[str, Any], tmp_path: Path) -> None:
     """The JSON of ``evaluate`` has no curves, and a model without labelled images has no top-1."""
     data = {key: value for key, value in single.items() if key not in ("layers", "speed", "images")}
@@ -206,6 +310,15 @@ def test_hostile_names_stay_text(single: dict[str, Any], tmp_path: Path) -> None
     assert page.references == [reference for reference in page.references if reference.startswith("#")]
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "&lt;b&gt;bold&lt;/b&gt;" in text
+
+
+def test_hostile_strategies_stay_text(swept: dict[str, Any], tmp_path: Path) -> None:
+    data = copy.deepcopy(swept)
+    for row in data["rows"][:2]:
+        row["strategy"] = HOSTILE
+    page = Page(text := written(tmp_path / "page.html", data))
+    assert "script" not in page.tags
+    assert text.count("&lt;script&gt;alert(1)") > 2  # in the table, in the legend, at the ranks
 
 
 def test_report_is_the_same_every_time(single: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,288 @@
+"""A sweep: many ways to compress one model, each at several budgets, from one calibration.
+
+Statistics are shared by all strategies, factors by those that differ only in how ranks are chosen or layers are held.
+Every result is compared with the dense model on images that no factor was made from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixrank.allocate import check_budget
+from mixrank.apply import apply_
+from mixrank.calibrate import calibrate
+from mixrank.compress import SENSITIVITY_IMAGES, Timer, check_energy, plan_ranks
+from mixrank.data import as_batch
+from mixrank.decompose import FISHER_SHRINK, LayerShape, check_strategy, decompose
+from mixrank.errors import InputError
+from mixrank.evaluate import Evaluation, ModelSummary, evaluate, summarise
+from mixrank.fidelity import Fidelity, compare
+from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
+from mixrank.plan import Plan
+from mixrank.sample import Apart, Sample
+
+# Options of mixrank.compress; what a preset does not name is as in that function.
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "svd": {"factors": "svd"},
+    "svd-uniform": {"factors": "svd", "ranks": "uniform"},
+    "aware": {},
+    "aware-uniform": {"ranks": "uniform"},
+    "aware-pivoted": {"form": "pivoted"},
+    "output": {"energy": "output"},
+    "shrunk": {"shrink": 0.3},
+    "fisher": {"factors": "fisher"},
+    "sensitivity": {"energy": "sensitivity"},
+    "sensitivity-pivoted": {"energy": "sensitivity", "form": "pivoted"},
+}
+DEFAULT_STRATEGIES = ("svd", "svd-uniform", "aware", "aware-pivoted", "sensitivity", "sensitivity-pivoted")
+_FACTORS = {"factors": "aware", "centre": None, "shrink": 0.0, "fisher_shrink": FISHER_SHRINK}
+_RANKS = {"ranks": "mixed", "energy": "weight", "step": 8, "min_rank": None, "max_rank": None, "form": "factors"}
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One strategy at one budget.
+
+    Attributes:
+        strategy: its name.
+        keep: the share of all parameters that might remain.
+        options: the strategy, in terms of :func:`mixrank.compress`.
+        compressed: size and work of the model, and its accuracy where the images have labels.
+        fidelity: to the dense model.
+        plan: the ranks.
+        seconds: of the steps ``calibrate``, ``decompose``, ``allocate``, ``sensitivity`` where it was measured,
+            ``apply`` and ``evaluate``; a step that rows share is in each of them.
+    """
+
+    strategy: str
+    keep: float
+    options: dict[str, Any]
+    compressed: ModelSummary
+    fidelity: Fidelity
+    plan: Plan
+    seconds: dict[str, float]
+
+    @property
+    def compressing(self) -> float:
+        """Seconds of all steps but the evaluation: about those that this row alone would have taken."""
+        return sum(seconds for step, seconds in self.seconds.items() if step != "evaluate")
+
+    def to_json(self) -> dict:
+        """Return the row in terms of JSON."""
+        return asdict(self) | {"plan": self.plan.to_json(), "compressing": self.compressing}
+
+    @classmethod
+    def from_json(cls, data: dict) -> SweepRow:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            InputError: a field is missing, unknown or of the wrong type.
+        """
+        try:
+            made = {
+                "compressed": ModelSummary(**data["compressed"]),
+                "fidelity": Fidelity(**data["fidelity"]),
+                "plan": Plan.from_json(data["plan"]),
+                "keep": float(data["keep"]),
+                "seconds": {str(step): float(seconds) for step, seconds in data["seconds"].items()},
+            }
+            given = {name: value for name, value in data.items() if name != "compressing"}
+            return cls(**(given | made))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the row is not one that a sweep of this version wrote: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep has found so far.
+
+    Attributes:
+        dense: the model as it came, on the same images.
+        rows: in the order in which they were made, those of an earlier sweep first.
+        calibration: how many images the factors were made from.
+        evaluation: how many images the models were compared on.
+    """
+
+    dense: ModelSummary
+    rows: tuple[SweepRow, ...]
+    calibration: int
+    evaluation: int
+
+    def to_json(self) -> dict:
+        """Return the result in terms of JSON."""
+        return {
+            "dense": self.dense.to_json(),
+            "rows": [row.to_json() for row in self.rows],
+            "images": {"calibration": self.calibration, "evaluation": self.evaluation},
+        }
+
+
+def sweep(
+    model: nn.Module,
+    images: Iterable,
+    keep: Sequence[float],
+    strategies: Sequence[str] | Mapping[str, dict[str, Any]] = DEFAULT_STRATEGIES,
+    *,
+    evaluation: Iterable | None = None,
+    held_out: float = 0.2,
+    sensitivity_images: int = SENSITIVITY_IMAGES,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    done: Sequence[SweepRow] = (),
+    on_row: Callable[[SweepResult], None] | None = None,
+    progress: bool = False,
+) -> SweepResult:
+    """Compress copies of a model by several strategies at several budgets and compare each with the model.
+
+    Args:
+        model: a classifier as for :func:`mixrank.compress`; it is left as it is.
+        images: batches of calibration images as for :func:`mixrank.calibrate`; gone through once.
+        keep: the budgets, shares of all parameters in (0, 1].
+        strategies: names of :data:`STRATEGIES`, or options of :func:`mixrank.compress` by a name of your own: those of
+            the factors (``factors``, ``centre``, ``shrink``, ``fisher_shrink``) and of the ranks (``ranks``,
+            ``energy``, ``step``, ``min_rank``, ``max_rank``, ``form``).
+        evaluation: batches of the images that the models are compared on, that can be gone through again; with labels
+            for accuracy. None: images that are held out of the calibration, without labels; they are kept in memory.
+        held_out: their share, in (0, 1), spread evenly. Of the images that remain a fifth judges factors, as in
+            :func:`mixrank.compress`, and takes part in those that are used.
+        sensitivity_images: how many of the calibration images sensitivity is measured on.
+        seed: of their choice, and of what is drawn for ``factors="fisher"``.
+        dtype: calibrate and measure sensitivity under autocast in this dtype; models are compared without.
+        done: rows of an earlier sweep of the same model and images; they are not made again.
+        on_row: called with the result so far after each new row, to keep it.
+        progress: show progress bars with the time left.
+
+    Returns:
+        The rows: all budgets of a strategy together, strategies with the same factors after each other.
+
+    Raises:
+        InputError: bad input, found before the long work as far as it can be; the model is as it was.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+        >>> result = sweep(model, [torch.randn(10, 3, 32, 32)], [0.5], ["svd", "aware"])
+        >>> [(row.strategy, row.fidelity.images) for row in result.rows]
+        [('svd', 2), ('aware', 2)]
+    """
+    chosen = _strategies(strategies)
+    keeps = _keeps(keep)
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be above 0 and below 1, but it was {held_out}")
+    if evaluation is not None and iter(evaluation) is evaluation:
+        raise InputError("evaluation is gone through for each model, but it was an iterator: give a list or a loader")
+    exposed = expose_qkv_(model)
+    try:
+        _check(model, chosen, keeps)
+        known = {(row.strategy, row.keep) for row in done}
+        groups = _groups(chosen, {(name, share) for name in chosen for share in keeps} - known)
+        apart = Apart(images, held_out) if evaluation is None else None
+        sample = Sample(images if apart is None else apart, sensitivity_images, seed)
+        timed, running = Timer(), {"progress": progress, "dtype": dtype}
+        fisher = any(options["factors"] == "fisher" for options, _ in groups)
+        stats = None
+        if groups:
+            measuring = {"held_out": None, "gradients": fisher, "seed": seed}
+            stats = timed("calibrate", lambda: calibrate(model, sample, **measuring, **running))
+            calibrated = stats.all_images
+        else:
+            calibrated = sum(len(as_batch(item).images) for item in sample) // sample.views
+        bench = _Bench(model, evaluation if apart is None else apart.kept, progress)
+        summary, rows = summarise(model, bench.dense), list(done)
+
+        def result() -> SweepResult:
+            return SweepResult(summary, tuple(rows), calibrated, bench.dense.images)
+
+        for factors, wanted in groups:
+            made = timed("decompose", lambda f=factors: decompose(model, stats, progress=progress, **f))
+            for name, share in wanted:
+                once = Timer()
+                allocation = _of(chosen[name], _RANKS) | {"keep": share}
+                plan = plan_ranks(model, made, sample, once, allocation, running)
+                candidate = once("apply", lambda p=plan, f=made: apply_(copy.deepcopy(model), p, f))
+                score = once("evaluate", lambda c=candidate: bench.score(c))
+                fidelity = compare(score.logits, bench.dense.logits)
+                measured = (summarise(candidate, score), fidelity, plan, timed.seconds | once.seconds)
+                rows.append(SweepRow(name, share, dict(chosen[name]), *measured))
+                if on_row is not None:
+                    on_row(result())
+        return result()
+    finally:
+        hide_qkv_(model, exposed)
+
+
+class _Bench:
+    """The images that every model is compared on, and what the dense model makes of them."""
+
+    def __init__(self, dense: nn.Module, batches: Iterable, progress: bool) -> None:
+        self.batches, self.progress = batches, progress
+        self.dense = self.score(dense)
+        compare(self.dense.logits, self.dense.logits)  # what is no classifier is refused before the long work
+
+    def score(self, model: nn.Module) -> Evaluation:
+        return evaluate(model, self.batches, progress=self.progress)
+
+
+def _strategies(given: Sequence[str] | Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Options by name."""
+    if isinstance(given, Mapping):
+        chosen = {str(name): dict(options) for name, options in given.items()}
+    else:
+        unknown = next((name for name in given if name not in STRATEGIES), None)
+        if unknown is not None:
+            raise InputError(f"strategies must be among {', '.join(STRATEGIES)}, but one was {unknown!r}")
+        chosen = {name: STRATEGIES[name] for name in given}
+    if not chosen:
+        raise InputError("strategies must name at least one, but there was none")
+    known = _FACTORS | _RANKS
+    for name, options in chosen.items():
+        other = next((option for option in options if option not in known), None)
+        if other is not None:
+            raise InputError(f"strategy {name!r} must have options among {', '.join(known)}, but one was {other!r}")
+    return chosen
+
+
+def _keeps(given: Sequence[float]) -> tuple[float, ...]:
+    keeps = tuple(dict.fromkeys(float(share) for share in given))
+    if not keeps:
+        raise InputError("keep must hold at least one share, but there was none")
+    return keeps
+
+
+def _of(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The options that ``defaults`` has, where they are not given as there."""
+    return defaults | {name: value for name, value in options.items() if name in defaults}
+
+
+def _check(model: nn.Module, chosen: dict[str, dict[str, Any]], keeps: tuple[float, ...]) -> None:
+    """Raise InputError for what can be known before the calibration."""
+    linears = compressible_linears(model)
+    for options in chosen.values():
+        centre = check_strategy(**_of(options, _FACTORS), calibrated=True)
+        shapes = {name: LayerShape.of(linear, centre) for name, linear in linears.items()}
+        ranks = _of(options, _RANKS)
+        for share in keeps:
+            check_budget(model, shapes, keep=share, max_bytes=None, max_macs=None, **ranks)
+        check_energy(ranks["energy"], ranks["ranks"], calibrated=True, held_out=True)
+
+
+def _groups(
+    chosen: dict[str, dict[str, Any]], wanted: set[tuple[str, float]]
+) -> list[tuple[dict[str, Any], list[tuple[str, float]]]]:
+    """What is to be made, by the options of its factors, so that only one set of factors is held at a time."""
+    groups: list[tuple[dict[str, Any], list[tuple[str, float]]]] = []
+    for name, options in chosen.items():
+        factors = _of(options, _FACTORS)
+        rows = sorted((row for row in wanted if row[0] == name), key=lambda row: -row[1])
+        same = next((members for other, members in groups if other == factors), None)
+        if rows and same is None:
+            groups.append((factors, rows))
+        elif rows:
+            same += rows
+    return groups
