@@ -225,7 +225,7 @@ def _report(
     from rich.console import Console
     from rich.table import Table
 
-    from mixrank.cli_output import percent, versions, write_json
+    from mixrank.cli_output import nats, percent, versions, write_json
 
     if options.json is not None:
         data = {
@@ -239,7 +239,7 @@ def _report(
         write_json(options.json, data)
     table = Table("", "before", "after", title=f"{options.out.name}", title_justify="left", title_style="bold")
     before, after = result.before, result.after
-    table.add_row("divergence, nats", f"{before.divergence:.4f}", f"{after.divergence:.4f}")
+    table.add_row("divergence, nats", nats(before.divergence), nats(after.divergence))
     table.add_row("agreement with the dense model", percent(before.agreement), percent(after.agreement))
     console = Console()
     console.print(table)

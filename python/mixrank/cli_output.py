@@ -110,6 +110,11 @@ def rate(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def nats(value: float) -> str:
+    """A divergence, whose size can be anything."""
+    return f"{value:.3g}"
+
+
 def ratio(new: float | None, old: float | None) -> str:
     """How many times ``old`` fits into ``new``, as ``1.53x``."""
     return UNKNOWN if not new or not old else f"{new / old:.2f}x"
@@ -145,19 +150,18 @@ def comparison_table(
     row("top-1", "top1", percent, points)
     if fidelity is not None:
         table.add_row("agreement", UNKNOWN, percent(fidelity["agreement"]), UNKNOWN)
-        table.add_row("divergence, nats", UNKNOWN, f"{fidelity['divergence']:.4f}", UNKNOWN)
+        table.add_row("divergence, nats", UNKNOWN, nats(fidelity["divergence"]), UNKNOWN)
     row("images/s", "images_per_second", rate, ratio)
     return table
 
 
 def sweep_table(data: dict[str, Any]) -> Table:
     """The rows of a sweep beside the dense model, narrow enough for 80 columns."""
-    from rich import box
     from rich.table import Table
 
     dense = data["dense"]
     scored = dense["top1"] is not None
-    table = Table(title=data["model"]["architecture"], title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=data["model"]["architecture"], title_justify="left", title_style="bold", box=None)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     table.add_column("strategy", no_wrap=True)
     for heading in ("keep", "Mparam.", "MB", "GMACs", *(["top-1 %"] if scored else []), "agree %", "KL nats", "s"):
@@ -170,6 +174,6 @@ def sweep_table(data: dict[str, Any]) -> Table:
     row("dense", "", dense, *[UNKNOWN] * 3)
     for each in data["rows"]:
         fidelity = each["fidelity"]
-        shown = (f"{fidelity['agreement']:.2f}", f"{fidelity['divergence']:.4f}", f"{each['compressing']:.1f}")
+        shown = (f"{fidelity['agreement']:.2f}", nats(fidelity["divergence"]), f"{each['compressing']:.0f}")
         row(each["strategy"], f"{each['keep']:g}", each["compressed"], *shown)
     return table

@@ -40,7 +40,7 @@ def write_report(path: str | Path, data: dict[str, Any]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "seconds": _seconds}
+    environment.filters |= {"number": _number, "significant": "{:.3g}".format, "seconds": _seconds}
     write_text(Path(path), environment.get_template("report.html").render(_context(data)))
 
 

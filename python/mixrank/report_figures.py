@@ -183,9 +183,19 @@ def sweep_figure(data: tuple[dict[str, Any], Sequence[dict[str, Any]]]) -> Figur
     if dense["top1"] is not None:
         axes[0][0].axhline(dense["top1"], color=MUTED, linestyle=":", label="dense")
     if all(row["fidelity"]["divergence"] > 0 for row in rows):
-        axes[0][-1].set_yscale("log")
+        _logarithmic(axes[0][-1])
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
+
+
+def _logarithmic(axis: Axes) -> None:
+    """A logarithmic scale upwards, with plain numbers: matplotlib's own labels are mathematics, which is off."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def compensation(result: dict[str, Any], prefix: str) -> str:

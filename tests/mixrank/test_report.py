@@ -258,12 +258,13 @@ def test_a_sweep_shows_every_row_and_its_ranks(swept: dict[str, Any], tmp_path: 
         "6 compressed models by 3 strategies",
         "<td>aware-pivoted, keep 0.5</td>",
         "<td>86.67</td>",
-        "<td>0.3000</td>",
+        "<td>0.3</td>",
         "mixrank sweep --model some_vit --keep 0.6 --keep 0.5",
         "Rank along the depth",
     ):
         assert words in text, words
     assert "images/s" not in text
+    assert "mathdefault" not in text
 
 
 def test_a_training_is_drawn_from_its_start_with_the_best_step_ringed(trained: dict[str, Any], tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ def test_a_training_is_drawn_from_its_start_with_the_best_step_ringed(trained: d
         assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([4], [expected[2]])
     text = written(tmp_path / "page.html", trained)
     assert text.count("<svg") == 3
-    for words in ("Error compensation", "from 1.0000\nto 0.2500 nats", "Held-out error along the training"):
+    for words in ("Error compensation", "from 1\nto 0.25 nats", "Held-out error along the training"):
         assert words in text, words
 
 
@@ -283,7 +284,7 @@ def test_fidelity_is_shown_where_it_was_measured(single: dict[str, Any], tmp_pat
     assert "divergence (nats)" not in written(tmp_path / "page.html", single)
     data = single | {"fidelity": {"divergence": 0.125, "agreement": 93.75, "images": 16}}
     text = written(tmp_path / "page.html", data)
-    for words in ("divergence (nats)", "<td>0.1250</td>", "<td>93.75</td>", "agreement with the dense model"):
+    for words in ("divergence (nats)", "<td>0.125</td>", "<td>93.75</td>", "agreement with the dense model"):
         assert words in text, words
 
 

@@ -33,6 +33,9 @@ def test_it_writes_a_checkpoint_that_follows_the_dense_model_at_least_as_well(wo
         name: info.shape for name, info in before.tensors.items()
     }
     assert {path.name for path in tmp_path.iterdir()} == {"trained.safetensors", "result.json"}
+    page = tmp_path / "page.html"
+    assert world.invoke("report", str(data_file), "--out", str(page)).exit_code == 0
+    assert page.read_text().count("<svg") == 3  # the training, the ranks, the parameters
 
 
 def test_an_interrupted_run_goes_on_with_resume_and_writes_the_same_bytes(world, tmp_path: Path, monkeypatch) -> None:

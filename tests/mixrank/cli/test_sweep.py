@@ -35,7 +35,7 @@ def test_it_writes_a_row_for_each_strategy_and_budget_and_a_report(world, tmp_pa
     for row in data["rows"]:
         assert row["compressed"]["parameters"] <= row["keep"] * data["dense"]["parameters"]
         assert row["compressed"]["top1"] is None
-        shown = (row["strategy"], f"{row['keep']:g}", f"{row['fidelity']['divergence']:.4f}")
+        shown = (row["strategy"], f"{row['keep']:g}", f"{row['fidelity']['divergence']:.3g}")
         assert any(all(word in line.split() for word in shown) for line in result.stdout.splitlines())
     assert page.read_text().count("<svg") == 1 + 12
     drawn = tmp_path / "again.html"
