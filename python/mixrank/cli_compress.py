@@ -94,7 +94,13 @@ def compress(
         Ranks, typer.Option(help="mixed: a rank for each layer; uniform: one share.", rich_help_panel="Strategy")
     ] = Ranks.mixed,
     energy: Annotated[
-        Energy, typer.Option(help="The energy that decides the mixed ranks.", rich_help_panel="Strategy")
+        Energy,
+        typer.Option(
+            help="The energy that decides the mixed ranks: of the weight, of the outputs on the calibration images or "
+            "on images held out, mixed: the geometric mean of weight and held_out, or sensitivity: the divergence of "
+            "the answers that each layer causes.",
+            rich_help_panel="Strategy",
+        ),
     ] = Energy.weight,
     sensitivity_images: Annotated[
         int,
@@ -121,7 +127,12 @@ def compress(
     ] = 1.0,
     weighting: Annotated[
         WeightingKind,
-        typer.Option(help="How much each calibration token counts: see the documents.", rich_help_panel="Calibration"),
+        typer.Option(
+            help="How much each calibration token counts: none: alike; image, token: errors relative to the image's or "
+            "the token's output; clip: long outputs less; class: the class token more; gradient: by its effect on "
+            "the model's answer.",
+            rich_help_panel="Calibration",
+        ),
     ] = WeightingKind.none,
     weighting_level: Annotated[
         float | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -218,7 +218,7 @@ def check_sequential(
             "sequential=True takes factors='aware' or 'svd', a number or 'oas' as shrink and no weighting, but "
             f"factors={factors!r}, shrink={shrink!r} and weighting={weighting!r} were given"
         )
-    if twice and iter(images) is images:
+    if twice and isinstance(images, Iterator):
         raise InputError(
             "sequential=True with an energy other than 'weight' goes through the images twice, but they were an "
             "iterator: give a list or a loader"
