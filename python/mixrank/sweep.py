@@ -7,7 +7,7 @@ Every result is compared with the dense model on images that no factor was made 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -175,7 +175,7 @@ def sweep(
     keeps = _keeps(keep)
     if not 0 < held_out < 1:
         raise InputError(f"held_out must be above 0 and below 1, but it was {held_out}")
-    if evaluation is not None and iter(evaluation) is evaluation:
+    if isinstance(evaluation, Iterator):
         raise InputError("evaluation is gone through for each model, but it was an iterator: give a list or a loader")
     exposed = expose_qkv_(model)
     try:
