@@ -45,7 +45,9 @@ def compensate(
     scope: Annotated[
         Scope, typer.Option(help="How far gradients reach: within each layer, each block, or the whole model.")
     ] = Scope.model,
-    trained: Annotated[Trained, typer.Option(help="Train the factored layers, a residual of theirs, or all.")] = Trained.factors,
+    trained: Annotated[
+        Trained, typer.Option(help="Train the factored layers, a residual of theirs, or all.")
+    ] = Trained.factors,
     learning_rate: Annotated[float, typer.Option(help="The highest one, of Adam.")] = 1e-4,
     batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 16,
     min_scale: Annotated[float, typer.Option(help="The least share of an image in a random view; 1: no views.")] = 0.5,

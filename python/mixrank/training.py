@@ -170,7 +170,8 @@ class Training:
     def run(self, steps: int | None, minutes: float | None, path: Path | None, progress: bool) -> CompensationResult:
         """Train, look at the held-out images from time to time, and leave the model at its best."""
         started = time.perf_counter()
-        optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, betas=_BETAS, fused=True)
+        # Not the fused one: autograd does not count its writes, and what was packed earlier would seem up to date.
+        optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, betas=_BETAS)
         state = self._begin(path, optimizer, steps, minutes)
         earlier = state.seconds
         every = math.ceil(state.steps / self.options.evaluations)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from mixrank.compensate import CompensationOptions, compensate_
 from mixrank.errors import InputError
 from mixrank.fidelity import Fidelity, compare, divergence
 from mixrank.imitation import Imitation, relative_error
+from mixrank.training import Training
 from mixrank.views import Views, gather
 
 OPTIONS = CompensationOptions(batch_size=8, learning_rate=2e-3, held_out=0.25, evaluations=3, min_scale=0.6)
@@ -93,6 +95,23 @@ def test_a_residual_is_trained_beside_a_frozen_base(pair):
             assert not torch.equal(layer.down[base:], old.down[base:])
             assert not torch.equal(layer.up[:, base:], old.up[:, base:])
     assert torch.equal(model.head.weight, before.head.weight)
+
+
+def test_steps_are_writes_that_autograd_counts(pair, monkeypatch):
+    """Packed factors are known to be out of date by the version of the weights alone."""
+    dense, model, images = copy.deepcopy(pair)
+    look, versions = Training._look, []
+
+    def noted(self, *arguments):
+        versions.append([parameter._version for parameter in self.parameters.values()])
+        return look(self, *arguments)
+
+    monkeypatch.setattr(Training, "_look", noted)
+    compensate_(model, dense, images, steps=3, options=OPTIONS)
+    assert len(versions) == 3
+    assert all(
+        old < new for before, after in itertools.pairwise(versions) for old, new in zip(before, after, strict=True)
+    )
 
 
 def test_pivoted_layers_are_trained_as_factors_and_stay_pivoted(pair):
