@@ -11,34 +11,49 @@ def front() -> str:
     """The best strategy at each budget beside the dense model."""
     rows = read(vit_b16.OUT)
     dense = next(row for row in rows if row["kind"] == "dense")
-    speeds = {row["model"]: row for row in rows if row["kind"] == "speed" and row["batch"] == vit_b16.SPEED_BATCH}
+    speeds = {row["model"]: row for row in _speeds(rows) if row["batch"] == vit_b16.SPEED_BATCH}
     lines = [_model("dense", dense, speeds["dense"], speeds["dense"])]
     for keep in vit_b16.KEEPS:
         found = [row for row in rows if row["kind"] == "strategy" and row["strategy"]["keep"] == keep]
         best = max(found, key=lambda row: row["top1"])
-        lines.append(_model(f"keep {keep}: {_strategy(best)}", best, speeds[f"keep {keep}"], speeds["dense"]))
+        speed = speeds.get(vit_b16.Strategy(**best["strategy"]).shapes)
+        lines.append(_model(f"keep {keep}: {_strategy(best)}", best, speed, speeds["dense"]))
     header = ("", "parameters", "MB", "GMACs", "top-1, %", f"images/s, batch {vit_b16.SPEED_BATCH}", "speed-up")
     return table(header, lines) + "\n" + conditions(dense)
 
 
-def _model(label: str, row: dict, speed: dict, dense_speed: dict) -> tuple:
+def _speeds(rows: list[dict]) -> list[dict]:
+    """The rows of speed of the last run: only what took turns can be compared."""
+    latest = {(row["batch"], row["model"]): row for row in rows if row["kind"] == "speed"}
+    return sorted(latest.values(), key=lambda row: row["batch"])
+
+
+def _model(label: str, row: dict, speed: dict | None, dense_speed: dict) -> tuple:
+    rate, ratio = ("not measured", "not measured") if speed is None else _speed(speed, dense_speed)
     return (
         label,
         f"{row['parameters']:,}",
         f"{row['bytes'] / 1e6:.0f}",
         f"{row['macs'] / 1e9:.1f}",
         f"{row['top1']:.1f}",
-        f"{speed['images_per_second']:.1f}",
-        f"{speed['images_per_second'] / dense_speed['images_per_second']:.2f}x",
+        rate,
+        ratio,
     )
+
+
+def _speed(speed: dict, dense: dict) -> tuple[str, str]:
+    rate = speed["images_per_second"]
+    return f"{rate:.1f}", f"{rate / dense['images_per_second']:.2f}x"
 
 
 def _strategy(row: dict) -> str:
     s = row["strategy"]
-    ranks = "uniform ranks" if s["ranks"] == "uniform" else f"mixed ranks by {s['energy']} energy"
+    by = "measured sensitivity" if s["energy"] == "sensitivity" else f"{s['energy']} energy"
+    ranks = "uniform ranks" if s["ranks"] == "uniform" else f"mixed ranks by {by}"
     factors = "activation-aware" if s["factors"] == "aware" else "plain SVD"
     shrink = f", shrink {s['shrink']}" if s.get("shrink") else ""
-    return f"{factors}, {ranks}{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}{shrink}"
+    details = f"{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}{shrink}"
+    return f"{factors}, {ranks}{details}{', pivoted' if s.get('form') == 'pivoted' else ''}"
 
 
 def strategies() -> str:
@@ -71,7 +86,7 @@ def costs() -> str:
 
 def speeds() -> str:
     """Dense against compressed at each batch size."""
-    rows = [row for row in read(vit_b16.OUT) if row["kind"] == "speed"]
+    rows = _speeds(read(vit_b16.OUT))
     dense = {row["batch"]: row["images_per_second"] for row in rows if row["model"] == "dense"}
     lines = [
         (

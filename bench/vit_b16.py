@@ -33,10 +33,12 @@ from safetensors.torch import save_file
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
+from mixrank.compress import SENSITIVITY_IMAGES, Timer, plan_ranks
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.models import create_model, preprocessing, split_qkv_
+from mixrank.sample import Sample
 from mixrank.stats import CalibrationStats, LayerStats
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.memory import peak_megabytes
@@ -59,6 +61,14 @@ class Strategy:
     centre: bool
     split_qkv: bool
     shrink: float = 0.0
+    form: str = "factors"
+
+    @property
+    def shapes(self) -> str:
+        """What the shapes of the layers follow from, as rows of speed name it."""
+        usual = (self.ranks, self.energy, self.split_qkv, self.form) == ("mixed", "weight", False, "factors")
+        details = f", {self.ranks} ranks, {self.energy}, {self.form}{', split' if self.split_qkv else ''}"
+        return f"keep {self.keep}{'' if usual else details}"
 
 
 def strategies() -> Iterator[Strategy]:
@@ -69,6 +79,9 @@ def strategies() -> Iterator[Strategy]:
             yield Strategy(keep, factors, ranks, energy, centre, split)
     for keep, shrink in itertools.product(KEEPS, (0.3, 1.0)):
         yield Strategy(keep, "aware", "mixed", "weight", True, False, shrink)
+    for keep, energy, form in itertools.product(KEEPS, ("weight", "sensitivity"), ("factors", "pivoted")):
+        if (energy, form) != ("weight", "factors"):
+            yield Strategy(keep, "aware", "mixed", energy, True, False, 0.3, form)
 
 
 class Data:
@@ -130,6 +143,8 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
     if not wanted:
         return
     fused_stats = cached_statistics(data, dense, cache)
+    sample = Sample(data.calibration(dense), SENSITIVITY_IMAGES, seed=0)
+    list(sample)
     for (split, factors, centre, shrink), group in itertools.groupby(
         sorted(wanted, key=_decomposition), key=_decomposition
     ):
@@ -137,9 +152,11 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
         stats = with_parts(fused_stats, split_qkv_(base)) if split else fused_stats
         factorisations = decompose(base, stats, factors=factors, centre=centre, shrink=shrink)
         for strategy in group:
-            plan = allocate(base, factorisations, keep=strategy.keep, ranks=strategy.ranks, energy=strategy.energy)
+            allocation = {name: getattr(strategy, name) for name in ("keep", "ranks", "energy", "form")}
+            running = {"dtype": torch.bfloat16, "progress": True}
+            plan = plan_ranks(base, factorisations, sample, Timer(), allocation, running)
             model = apply_(copy.deepcopy(base), plan, factorisations)
-            score = evaluate(model, test)
+            score = evaluate(model, test, progress=True)
             errors = [factorisations[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]
             row = {
                 "kind": "strategy",
@@ -237,15 +254,23 @@ COSTS = {
 
 
 def measure_speed(data: Data, out: Path) -> None:
-    """Dense against compressed, interleaved, at batch 1 and 8."""
-    if any(row["kind"] == "speed" for row in read(out)):
-        return
+    """Dense against compressed with plain SVD factors, interleaved, at batch 1 and 8: all, where one has no row yet."""
+    rows = read(out)
+    done = {row["model"] for row in rows if row["kind"] == "speed"}
     dense = data.model()
-    factorisations = decompose(dense, factors="svd")
+    factorisations = decompose(dense, factors="svd", centre=False)
+    plans = {f"keep {keep}": allocate(dense, factorisations, keep=keep) for keep in KEEPS}
+    for row in rows:
+        strategy = Strategy(**row["strategy"]) if row["kind"] == "strategy" else None
+        if strategy is not None and strategy.form == "pivoted" and not strategy.split_qkv:
+            # Ranks of another strategy, so that only the shapes count.
+            plan = allocate(dense, factorisations, keep=strategy.keep, form=strategy.form)
+            layers = (dataclasses.replace(layer, rank=row["ranks"][layer.name]) for layer in plan.layers)
+            plans[strategy.shapes] = dataclasses.replace(plan, layers=tuple(layers))
+    if done >= plans.keys():
+        return
     models = {"dense": dense}
-    for keep in KEEPS:
-        plan = allocate(dense, factorisations, keep=keep)
-        models[f"keep {keep}"] = apply_(copy.deepcopy(dense), plan, factorisations)
+    models |= {name: apply_(copy.deepcopy(dense), plan, factorisations) for name, plan in plans.items()}
     for batch in (1, SPEED_BATCH):
         results = compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=9)
         for name, speed in results.items():
