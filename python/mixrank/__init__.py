@@ -9,6 +9,7 @@ from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
 from mixrank.checkpoint import load, save
+from mixrank.compensate import CompensationOptions, CompensationResult, compensate_
 from mixrank.compress import compress
 from mixrank.decompose import Factorisation, decompose
 from mixrank.errors import InputError
@@ -27,6 +28,8 @@ from mixrank_kernels import __version__
 
 __all__ = [
     "CalibrationStats",
+    "CompensationOptions",
+    "CompensationResult",
     "CompressionResult",
     "Factorisation",
     "InputError",
@@ -46,6 +49,7 @@ __all__ = [
     "allocate",
     "apply_",
     "calibrate",
+    "compensate_",
     "compress",
     "create_model",
     "decompose",

@@ -48,7 +48,7 @@ def compensate(
     trained: Annotated[
         Trained, typer.Option(help="Train the factored layers, a residual of theirs, or all.")
     ] = Trained.factors,
-    learning_rate: Annotated[float, typer.Option(help="The highest one, of Adam.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(help="The highest one, of Adam.")] = 2e-5,
     batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 16,
     min_scale: Annotated[float, typer.Option(help="The least share of an image in a random view; 1: no views.")] = 0.5,
     held_out: Annotated[float, typer.Option(help="The share of the images that only choose the best step.")] = 0.1,

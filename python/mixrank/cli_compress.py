@@ -199,7 +199,7 @@ def compress(
     ] = None,
     learning_rate: Annotated[
         float, typer.Option(help="The highest one of the training.", rich_help_panel="Compensation")
-    ] = 1e-4,
+    ] = 2e-5,
     resume: Annotated[
         bool,
         typer.Option(

@@ -53,7 +53,7 @@ class CompensationOptions:
     trained: str = "factors"
     residual_rank: int = 16
     batch_size: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     feature_weight: float = 1.0
     min_scale: float = 0.5
     held_out: float = 0.1
