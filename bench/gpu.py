@@ -154,7 +154,7 @@ def serving(case: Case, arguments: dict[str, Tensor | None], device: torch.devic
 @torch.inference_mode(False)
 def copied(arguments: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The same values elsewhere, never in tensors of inference mode, whose indices are read again at each call."""
-    return {name: None if tensor is None else tensor.clone() for name, tensor in arguments.items()}
+    return {name: tensor.clone() if isinstance(tensor, Tensor) else tensor for name, tensor in arguments.items()}
 
 
 def _compiled(case: Case) -> bool:
