@@ -236,14 +236,15 @@ def test_limits_that_cannot_be_are_refused(model, limits, message):
         allocate(model, decompose(model, factors="svd"), keep=0.4, **limits)
 
 
-def test_mixed_ranks_leave_less_error_than_uniform_ones(model, images):
+def test_mixed_ranks_leave_less_error_than_uniform_ones(model):
+    images = torch.randn(100, 3, 32, 32)  # more tokens than any rank, so that every cut leaves an error
     factorisations = decompose(model, calibrate(model, [images]))
 
     def error(ranks: str) -> float:
         plan = allocate(model, factorisations, keep=0.4, ranks=ranks, energy="output")
         return sum(factorisations[p.name].relative_error(p.rank) for p in plan.layers if p.rank is not None)
 
-    assert error("mixed") < error("uniform")
+    assert 1e-6 < error("mixed") < error("uniform")
 
 
 costs = st.lists(st.integers(1, 50), min_size=2, max_size=4)
