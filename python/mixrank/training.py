@@ -45,7 +45,7 @@ class CompensationOptions:
         min_scale: smallest share of an image in a random view; 1: no augmentation.
         held_out: share of the images that only choose the best step.
         evaluations: how often the held-out images are looked at.
-        patience: evaluations without a better one after which the run stops.
+        patience: how many evaluations in a row may be no better than the best one; at one more the run stops.
         seed: of the views.
     """
 
@@ -112,7 +112,7 @@ class CompensationResult:
 @contextmanager
 def modes(model: nn.Module, dense: nn.Module, trained: dict[str, Tensor]) -> Iterator[None]:
     """Both models in evaluation mode, gradients for ``trained`` alone; afterwards everything as it was."""
-    modes = {module: module.training for each in (model, dense) for module in each.modules()}
+    before = {module: module.training for each in (model, dense) for module in each.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.eval(), dense.eval()
@@ -121,7 +121,7 @@ def modes(model: nn.Module, dense: nn.Module, trained: dict[str, Tensor]) -> Ite
             parameter.requires_grad_(id(parameter) in chosen)
         yield
     finally:
-        for module, mode in modes.items():
+        for module, mode in before.items():
             module.training = mode
         for parameter, mode in wanted.items():
             parameter.grad = None
@@ -150,16 +150,15 @@ class Training:
         if wrong is not None:
             raise InputError(f"{wrong} must be torch.float32 to be trained, but it was {self.parameters[wrong].dtype}")
         # Parts of factors that keep their values: their gradients are set to zero, and Adam then leaves them alone.
-        self.frozen: list[Callable[[], Tensor]] = []
+        self.frozen: list[Callable[[], None]] = []
         if options.trained == "residual":
             for layer in layers:
                 base = max(0, layer.rank - options.residual_rank)
-                self.frozen += [partial(_leading, layer.down, 0, base), partial(_leading, layer.up, 1, base)]
+                self.frozen += [partial(_freeze, layer.down, 0, base), partial(_freeze, layer.up, 1, base)]
         self.model, self.dense, self.options, self.dtype, self.views = model, dense, options, dtype, views
         self.device = next(model.parameters()).device
         self.imitation = Imitation(model, dense, options.scope, options.feature_weight)
         self.held = [batch.float() for batch in held.split(_EVALUATION_BATCH)]
-        self.target = logits_of(dense, self.held, dtype)
 
     def set(self, values: dict[str, Tensor]) -> None:
         """Write values into the trained parameters."""
@@ -170,6 +169,7 @@ class Training:
     def run(self, steps: int | None, minutes: float | None, path: Path | None, progress: bool) -> CompensationResult:
         """Train, look at the held-out images from time to time, and leave the model at its best."""
         started = time.perf_counter()
+        self.target = logits_of(self.dense, self.held, self.dtype)
         # Not the fused one: autograd does not count its writes, and what was packed earlier would seem up to date.
         optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, betas=_BETAS)
         state = self._begin(path, optimizer, steps, minutes)
@@ -234,7 +234,7 @@ class Training:
         digest = hashlib.blake2b(digest_size=16)
         tensors = (*self.parameters.values(), *self.dense.parameters(), self.views.images, *self.held)
         for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return asdict(self.options) | {
             "steps": steps, "minutes": minutes, "dtype": str(self.dtype), "contents": digest.hexdigest()
         }  # fmt: skip
@@ -259,8 +259,8 @@ class Training:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             loss = self.imitation.loss(images)
         loss.backward()
-        for gradient in self.frozen:
-            gradient().zero_()
+        for freeze in self.frozen:
+            freeze()
         return loss.item()
 
     def _step(self, step: int, steps: int, optimizer: torch.optim.Optimizer) -> float:
@@ -285,9 +285,10 @@ class Training:
         return True
 
 
-def _leading(factor: Tensor, axis: int, count: int) -> Tensor:
-    """The gradient of the first ``count`` rows or columns of a factor."""
-    return factor.grad.narrow(axis, 0, count)
+def _freeze(factor: Tensor, axis: int, count: int) -> None:
+    """Set the gradient of the first ``count`` rows or columns of a factor to zero, where it has one."""
+    if factor.grad is not None:
+        factor.grad.narrow(axis, 0, count).zero_()
 
 
 def _pace(step: int, steps: int) -> float:

@@ -97,6 +97,27 @@ def test_a_residual_is_trained_beside_a_frozen_base(pair):
     assert torch.equal(model.head.weight, before.head.weight)
 
 
+def test_a_dense_model_in_training_mode_is_followed_without_its_dropout(pair):
+    _, model, images = copy.deepcopy(pair)
+    torch.manual_seed(0)
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=7, drop_rate=0.5)
+    dense.load_state_dict(pair[0].state_dict())
+    quiet = compensate_(copy.deepcopy(model), pair[0], images, steps=2, options=OPTIONS)
+    assert compensate_(model, dense.train(), images, steps=2, options=OPTIONS).history == quiet.history
+    assert dense.training
+
+
+def test_layers_that_are_never_called_and_parameters_without_a_dimension_are_left_alone(pair):
+    dense, model, images = copy.deepcopy(pair)
+    for each in (dense, model):
+        each.scale = torch.nn.Parameter(torch.tensor(2.0))
+    model.idle = MixedRankLinear(8, 8, 4)
+    dense.idle = model.idle.merge()
+    before = state_of(model)
+    compensate_(model, dense, images, steps=3, options=dataclasses.replace(OPTIONS, trained="residual"))
+    assert same({name: value for name, value in before.items() if name.startswith(("idle", "scale"))}, state_of(model))
+
+
 def test_steps_are_writes_that_autograd_counts(pair, monkeypatch):
     """Packed factors are known to be out of date by the version of the weights alone."""
     dense, model, images = copy.deepcopy(pair)
