@@ -102,7 +102,7 @@ def _result(entry: dict[str, Any], index: int, dense: dict[str, Any], *, brief: 
     """One budget: its summary, its layers, and its plots; ``brief``: of these only the ranks."""
     from mixrank import report_figures
 
-    plan = entry["plan"]
+    plan = entry["plan"] or {"layers": []}  # a dense model of 8-bit weights has none
     curves = {layer["name"]: layer for layer in entry.get("layers") or []}
     layers = [curves.get(layer["name"], {}) | {key: layer[key] for key in LAYER_KEYS} for layer in plan["layers"]]
     compressed = {key: entry["compressed"][key] for key in SUMMARY_KEYS}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mixrank import checkpoint
-from mixrank.quantize import quantized_layers
+from mixrank.models import create_model
+from mixrank.quantize import quantize_, quantized_layers
 
 
 @pytest.mark.parametrize("more", [[], ["--weight-only"], ["--skip", "head", "--skip", "*.attn.*"]], ids=" ".join)
@@ -61,3 +62,15 @@ def test_a_quantised_checkpoint_is_not_quantised_again(world, tmp_path: Path) ->
     assert world.invoke("quantize", str(world.checkpoint), "--out", str(first)).exit_code == 0
     message = world.refused("quantize", str(first), "--out", str(tmp_path / "again.safetensors"))
     assert "there is no layer to quantise" in message
+
+
+def test_a_dense_model_of_8_bit_weights_is_measured_and_drawn(world, tmp_path: Path) -> None:
+    header = checkpoint.read_header(world.checkpoint)
+    model = create_model(header.architecture, weights=world.weights, args=header.args)
+    quantize_(model)
+    checkpoint.save(model, tmp_path / "dense8.safetensors")
+    result, page = tmp_path / "dense8.json", tmp_path / "dense8.html"
+    measured = ["evaluate", str(tmp_path / "dense8.safetensors"), "--images", str(world.flat), "--json", str(result)]
+    assert world.invoke(*measured, "--quiet").exit_code == 0
+    assert world.invoke("report", str(result), "--out", str(page)).exit_code == 0
+    assert "100 % kept" in page.read_text()
