@@ -22,6 +22,7 @@ from mixrank_bench import (
     tables_models,
     tables_ops,
     tables_peers,
+    tables_pivoted,
     tables_triton,
     tables_vit,
 )
@@ -60,6 +61,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "gpu-roofline": tables_gpu_roofline.roofline,
     },
     "docs/kernels/int8.md": {"int8-speed": tables_int8.speed, "int8-accuracy": tables_int8.accuracy},
+    "docs/kernels/pivoted.md": {"pivoted-speed": tables_pivoted.speed},
     "docs/kernels/triton.md": {"triton-resources": tables_triton.triton_resources},
 }
 
