@@ -94,14 +94,14 @@ def compress(
         Ranks, typer.Option(help="mixed: a rank for each layer; uniform: one share.", rich_help_panel="Strategy")
     ] = Ranks.mixed,
     energy: Annotated[
-        Energy,
+        Energy | None,
         typer.Option(
             help="The energy that decides the mixed ranks: of the weight, of the outputs on the calibration images or "
             "on images held out; mixed: the geometric mean of weight and held_out; sensitivity: how far the logits "
-            "move, measured layer by layer.",
+            "move, measured layer by layer; by default sensitivity, of what is no classifier weight.",
             rich_help_panel="Strategy",
         ),
-    ] = Energy.weight,
+    ] = None,
     sensitivity_images: Annotated[
         int,
         typer.Option(help="How many images --energy sensitivity is measured on.", rich_help_panel="Calibration"),
@@ -121,7 +121,7 @@ def compress(
             "images held out; oas: from the number of images.",
             rich_help_panel="Strategy",
         ),
-    ] = "0",
+    ] = "0.3",
     fisher_shrink: Annotated[
         float, typer.Option(help="Pull of the metric of fisher towards the plain one.", rich_help_panel="Strategy")
     ] = 1.0,
@@ -182,7 +182,7 @@ def compress(
         typer.Option(
             help="How layers of low rank are held; pivoted: fewer numbers for each rank.", rich_help_panel="Strategy"
         ),
-    ] = Form.factors,
+    ] = Form.pivoted,
     eval_images: Annotated[str | None, typer.Option(help=EVAL_HELP, rich_help_panel="Evaluation")] = None,
     labels: Annotated[
         Path | None, typer.Option(help=LABELS_HELP + " For --eval-images.", rich_help_panel="Evaluation")

@@ -24,6 +24,9 @@ from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
 from mixrank.weighting import Weighting
 
 SENSITIVITY_IMAGES = 48
+# What did best on two real models by images held out, see docs/accuracy.md.
+SHRINK = 0.3
+FORM = "pivoted"
 _SENSITIVITY_BATCH = 24
 
 Value = TypeVar("Value")
@@ -38,10 +41,10 @@ def compress(
     max_macs: int | None = None,
     factors: str = "aware",
     ranks: str = "mixed",
-    energy: str = "weight",
+    energy: str | None = None,
     sensitivity_images: int = SENSITIVITY_IMAGES,
     centre: bool | None = None,
-    shrink: float | str = 0.0,
+    shrink: float | str = SHRINK,
     fisher_shrink: float = FISHER_SHRINK,
     weighting: str | Weighting = "none",
     held_out: float | None = None,
@@ -53,7 +56,7 @@ def compress(
     max_rank: float | None = None,
     sequential: bool = False,
     ridge: float = RIDGE,
-    form: str = "factors",
+    form: str = FORM,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> CompressionResult:
@@ -71,7 +74,8 @@ def compress(
         ranks: ``"mixed"`` or ``"uniform"``.
         energy: what mixed ranks save: ``"weight"``, ``"output"``, ``"held_out"`` or ``"mixed"`` energy, or the
             divergence of the logits (``"sensitivity"``, for classifiers, measured layer by layer), see
-            :func:`mixrank.allocate.allocate`.
+            :func:`mixrank.allocate.allocate`. None: sensitivity where there are images and it can be measured (the
+            result says why not), ``"weight"`` without images and for ``sequential``.
         sensitivity_images: how many of the images, drawn at random, the sensitivity is measured on.
         centre: move the mean of what is lost into the bias; None: not for ``factors="svd"``.
         shrink: pull of the factors towards ``"svd"``, at least 0; guards against few calibration images. ``"auto"``:
@@ -91,7 +95,7 @@ def compress(
             another ``energy``) of a calibration of the dense model, so that ``images`` are gone through twice.
         ridge: pull of sequentially fitted weights towards the original ones, above 0.
         form: how layers of low rank are held: as ``"factors"``, or ``"pivoted"``: the same weights in fewer numbers, so
-            higher ranks in the same budget, see :class:`mixrank.PivotedLinear`.
+            higher ranks in the same budget, see :class:`mixrank.PivotedLinear`; factors suit bfloat16 better.
         dtype: run the calibration under autocast in this dtype.
         progress: show progress bars with the time left.
 
@@ -108,7 +112,11 @@ def compress(
         >>> result.plan.keep <= 0.5
         True
     """
-    timed = Timer()
+    timed, remarks = Timer(), []
+    measurable = images is not None and ranks == "mixed" and not sequential
+    automatic = energy is None and measurable
+    if energy is None:
+        energy = "sensitivity" if measurable else "weight"
     fused = dict(model.named_modules()) if split_qkv else {}
     exposed = expose_qkv_(model)
     split = split_qkv_(model) if split_qkv else ()
@@ -138,7 +146,14 @@ def compress(
         first = strategy if stats is not None or not sequential else {"factors": "svd", "centre": False}
         factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **first))
         factorisations = {name: replace(made, shape=shapes[name]) for name, made in factorisations.items()}
-        plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
+        try:
+            plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
+        except InputError as error:
+            if not automatic:
+                raise
+            allocation["energy"] = "weight"
+            plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
+            remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
         if sequential:
             del strategy["fisher_shrink"]
             options = {"ridge": ridge, "strategy": strategy, **running}
@@ -154,7 +169,7 @@ def compress(
             model.set_submodule(name, fused[name])
         hide_qkv_(model, exposed)
         raise
-    return CompressionResult(plan, reports, count, timed.seconds, notes(reports, stats))
+    return CompressionResult(plan, reports, count, timed.seconds, remarks + notes(reports, stats))
 
 
 class Timer:

@@ -149,7 +149,8 @@ class PivotedLinear(LowRankLinear):
         frame, triangle = torch.linalg.qr(torch.empty_like(rows).index_copy(0, self.index.long(), rows))
         left, values, right = torch.linalg.svd(triangle @ down, full_matrices=False)
         bias = None if self.bias is None else self.bias.detach().clone()
-        factors = ((values[:, None] * right).to(self.down.dtype), (frame @ left).to(self.down.dtype))
+        # The decomposition returns its right factor column by column.
+        factors = (factor.to(self.down.dtype).contiguous() for factor in (values[:, None] * right, frame @ left))
         return MixedRankLinear.from_factors(*factors, bias).train(self.training)
 
     @property

@@ -17,7 +17,7 @@ from torch import nn
 from mixrank.allocate import check_budget
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
-from mixrank.compress import SENSITIVITY_IMAGES, Timer, check_energy, plan_ranks
+from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, check_energy, plan_ranks
 from mixrank.data import as_batch
 from mixrank.decompose import FISHER_SHRINK, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
@@ -28,21 +28,23 @@ from mixrank.plan import Plan
 from mixrank.sample import Apart, Sample
 
 # Options of mixrank.compress; what a preset does not name is as in that function.
+_PLAIN = {"energy": "weight", "shrink": 0.0, "form": "factors"}
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "svd": {"factors": "svd"},
-    "svd-uniform": {"factors": "svd", "ranks": "uniform"},
-    "aware": {},
-    "aware-uniform": {"ranks": "uniform"},
-    "aware-pivoted": {"form": "pivoted"},
-    "output": {"energy": "output"},
-    "shrunk": {"shrink": 0.3},
-    "fisher": {"factors": "fisher"},
-    "sensitivity": {"energy": "sensitivity"},
-    "sensitivity-pivoted": {"energy": "sensitivity", "form": "pivoted"},
+    "default": {},
+    "svd": _PLAIN | {"factors": "svd"},
+    "svd-uniform": _PLAIN | {"factors": "svd", "ranks": "uniform"},
+    "aware": _PLAIN,
+    "aware-uniform": _PLAIN | {"ranks": "uniform"},
+    "aware-pivoted": _PLAIN | {"form": "pivoted"},
+    "output": _PLAIN | {"energy": "output"},
+    "shrunk": _PLAIN | {"shrink": 0.3},
+    "fisher": _PLAIN | {"factors": "fisher"},
+    "sensitivity": _PLAIN | {"energy": "sensitivity"},
+    "sensitivity-pivoted": _PLAIN | {"energy": "sensitivity", "form": "pivoted"},
 }
-DEFAULT_STRATEGIES = ("svd", "svd-uniform", "aware", "aware-pivoted", "sensitivity", "sensitivity-pivoted")
-_FACTORS = {"factors": "aware", "centre": None, "shrink": 0.0, "fisher_shrink": FISHER_SHRINK}
-_RANKS = {"ranks": "mixed", "energy": "weight", "step": 8, "min_rank": None, "max_rank": None, "form": "factors"}
+DEFAULT_STRATEGIES = ("default", "svd", "svd-uniform", "aware", "aware-pivoted", "sensitivity")
+_FACTORS = {"factors": "aware", "centre": None, "shrink": SHRINK, "fisher_shrink": FISHER_SHRINK}
+_RANKS = {"ranks": "mixed", "energy": None, "step": 8, "min_rank": None, "max_rank": None, "form": FORM}
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def sweep(
             made = timed("decompose", lambda f=factors: decompose(model, stats, progress=progress, **f))
             for name, share in wanted:
                 once = Timer()
-                allocation = _of(chosen[name], _RANKS) | {"keep": share}
+                allocation = _allocation(chosen[name]) | {"keep": share}
                 plan = plan_ranks(model, made, sample, once, allocation, running)
                 candidate = once("apply", lambda p=plan, f=made: apply_(copy.deepcopy(model), p, f))
                 score = once("evaluate", lambda c=candidate: bench.score(c))
@@ -260,13 +262,20 @@ def _of(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return defaults | {name: value for name, value in options.items() if name in defaults}
 
 
+def _allocation(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the ranks, and the energy that :func:`mixrank.compress` takes by itself."""
+    ranks = _of(options, _RANKS)
+    automatic = "sensitivity" if ranks["ranks"] == "mixed" else "weight"
+    return ranks | {"energy": ranks["energy"] or automatic}
+
+
 def _check(model: nn.Module, chosen: dict[str, dict[str, Any]], keeps: tuple[float, ...]) -> None:
     """Raise InputError for what can be known before the calibration."""
     linears = compressible_linears(model)
     for options in chosen.values():
         centre = check_strategy(**_of(options, _FACTORS), calibrated=True)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in linears.items()}
-        ranks = _of(options, _RANKS)
+        ranks = _allocation(options)
         for share in keeps:
             check_budget(model, shapes, keep=share, max_bytes=None, max_macs=None, **ranks)
         check_energy(ranks["energy"], ranks["ranks"], calibrated=True, held_out=True)

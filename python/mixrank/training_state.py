@@ -58,7 +58,8 @@ class TrainingState:
     @classmethod
     def new(cls, key: dict, steps: int, fidelity: Fidelity, parameters: Mapping[str, Tensor]) -> TrainingState:
         """The state before the first step."""
-        values = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        whole = {"memory_format": torch.contiguous_format}  # as files hold them
+        values = {name: parameter.detach().cpu().clone(**whole) for name, parameter in parameters.items()}
         zeros = [{name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2)]
         best = {name: value.clone() for name, value in values.items()}
         return cls(key, steps, 0, 0.0, fidelity, fidelity, 0, 0, "finished", [], values, best, *zeros)

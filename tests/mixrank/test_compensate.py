@@ -31,7 +31,7 @@ def pair():
     torch.nn.init.normal_(dense.head.weight, std=0.1)
     images = [torch.randn(16, 3, 32, 32), torch.randn(16, 3, 32, 32)]
     model = copy.deepcopy(dense)
-    compress(model, images, keep=0.4)
+    compress(model, images, keep=0.4, energy="weight", shrink=0.0, form="factors")
     return dense, model, images
 
 
@@ -135,7 +135,7 @@ def test_steps_are_writes_that_autograd_counts(pair, monkeypatch):
     )
 
 
-def test_pivoted_layers_are_trained_as_factors_and_stay_pivoted(pair):
+def test_pivoted_layers_are_trained_as_factors_and_stay_pivoted(pair, tmp_path):
     dense, _, images = copy.deepcopy(pair)
     model = copy.deepcopy(dense)
     compress(model, images, keep=0.4, form="pivoted")
@@ -145,7 +145,8 @@ def test_pivoted_layers_are_trained_as_factors_and_stay_pivoted(pair):
     assert ruined.best_step == 0
     assert all(model.get_submodule(name) is layer for name, layer in layers.items())
     assert same(before, model.state_dict())
-    result = compensate_(model, dense, images, steps=16, options=dataclasses.replace(OPTIONS, learning_rate=5e-4))
+    kept = {"options": dataclasses.replace(OPTIONS, learning_rate=5e-4), "state": tmp_path / "state"}
+    result = compensate_(model, dense, images, steps=16, **kept)
     assert result.best_step > 0
     assert all(isinstance(model.get_submodule(name), PivotedLinear) for name in layers)
     held = torch.cat(images)[3::4].half().float()

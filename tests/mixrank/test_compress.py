@@ -31,7 +31,7 @@ def test_compress_does_it_all_in_place(model, images, split):
     dense = copy.deepcopy(model)
     result = compress(model, [images[:3], images[3:]], keep=0.6, split_qkv=split)
     assert result.images == 6
-    assert set(result.seconds) == {"calibrate", "decompose", "allocate", "apply"}
+    assert set(result.seconds) == {"calibrate", "decompose", "allocate", "sensitivity", "apply"}
     assert count_parameters(model) == result.plan.parameters_after <= 0.6 * count_parameters(dense)
     assert [layer.name for layer in result.layers] == [layer.name for layer in result.plan.layers]
     assert bool(result.plan.split) == split
@@ -197,8 +197,21 @@ def test_ranks_by_sensitivity_need_no_second_look_at_the_images(model, images):
     assert result.images == len(images)
     assert result.plan.keep <= 0.5
     assert result.plan.options["energy"] == "sensitivity"
-    by_weight = compress(dense, [images], keep=0.5)
+    by_weight = compress(dense, [images], keep=0.5, energy="weight")
     assert [layer.rank for layer in by_weight.plan.layers] != [layer.rank for layer in result.plan.layers]
+
+
+def test_by_itself_it_measures_sensitivity_and_says_where_it_cannot(model, images):
+    found = compress(copy.deepcopy(model), [images], keep=0.5)
+    assert (found.plan.options["energy"], found.plan.options["form"]) == ("sensitivity", "pivoted")
+    assert not any("ranks go by" in note for note in found.notes)
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0, global_pool="").eval()
+    with pytest.raises(InputError, match="must return logits"):
+        compress(copy.deepcopy(backbone), [images], keep=0.5, energy="sensitivity")
+    found = compress(backbone, [images], keep=0.5)
+    assert found.plan.options["energy"] == "weight"
+    assert "ranks go by the energy of the weights, as their sensitivity cannot be measured: " in found.notes[0]
+    assert compress(copy.deepcopy(model), [images], keep=0.5, sequential=True).plan.options["energy"] == "weight"
 
 
 def test_a_sample_keeps_each_image_with_the_same_chance_whatever_the_batches_are():

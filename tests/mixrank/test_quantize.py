@@ -97,7 +97,7 @@ def test_the_intermediate_keeps_its_small_columns():
 
 @pytest.fixture
 def compressed(model, images):
-    mixrank.compress(model, [images], keep=0.5, ranks="uniform")
+    mixrank.compress(model, [images], keep=0.5, ranks="uniform", form="factors")
     return model
 
 

@@ -102,7 +102,7 @@ def test_options_of_ones_own_have_a_name_of_ones_own(model, many):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"strategies": ["best"]}, "strategies must be among svd, .* but one was 'best'"),
+        ({"strategies": ["best"]}, "strategies must be among default, svd, .* but one was 'best'"),
         ({"strategies": []}, "at least one"),
         ({"strategies": {"mine": {"sequential": True}}}, "'mine' must have options among .*'sequential'"),
         ({"strategies": {"mine": {"factors": "best"}}}, "factors must be one of"),

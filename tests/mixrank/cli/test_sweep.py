@@ -107,7 +107,7 @@ def test_other_weights_and_other_files_are_no_sweep_to_go_on_with(world, tmp_pat
     ("more", "message"),
     [
         (["--keep", "1.5"], "--keep must be above 0 and at most 1, got 1.5"),
-        (["--strategy", "best"], "strategies must be among svd"),
+        (["--strategy", "best"], "strategies must be among default, svd"),
         (["--held-out", "1"], "held_out must be above 0 and below 1"),
         (["--held-out", "0.3", "--eval-images", "photos"], "--held-out belongs to a sweep without --eval-images"),
         (["--labels", "labels.csv"], "--labels belongs to --eval-images"),
