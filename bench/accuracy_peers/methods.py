@@ -11,6 +11,7 @@ from torch import nn
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
+from mixrank.compress import compress
 from mixrank.decompose import Factorisation, decompose
 from mixrank.models import count_parameters
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, structured, svd_llm
@@ -40,10 +41,6 @@ def _plain(model: nn.Module, _calibration: Calibration) -> dict[str, Factorisati
     return decompose(model, factors="svd")
 
 
-def _ours(model: nn.Module, calibration: Calibration) -> dict[str, Factorisation]:
-    return decompose(model, calibration.to_stats())
-
-
 def _images(_model: nn.Module, calibration: Calibration) -> Calibration:
     return calibration
 
@@ -54,12 +51,16 @@ def _product(model: nn.Module, factorisations: Mapping[str, Factorisation], keep
     return Compressed(count_parameters(model), {"ranks": {layer.name: layer.rank for layer in plan.layers}})
 
 
+def _defaults(model: nn.Module, calibration: Calibration, keep: float) -> Compressed:
+    plan = compress(model, calibration.images, keep=keep, dtype=calibration.dtype).plan
+    return Compressed(count_parameters(model), {"ranks": {layer.name: layer.rank for layer in plan.layers}})
+
+
 UNIFORM, MIXED, SEARCHED, ONE_RATIO = "uniform", "mixed", "searched", "one ratio"
 ASVD = "Yuan et al. 2023, arXiv 2312.05821"
 TORCH_PRUNING = "Fang et al. 2023, arXiv 2301.12900; Torch-Pruning 1.6"
 
 METHODS = {
-    "mixrank, defaults": Method("this library", MIXED, _ours, _product),
     "plain SVD, mixed": Method("Eckart and Young 1936", MIXED, _plain, _product),
     "plain SVD, uniform": Method("Eckart and Young 1936", UNIFORM, _plain, partial(_product, ranks="uniform", step=1)),
     "ASVD, uniform": Method(ASVD, UNIFORM, asvd.prepare, compress_uniform),
@@ -67,6 +68,7 @@ METHODS = {
     "SVD-LLM": Method("Wang et al. 2024, arXiv 2403.07378", UNIFORM, svd_llm.prepare, compress_uniform),
     "CorDA": Method("Yang et al. 2024, arXiv 2406.05223", UNIFORM, corda.prepare, compress_uniform),
     "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform),
+    "mixrank, defaults": Method("this library", MIXED, _images, _defaults),
     "OATS": Method("Zhang and Papyan 2024, arXiv 2409.13652", UNIFORM, _images, oats.compress),
     "Torch-Pruning, uniform": Method(TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=False)),
     "Torch-Pruning, bottleneck": Method(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
-from mixrank.stats import CalibrationStats, LayerStats
 from mixrank_kernels import ops
 
 PARTS = ("gram", "total", "absolute")
@@ -54,11 +53,6 @@ class Calibration:
     images: list[Tensor]
     layers: dict[str, InputStats]
     dtype: torch.dtype | None = None
-
-    def to_stats(self) -> CalibrationStats:
-        """The same statistics as the product takes them."""
-        layers = {name: LayerStats("input", s.gram, s.total, s.rows) for name, s in self.layers.items()}
-        return CalibrationStats(layers, sum(len(batch) for batch in self.images), 0.0)
 
 
 class _Accumulator:

@@ -13,6 +13,7 @@ from mixrank.decompose import factorise
 from mixrank.errors import InputError
 from mixrank.fidelity import divergence
 from mixrank.models import compressible_linears, count_parameters
+from mixrank.stats import LayerStats
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, statistics, structured, svd_llm
 from mixrank_bench.accuracy_peers.factored import compress_mixed, compress_uniform, layer_share, truncatable
 from mixrank_bench.accuracy_peers.methods import METHODS
@@ -118,7 +119,7 @@ def test_svd_llm_is_the_uncentred_activation_aware_projection_of_the_product():
     weight, _, stats = layer("wide")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float64)
     linear.weight.data = weight
-    calibrated = Calibration([torch.zeros(1, 3, 8, 8)], {"": stats}).to_stats()[""]
+    calibrated = LayerStats("input", stats.gram, stats.total, stats.rows)
     down, up, _ = factorise(linear, calibrated, centre=False).factors(5)
     torch.testing.assert_close(product(svd_llm.factors(weight, stats), 5), up @ down)
 
