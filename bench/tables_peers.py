@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from mixrank_bench import vit_b16_peers
 from mixrank_bench.accuracy_peers.methods import METHODS
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
-HEADER = ("method", "ranks", "parameters", "top-1, %", "agreement, %", "KL, nats", "source")
+OURS = "mixrank, defaults"
+PAIRED = "right: only ours / only this"
+HEADER = ("method", "ranks", "parameters", "top-1, %", "agreement, %", "KL, nats", PAIRED, "p", "source")
 NO_RUN = "Not measured yet.\n"
 
 
@@ -21,7 +25,8 @@ def peers() -> str:
     for keep in sorted({keep for method, keep in latest if method != "dense"}, reverse=True):
         found = [row for (method, at), row in latest.items() if at == keep and method != "dense"]
         found.sort(key=lambda row: (-row["top1"], row["kl"]))
-        parts.append(f"### keep {keep}\n\n" + table(HEADER, map(_line, found)))
+        ours = next((row["correct"] for row in found if row["method"] == OURS), None)
+        parts.append(f"### keep {keep}\n\n" + table(HEADER, [_line(row, ours) for row in found]))
     absent = [name for name in METHODS if not any(method == name for method, _ in latest)]
     if absent:
         parts.append(f"Not measured yet: {'; '.join(absent)}.\n")
@@ -35,9 +40,25 @@ def _dense(row: dict) -> str:
     return f"Dense: {row['parameters']:,} parameters, top-1 {row['top1']:.1f} %.\n"
 
 
-def _line(row: dict) -> tuple:
+def _line(row: dict, ours: str | None) -> tuple:
     parameters = f"{row['parameters']:,}"
     if "parameters_with_indices" in row:
         parameters += f" ({row['parameters_with_indices']:,} with the places of the nonzeros)"
     numbers = (f"{row['top1']:.1f}", f"{row['agreement']:.1f}", f"{row['kl']:.3f}")
-    return (row["method"], row["how"], parameters, *numbers, row["source"])
+    paired = ("", "")
+    if ours is not None and row["method"] != OURS:
+        counts = discordant(ours, row["correct"])
+        paired = (f"{counts[0]} / {counts[1]}", f"{mcnemar(*counts):.2g}")
+    return (row["method"], row["how"], parameters, *numbers, *paired, row["source"])
+
+
+def discordant(first: str, second: str) -> tuple[int, int]:
+    """How many images only the first of two models has right, and how many only the second, from ``0`` and ``1``."""
+    pairs = list(zip(first, second, strict=True))
+    return pairs.count(("1", "0")), pairs.count(("0", "1"))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The two-sided p-value of the exact test that each is as often right where the other is wrong (McNemar 1947)."""
+    count, less = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(less + 1)) / 2**count)

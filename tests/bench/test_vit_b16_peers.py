@@ -54,8 +54,9 @@ def test_the_table_has_the_most_accurate_first_and_the_latest_of_each(out):
         out,
         row("dense", 1.0, 90.2),
         row("EVA", 0.5, 10.0),
-        row("EVA", 0.5, 60.0),
-        row("OATS", 0.5, 70.0, parameters_with_indices=1300000),
+        row("EVA", 0.5, 60.0, correct="111101"),
+        row("OATS", 0.5, 70.0, parameters_with_indices=1300000, correct="000010"),
+        row("mixrank, defaults", 0.5, 80.0, correct="111101"),
         row("EVA", 0.4, 20.0),
     )
     lines = tables_peers.peers().splitlines()
@@ -64,13 +65,19 @@ def test_the_table_has_the_most_accurate_first_and_the_latest_of_each(out):
     cells = [line for line in lines if line.startswith(("| EVA", "| OATS"))]
     assert cells == [
         "| OATS | uniform | 1,234,567 (1,300,000 with the places of the nonzeros) "
-        "| 70.0 | 90.0 | 0.123 | somebody 2024 |",
-        "| EVA | uniform | 1,234,567 | 60.0 | 90.0 | 0.123 | somebody 2024 |",
-        "| EVA | uniform | 1,234,567 | 20.0 | 90.0 | 0.123 | somebody 2024 |",
+        "| 70.0 | 90.0 | 0.123 | 5 / 1 | 0.22 | somebody 2024 |",
+        "| EVA | uniform | 1,234,567 | 60.0 | 90.0 | 0.123 | 0 / 0 | 1 | somebody 2024 |",
+        "| EVA | uniform | 1,234,567 | 20.0 | 90.0 | 0.123 |  |  | somebody 2024 |",
     ]
-    absent = [name for name in METHODS if name not in ("EVA", "OATS")]
+    absent = [name for name in METHODS if name not in ("EVA", "OATS", "mixrank, defaults")]
     assert f"Not measured yet: {'; '.join(absent)}." in lines
     assert "512 calibration images (seed 0), 500 test images, evaluated in bfloat16." in lines[-1]
+
+
+def test_the_exact_test_of_mcnemar():
+    assert tables_peers.mcnemar(0, 0) == 1
+    assert tables_peers.mcnemar(3, 3) == 1
+    assert tables_peers.mcnemar(9, 1) == pytest.approx(2 * 11 / 1024)
 
 
 def test_without_a_run_the_table_says_so(out):
