@@ -143,7 +143,7 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
     if not wanted:
         return
     fused_stats = cached_statistics(data, dense, cache)
-    sample = Sample(data.calibration(dense), SENSITIVITY_IMAGES, seed=0)
+    sample = Sample(data.calibration(dense), SENSITIVITY_IMAGES, seed=0, held_out=None)
     list(sample)
     for (split, factors, centre, shrink), group in itertools.groupby(
         sorted(wanted, key=_decomposition), key=_decomposition

@@ -131,8 +131,8 @@ def allocate(
         min_rank: no layer gets a lower rank: a number of at least 1, or below 1 a share of the full rank min(N, K).
         max_rank: no layer gets a higher rank or stays dense, but for those that a factorisation would not make
             smaller: a number or share as for ``min_rank``.
-        sensitivities: for ``energy="sensitivity"``: what :func:`mixrank.sensitivity.measure_sensitivity` found for an
-            earlier plan under the same budget. Layers without an entry stay dense.
+        sensitivities: for ``energy="sensitivity"``: what :func:`mixrank.sensitivity.measure_sensitivity` found at the
+            :func:`ranks_to_measure` of an earlier plan under the same budget. Layers without an entry stay dense.
         form: how layers with a rank will be held: as ``"factors"`` or in the ``"pivoted"`` form, see
             :class:`mixrank.PivotedLinear`.
 
@@ -159,7 +159,7 @@ def allocate(
     if ranks == "uniform":
         energy = "weight"  # plays no part
     if energy == "sensitivity" and sensitivities is None:
-        raise InputError("energy='sensitivity' needs sensitivities: measure them at an earlier plan")
+        raise InputError("energy='sensitivity' needs sensitivities: measure them at the ranks of an earlier plan")
     if any(remaining_error(factorisation, energy) is None for factorisation in factorisations.values()):
         raise InputError(f"energy={energy!r} needs {ENERGIES[energy]}, but the layers were decomposed without any")
     choices = {
@@ -174,6 +174,31 @@ def allocate(
         name: value for name, value in (bounds | limits).items() if value is not None
     }
     return _plan(model, shapes, chosen, form, options)
+
+
+def ranks_to_measure(model: nn.Module, factorisations: Mapping[str, Factorisation], plan: Plan) -> dict[str, int]:
+    """The ranks at which sensitivity tells how to improve a plan, by layer name.
+
+    Args:
+        model: the dense model.
+        factorisations: of its layers.
+        plan: what :func:`allocate` made of them.
+
+    Returns:
+        The plan's ranks; for a layer that it leaves dense a rank so far below that the layer may still stay dense, or
+        nothing where no rank makes it smaller.
+    """
+    shapes = {name: factorisation.shape for name, factorisation in factorisations.items()}
+    options = dict.fromkeys(("keep", "max_bytes", "max_macs", "min_rank", "max_rank")) | plan.options
+    budget, _ = check_budget(model, shapes, **options)
+    planned, found = {layer.name: layer.rank for layer in plan.layers}, {}
+    for name, _, choices in _ranks(shapes, budget, options["step"], options["min_rank"], options["max_rank"]):
+        known = [rank for rank in choices if rank is not None]
+        if planned[name] is not None:
+            found[name] = planned[name]
+        elif known:
+            found[name] = min(known, key=lambda rank, wanted=_NEAR[0] * known[-1]: abs(rank - wanted))
+    return found
 
 
 def check_budget(
@@ -322,10 +347,11 @@ def _near(points: list[Point], sensitivity: Sensitivity | None) -> list[Point]:
         raise InputError(f"sensitivity was measured at rank {sensitivity.rank}, which this allocation cannot choose")
     scale = sensitivity.divergence / measured.error if measured.error > 0 else 0.0
     low, high = (factor * sensitivity.rank for factor in _NEAR)
+    highest = max(point.rank for point in points if point.rank is not None)
     return [
         Point(point.rank, point.cost, scale * point.error)
         for point in points
-        if point is measured or (point.rank is not None and low <= point.rank <= high)
+        if point is measured or (low <= point.rank <= high if point.rank is not None else highest <= high)
     ]
 
 

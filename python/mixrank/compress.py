@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mixrank.allocate import ENERGIES, allocate, check_budget
+from mixrank.allocate import ENERGIES, allocate, check_budget, ranks_to_measure
 from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, check_calibration
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
@@ -24,6 +24,7 @@ from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
 from mixrank.weighting import Weighting
 
 SENSITIVITY_IMAGES = 48
+SENSITIVITY_ROUNDS = 2
 # What did best on two real models by images held out, see docs/accuracy.md.
 SHRINK = 0.3
 FORM = "pivoted"
@@ -76,14 +77,14 @@ def compress(
             divergence of the logits (``"sensitivity"``, for classifiers, measured layer by layer), see
             :func:`mixrank.allocate.allocate`. None: sensitivity where there are images and it can be measured (the
             result says why not), ``"weight"`` without images and for ``sequential``.
-        sensitivity_images: how many of the images, drawn at random, the sensitivity is measured on.
+        sensitivity_images: how many images, drawn at random from those held out, the sensitivity is measured on.
         centre: move the mean of what is lost into the bias; None: not for ``factors="svd"``.
         shrink: pull of the factors towards ``"svd"``, at least 0; guards against few calibration images. ``"auto"``:
             for each layer by the error on images held out; ``"oas"``: by the number of images.
         fisher_shrink: pull of the gradients' Gram matrix towards the identity, for ``"fisher"``.
         weighting: how much each calibration token counts, see :mod:`mixrank.weighting`.
-        held_out: share of the images on which factors made without them are judged; the factors in the model are
-            made from all. None: a fifth, or none of fewer than five images.
+        held_out: share of the images on which factors made without them are judged, and the sensitivity measured; the
+            factors in the model are made from all. None: a fifth, or none of fewer than five images.
         draws: labels that each image draws from the model's answer, where gradients are needed.
         seed: of these draws.
         split_qkv: give q, k and v ranks of their own instead of the fused layer's one.
@@ -139,7 +140,7 @@ def compress(
         if sequential:
             check_sequential(images, factors, shrink, Weighting.of(weighting).kind, ridge, twice=twice)
         stats = None
-        sample = Sample(images or (), sensitivity_images, seed)
+        sample = Sample(images or (), sensitivity_images, seed, held_out)
         running = {"progress": progress, "dtype": dtype}
         if calibrated and (twice or not sequential):
             stats = timed("calibrate", lambda: calibrate(model, sample, seed=seed, **measuring, **running))
@@ -194,7 +195,7 @@ def plan_ranks(
     allocation: dict[str, Any],
     running: dict[str, Any],
 ) -> Plan:
-    """The plan of an allocation; that by sensitivity is measured at a first one by weight energy.
+    """The plan of an allocation; sensitivity is measured at one by weight energy, and again at the plan that it gives.
 
     Args:
         model: the dense model.
@@ -210,8 +211,15 @@ def plan_ranks(
     if not measured:
         return plan
     batches = sample.images.split(_SENSITIVITY_BATCH)
-    found = timed("sensitivity", lambda: measure_sensitivity(model, plan, factorisations, batches, **running))
-    return allocate(model, factorisations, sensitivities=found, **allocation)
+
+    def improved(plan: Plan) -> Plan:
+        for _ in range(SENSITIVITY_ROUNDS):
+            ranks = ranks_to_measure(model, factorisations, plan)
+            found = measure_sensitivity(model, ranks, factorisations, batches, **running)
+            plan = allocate(model, factorisations, sensitivities=found, **allocation)
+        return plan
+
+    return timed("sensitivity", lambda: improved(plan))
 
 
 def check_energy(energy: str, ranks: str, *, calibrated: bool, held_out: bool) -> None:

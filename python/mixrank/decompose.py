@@ -22,7 +22,7 @@ For N > K the work is done in the K coordinates of ``W = Q R`` instead of the N 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ class Factorisation:
             to go into the bias; else None.
         bias: ``[N]`` the layer's bias or None.
         like: an empty tensor with the dtype and device that the factors are cast to.
+        trial: the factors that were made without the images held out, to be judged on these; None without such images.
     """
 
     shape: LayerShape
@@ -105,6 +106,7 @@ class Factorisation:
     mean: Tensor | None
     bias: Tensor | None
     like: Tensor
+    trial: Factorisation | None = None
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return ``down [R, K]``, ``up [N, R]`` and ``bias [N]`` or None, in the layer's dtype, for one rank.
@@ -203,11 +205,12 @@ def factorise(
         raise InputError(f"the weight of a layer of shape {list(weight.shape)} has NaN or infinite values")
     space = Space(weight)
     errors: dict[str, Tensor | None] = dict.fromkeys(("output_error", "held_out_error", "fisher_error"))
-    moments = None
+    moments = trial = None
     if stats is not None:
         make = Directions(space, factors, centre, fisher_shrink)
         if held_out is not None:
-            shrink, errors["held_out_error"] = make.tried(stats, held_out, shrink)
+            trial = make.tried(stats, held_out, shrink)
+            shrink, errors["held_out_error"] = trial.shrink, trial.errors
             stats = stats + held_out
         moments, metric = space.moments(stats), make.metric(stats)
         pull = make.pull(moments, shrink, stats.images)
@@ -218,7 +221,7 @@ def factorise(
     else:
         up = down = space.weight_basis
         pull = None
-    return Factorisation(
+    made = Factorisation(
         shape=LayerShape.of(linear, centre),
         frame=space.frame,
         core=space.core,
@@ -231,6 +234,10 @@ def factorise(
         bias=None if linear.bias is None else linear.bias.detach(),
         like=linear.weight.detach().new_empty(0),
     )
+    if trial is None:
+        return made
+    without = replace(made, up_basis=trial.up, down_basis=trial.down, mean=trial.mean if centre else None)
+    return replace(made, trial=without)
 
 
 def decompose(

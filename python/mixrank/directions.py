@@ -51,6 +51,17 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Directions made without the images held out."""
+
+    shrink: float | str  # as given, or the best of a few
+    up: Tensor  # [S, S]
+    down: Tensor  # [S, S]
+    mean: Tensor  # [S], of the outputs on the images that they were made from
+    errors: Tensor  # [S + 1], on the images held out
+
+
+@dataclass(frozen=True)
 class Directions:
     """Makes directions from statistics by one strategy, and tells their errors.
 
@@ -111,19 +122,19 @@ class Directions:
         tails = torch.cat([steps.flip(0).cumsum(0).flip(0), steps.new_zeros(1)]).clamp(min=0)
         return tails / energy if energy > 0 else torch.zeros_like(tails)
 
-    def tried(self, stats: LayerStats, held_out: LayerStats, shrink: float | str) -> tuple[float | str, Tensor]:
-        """The pull (chosen, for ``"auto"``) and the errors on images held out, of factors made without them."""
+    def tried(self, stats: LayerStats, held_out: LayerStats, shrink: float | str) -> Trial:
+        """Directions that are made without the images held out, and their errors on these."""
         moments, metric, apart = self.space.moments(stats), self.metric(stats), self.space.moments(held_out)
         pulls = shrinkage.GRID if shrink == "auto" and self.factors != "svd" else (shrink,)
         goal = self.metric(held_out)
-        scores, errors = {}, {}
+        trials, scores = {}, {}
         for each in pulls:
             up, down = self.bases(moments, metric, self.pull(moments, each, stats.images))
-            errors[each] = self.errors(up, down, apart, moments.mean)
-            judged = errors[each] if goal is None else self.errors(up, down, apart, moments.mean, goal)
+            errors = self.errors(up, down, apart, moments.mean)
+            judged = errors if goal is None else self.errors(up, down, apart, moments.mean, goal)
+            trials[each] = Trial(each, up, down, moments.mean, errors)
             scores[each] = shrinkage.score(judged, self.space.break_even)
-        best = shrinkage.strongest_of_the_best(scores) if len(pulls) > 1 else pulls[0]
-        return best, errors[best]
+        return trials[shrinkage.strongest_of_the_best(scores) if len(pulls) > 1 else pulls[0]]
 
 
 def leading(symmetric: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,8 @@ def compare(logits: Tensor, dense: Tensor) -> Fidelity:
     if not logits.isfinite().all() or not dense.isfinite().all():
         raise InputError("the logits of a model are not finite")
     same = (logits.argmax(1) == dense.argmax(1)).float().mean().item()
-    return Fidelity(divergence(logits, dense).mean().item(), 100 * same, len(logits))
+    mean = max(0.0, divergence(logits, dense).mean().item())  # of nearly equal logits it is below zero by rounding
+    return Fidelity(mean, 100 * same, len(logits))
 
 
 def logits_of(model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:

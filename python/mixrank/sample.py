@@ -9,7 +9,7 @@ from operator import length_hint
 import torch
 from torch import Tensor
 
-from mixrank.calibrate import held_out_images
+from mixrank.calibrate import DEFAULT_HELD_OUT, held_out_images
 from mixrank.data import Batch, as_batch
 from mixrank.errors import InputError
 
@@ -23,25 +23,43 @@ class Sample:
         batches: as for :func:`mixrank.calibrate.calibrate`.
         size: how many images to keep, at least 1.
         seed: of the choice.
+        held_out: the share of the images that calibration holds out (None: its own), to keep no others, but for the
+            first images where there are too few to hold one out. 0: all alike.
     """
 
-    def __init__(self, batches: Iterable, size: int, seed: int) -> None:
+    def __init__(self, batches: Iterable, size: int, seed: int, held_out: float | None) -> None:
         if size < 1:
             raise InputError(f"sensitivity_images must be at least 1, but it was {size}")
         self.batches, self.size, self.seed = batches, size, seed
+        self.share = DEFAULT_HELD_OUT if held_out is None else held_out
         self.views = getattr(batches, "views", 1)
         self._kept: list[Tensor] = []
 
     def __iter__(self) -> Iterator:
-        source, count = random.Random(self.seed), 0
+        source, first, count = random.Random(self.seed), 0, 0
         self._kept = []
+        chosen = not self.share  # whether what is kept is what is wanted, not the first images for want of better
         for item in self.batches:
-            for image in as_batch(item, count).images:
+            images = as_batch(item, first).images
+            wanted = self._wanted(first, len(images))
+            first += len(images)
+            if not chosen and wanted.any():
+                chosen, self._kept = True, []
+            elif not chosen:
+                self._kept += [_copy(image) for image in images[: self.size - len(self._kept)]]
+            for image in images[wanted.to(images.device)]:
                 place = count if count < self.size else source.randrange(count + 1)
                 if place < self.size:
-                    self._kept[place : place + 1] = [image.detach().cpu().clone()]
+                    self._kept[place : place + 1] = [_copy(image)]
                 count += 1
             yield item
+
+    def _wanted(self, first: int, count: int) -> Tensor:
+        """Which of the next images may be kept: of those held out the plain view, or without such images any."""
+        if not self.share:
+            return torch.ones(count, dtype=torch.bool)
+        plain = torch.arange(first, first + count) % self.views == 0
+        return held_out_images(first, count, self.share, self.views) & plain
 
     def __length_hint__(self) -> int:
         return length_hint(self.batches)
@@ -57,6 +75,10 @@ class Sample:
         if len(sizes) > 1:
             raise InputError(f"sensitivity needs images of one size, but there were {sorted(sizes)}")
         return torch.stack(self._kept)
+
+
+def _copy(image: Tensor) -> Tensor:
+    return image.detach().cpu().clone()
 
 
 class Apart:

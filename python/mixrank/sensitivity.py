@@ -5,6 +5,10 @@ one can move the logits a thousand times as far. So each layer is replaced alone
 it, and the divergence of the logits is measured. The divergences of single layers add up to about that of the plan as
 a whole, and between neighbouring ranks a layer's divergence follows its output error; that is what
 :func:`mixrank.allocate.allocate` with ``energy="sensitivity"`` makes of them.
+
+Late layers see much that is an image's or a class's own. There, factors do so much better on the images that they
+were made from than on others that the divergence on the former misleads; so trial factors are used where there are
+any, which know nothing of the images held out.
 """
 
 from __future__ import annotations
@@ -21,7 +25,6 @@ from mixrank.decompose import Factorisation
 from mixrank.errors import InputError
 from mixrank.fidelity import compare
 from mixrank.nn import MixedRankLinear
-from mixrank.plan import Plan
 from mixrank.progress import track
 
 
@@ -40,27 +43,29 @@ class Sensitivity:
 
 def measure_sensitivity(
     model: nn.Module,
-    plan: Plan,
+    ranks: Mapping[str, int],
     factorisations: Mapping[str, Factorisation],
     batches: Iterable[Tensor],
     *,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> dict[str, Sensitivity]:
-    """Replace every layer that the plan factors, one at a time, and measure the divergence of the logits.
+    """Replace some layers, one at a time, and measure the divergence of the logits.
 
     One pass through the model for each layer, from the layer's block on: what the blocks before it return is kept.
 
     Args:
         model: the dense model, in any mode; it is as it was afterwards.
-        plan: the ranks to measure at.
-        factorisations: what :func:`mixrank.decompose.decompose` returned for the model.
-        batches: image tensors ``[B, C, H, W]``; a few dozen images tell the layers apart.
+        ranks: those to measure at, by layer name, see :func:`mixrank.allocate.ranks_to_measure`.
+        factorisations: what :func:`mixrank.decompose.decompose` returned for the model. Where images were held out, the
+            factors made without them are measured.
+        batches: image tensors ``[B, C, H, W]``, of the images held out where there are any; a few dozen tell the
+            layers apart.
         dtype: run the model under autocast in this dtype.
         progress: show a progress bar with the time left.
 
     Returns:
-        By layer name, for those layers that the plan factors.
+        By layer name.
 
     Raises:
         InputError: there is no image, or the model does not return finite logits of at least two classes.
@@ -69,7 +74,6 @@ def measure_sensitivity(
     batches = [batch.to(parameter.device, parameter.dtype) for batch in batches]
     if not batches:
         raise InputError("sensitivity needs at least one image, but there was none")
-    ranks = {layer.name: layer.rank for layer in plan.layers if layer.rank is not None}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -110,7 +114,8 @@ class _Replay:
         linear = self.model.get_submodule(name)
         names = list(self.blocks)
         earlier = names[: names.index(block_of(name, names))]
-        self.model.set_submodule(name, MixedRankLinear.from_factors(*factorisation.factors(rank)).eval())
+        factors = (factorisation.trial or factorisation).factors(rank)
+        self.model.set_submodule(name, MixedRankLinear.from_factors(*factors).eval())
         try:
             logits = []
             for batch, outputs in zip(self.batches, self.outputs, strict=True):

@@ -185,7 +185,7 @@ def sweep(
         known = {(row.strategy, row.keep) for row in done}
         groups = _groups(chosen, {(name, share) for name in chosen for share in keeps} - known)
         apart = Apart(images, held_out) if evaluation is None else None
-        sample = Sample(images if apart is None else apart, sensitivity_images, seed)
+        sample = Sample(images if apart is None else apart, sensitivity_images, seed, None)
         timed, running = Timer(), {"progress": progress, "dtype": dtype}
         fisher = any(options["factors"] == "fisher" for options, _ in groups)
         stats = None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mixrank import InputError, MixedRankLinear, PivotedLinear, allocate, apply_, calibrate, compress, decompose
-from mixrank.allocate import check_budget, remaining_error, tokens_per_layer
+from mixrank.allocate import check_budget, ranks_to_measure, remaining_error, tokens_per_layer
 from mixrank.greedy import Point, greedy, lower_hull
 from mixrank.models import count_bytes, count_macs, count_parameters
 from mixrank.sensitivity import Sensitivity
@@ -309,9 +309,24 @@ def test_sensitivity_moves_ranks_to_the_layers_that_the_logits_feel(model, image
     assert [name for name, rank in ranks.items() if rank is None] == [n for n, rank in before.items() if rank is None]
 
 
+def test_a_layer_that_is_dense_can_get_a_rank_again(model, images):
+    factorisations = decompose(model, calibrate(model, [images]))
+    first = allocate(model, factorisations, keep=0.8, form="pivoted")
+    ranks = ranks_to_measure(model, factorisations, first)
+    assert set(ranks) == set(factorisations)
+    dense = [layer.name for layer in first.layers if layer.rank is None]
+    assert dense
+    sensitivities = {name: Sensitivity(rank, 0.0 if name == dense[0] else 1.0) for name, rank in ranks.items()}
+    options = {"keep": 0.8, "form": "pivoted", "energy": "sensitivity"}
+    second = allocate(model, factorisations, **options, sensitivities=sensitivities)
+    found = {layer.name: layer.rank for layer in second.layers}
+    assert 0.5 * ranks[dense[0]] < found[dense[0]] <= ranks[dense[0]]
+    assert sum(rank is None for rank in found.values()) >= len(dense) - 1
+
+
 def test_sensitivity_has_to_be_measured_first_and_at_ranks_that_can_be_chosen(model, images):
     factorisations = decompose(model, calibrate(model, [images]))
-    with pytest.raises(InputError, match="needs sensitivities: measure them at an earlier plan"):
+    with pytest.raises(InputError, match="needs sensitivities: measure them at the ranks of an earlier plan"):
         allocate(model, factorisations, keep=0.5, energy="sensitivity")
     wrong = dict.fromkeys(factorisations, Sensitivity(13, 0.1))
     with pytest.raises(InputError, match="measured at rank 13, which this allocation cannot choose"):

@@ -13,6 +13,7 @@ import torch
 
 import mixrank
 from mixrank import InputError, allocate, apply_, compress, decompose
+from mixrank.calibrate import held_out_images
 from mixrank.models import count_macs, count_parameters, create_model, split_qkv_
 from mixrank.sample import Sample
 
@@ -201,6 +202,24 @@ def test_ranks_by_sensitivity_need_no_second_look_at_the_images(model, images):
     assert [layer.rank for layer in by_weight.plan.layers] != [layer.rank for layer in result.plan.layers]
 
 
+@pytest.mark.parametrize("views", [1, 3])
+def test_a_sample_is_of_the_images_that_are_held_out(views):
+    class Batches(list):
+        pass
+
+    number = torch.arange(20.0)
+    batches = Batches(number[:, None, None, None].repeat_interleave(views, 0).split(7))
+    batches.views = views
+    apart = number[held_out_images(0, 20, 0.25, 1)]
+    for size, expected in ((3, None), (9, apart)):
+        sample = Sample(batches, size, 0, 0.25)
+        list(sample)
+        found = sample.images[:, 0, 0, 0]
+        assert len(found.unique()) == len(found) == min(size, len(apart))
+        assert set(found.tolist()) <= set(apart.tolist())
+        assert expected is None or torch.equal(found, expected)
+
+
 def test_by_itself_it_measures_sensitivity_and_says_where_it_cannot(model, images):
     found = compress(copy.deepcopy(model), [images], keep=0.5)
     assert (found.plan.options["energy"], found.plan.options["form"]) == ("sensitivity", "pivoted")
@@ -218,14 +237,14 @@ def test_a_sample_keeps_each_image_with_the_same_chance_whatever_the_batches_are
     images = torch.arange(12.0)[:, None, None, None].expand(12, 1, 2, 2)
     counts = torch.zeros(12)
     for seed in range(600):
-        samples = [Sample(images.split(size), 4, seed) for size in (5, 12)]
+        samples = [Sample(images.split(size), 4, seed, 0) for size in (5, 12)]
         kept = [(list(sample), sample.images[:, 0, 0, 0])[1] for sample in samples]
         assert torch.equal(*kept)
         counts[kept[0].long()] += 1
     assert counts.sum() == 600 * 4
     assert (counts - 200).abs().max() < 60  # five standard deviations
-    few = Sample([images[:2]], 4, 0)
+    few = Sample([images[:2]], 4, 0, None)
     list(few)
     assert len(few.images) == 2
     with pytest.raises(InputError, match="sensitivity_images must be at least 1, but it was 0"):
-        Sample([], 0, 0)
+        Sample([], 0, 0, None)
