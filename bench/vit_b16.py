@@ -41,6 +41,7 @@ from mixrank.models import create_model, preprocessing, split_qkv_
 from mixrank.sample import Sample
 from mixrank.stats import CalibrationStats, LayerStats
 from mixrank_bench.environment import RESULTS, append, read
+from mixrank_bench.fidelity import compare_logits, reference
 from mixrank_bench.memory import peak_megabytes
 
 ARCHITECTURE = "vit_base_patch16_224"
@@ -110,38 +111,44 @@ def cached_statistics(data: Data, model: torch.nn.Module, cache: Path | None) ->
     if cache is not None and cache.is_file():
         with safe_open(cache, "pt") as file:
             header = json.loads(file.metadata()["statistics"])
-            layers = {
-                name: LayerStats(
-                    side,
-                    file.get_tensor(f"{name}.gram"),
-                    file.get_tensor(f"{name}.total"),
-                    rows,
-                    images=header["images"],
-                )
-                for name, (side, rows) in header["layers"].items()
-            }
-        return CalibrationStats(layers, header["images"], header["seconds"])
+            main, apart = (_part(file, part, header[part]) for part in ("main", "held_out"))
+        main.held_out = apart
+        return main
     print("calibrating on all images", file=sys.stderr)
     stats = calibrate(model, data.calibration(model), progress=True)
     if cache is not None:
-        tensors = {
-            f"{name}.{part}": getattr(layer, part) for name, layer in stats.items() for part in ("gram", "total")
-        }
-        layers = {name: (layer.side, layer.rows) for name, layer in stats.items()}
-        header = {"layers": layers, "images": stats.images, "seconds": stats.seconds}
+        tensors, header = {}, {}
+        for part, found in (("main", stats), ("held_out", stats.held_out)):
+            layers = {name: (layer.side, layer.rows) for name, layer in found.items()}
+            header[part] = {"layers": layers, "images": found.images, "seconds": found.seconds}
+            tensors |= {f"{part}.{name}.gram": layer.gram.clone() for name, layer in found.items()}
+            tensors |= {f"{part}.{name}.total": layer.total.clone() for name, layer in found.items()}
         save_file(tensors, cache, {"statistics": json.dumps(header)})
     return stats
+
+
+def _part(file: Any, part: str, header: dict[str, Any]) -> CalibrationStats:
+    images = header["images"]
+    layers = {
+        name: LayerStats(
+            side, *(file.get_tensor(f"{part}.{name}.{sums}") for sums in ("gram", "total")), rows, None, images
+        )
+        for name, (side, rows) in header["layers"].items()
+    }
+    return CalibrationStats(layers, images, header["seconds"])
 
 
 def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Path | None) -> None:
     done = {Strategy(**row["strategy"]) for row in read(out) if row["kind"] == "strategy"}
     wanted = [strategy for strategy in wanted if strategy not in done]
-    dense = data.model()
-    test = list(data.test(dense))
-    if not any(row["kind"] == "dense" for row in read(out)):
-        append(out, {"kind": "dense"} | summarise(dense, evaluate(dense, test, progress=True)).to_json())
     if not wanted:
         return
+    dense = data.model()
+    test = list(data.test(dense))
+    dense_score = evaluate(dense, test, progress=True)
+    if not any(row["kind"] == "dense" for row in read(out)):
+        append(out, {"kind": "dense"} | summarise(dense, dense_score).to_json())
+    target = reference(dense, test, logits=dense_score.logits)
     fused_stats = cached_statistics(data, dense, cache)
     sample = Sample(data.calibration(dense), SENSITIVITY_IMAGES, seed=0, held_out=None)
     list(sample)
@@ -158,14 +165,18 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
             model = apply_(copy.deepcopy(base), plan, factorisations)
             score = evaluate(model, test, progress=True)
             errors = [factorisations[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]
+            found = compare_logits(score.logits, target)
             row = {
                 "kind": "strategy",
                 "strategy": dataclasses.asdict(strategy),
-                "calibration_images": stats.images,
+                "calibration_images": stats.all_images,
                 "test_images": score.images,
                 "mean_relative_error": sum(errors) / len(errors),
                 "dense_layers": sum(p.rank is None for p in plan.layers),
                 "ranks": {p.name: p.rank for p in plan.layers},
+                "agreement": found.agreement,
+                "kl": found.kl,
+                "correct": found.correct,
             }
             append(out, row | summarise(model, score).to_json())
             print(f"{strategy}: top-1 {score.top1:.1f} %", file=sys.stderr, flush=True)
@@ -181,7 +192,8 @@ def with_parts(stats: CalibrationStats, split: tuple[str, ...]) -> CalibrationSt
     for name in split:
         shared = layers.pop(name)
         layers |= {f"{name}.parts.{i}": shared for i in range(3)}
-    return CalibrationStats(layers, stats.images, stats.seconds)
+    apart = None if stats.held_out is None else with_parts(stats.held_out, split)
+    return CalibrationStats(layers, stats.images, stats.seconds, apart)
 
 
 def measure_costs(data: Data, out: Path) -> None:

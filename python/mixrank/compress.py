@@ -194,8 +194,9 @@ def plan_ranks(
     timed: Timer,
     allocation: dict[str, Any],
     running: dict[str, Any],
+    rounds: int = SENSITIVITY_ROUNDS,
 ) -> Plan:
-    """The plan of an allocation; sensitivity is measured at one by weight energy, and again at the plan that it gives.
+    """The plan of an allocation; sensitivity is measured at one by weight energy, then at the plan that it gives.
 
     Args:
         model: the dense model.
@@ -204,6 +205,7 @@ def plan_ranks(
         timed: notes the seconds of ``allocate`` and ``sensitivity``.
         allocation: arguments of :func:`mixrank.allocate.allocate`.
         running: ``dtype`` and ``progress`` of :func:`mixrank.sensitivity.measure_sensitivity`.
+        rounds: how often sensitivity is measured.
     """
     measured = allocation["energy"] == "sensitivity" and allocation["ranks"] == "mixed"
     first = allocation | ({"energy": "weight"} if allocation["energy"] == "sensitivity" else {})
@@ -213,7 +215,7 @@ def plan_ranks(
     batches = sample.images.split(_SENSITIVITY_BATCH)
 
     def improved(plan: Plan) -> Plan:
-        for _ in range(SENSITIVITY_ROUNDS):
+        for _ in range(rounds):
             ranks = ranks_to_measure(model, factorisations, plan)
             found = measure_sensitivity(model, ranks, factorisations, batches, **running)
             plan = allocate(model, factorisations, sensitivities=found, **allocation)

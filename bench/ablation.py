@@ -1,0 +1,269 @@
+"""Every switch of the method, one at a time, on two real models: how far the answers move on images not used.
+
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.ablation vit_b16
+    python -m mixrank_bench.ablation fashion --assets FOLDER
+
+``vit_b16`` is the model of :mod:`mixrank_bench.vit_b16`; ``fashion`` is the one that ``python -m mixrank.demo.train
+--data FASHION_MNIST --depth 12 --patch-size 7 --out FOLDER`` trains. A fifth of the unlabelled images is held out from
+all that is done here, and each variant is compared with the dense model on them; no label is read. Variants of the
+statistics and factors take the ranks of the defaults, so that only the factors differ; those of the allocation choose
+their own. One JSON line for each goes to ``bench/results/ablation.jsonl``; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixrank.apply import apply_, put_
+from mixrank.calibrate import calibrate, held_out_images
+from mixrank.compress import FORM, SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS, SHRINK, Timer, plan_ranks
+from mixrank.decompose import decompose
+from mixrank.demo import ARCHITECTURE, MODEL_ARGS, WEIGHTS
+from mixrank.demo.run import batches, load_images
+from mixrank.fidelity import compare, logits_of
+from mixrank.models import count_parameters, create_model, split_qkv_
+from mixrank.plan import Plan
+from mixrank.sample import Sample
+from mixrank.sequential import compress_blocks_
+from mixrank.views import Views, gather
+from mixrank_bench.environment import RESULTS, append, read
+from mixrank_bench.vit_b16 import Data
+
+OUT = RESULTS / "ablation.jsonl"
+HELD_OUT = 0.2
+SEED = 0
+VIEW_SCALE = 0.6
+FACTORS = {"factors": "aware", "centre": True, "shrink": SHRINK}
+ALLOCATION = {"ranks": "mixed", "energy": "sensitivity", "form": FORM}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with the images of an ablation.
+
+    Attributes:
+        model: the dense model.
+        images: ``[B, C, H, W]`` that may be used.
+        apart: those that judge.
+        keep: the budget.
+        batch_size: images that go through the model together.
+        dtype: of the autocast that everything runs under.
+    """
+
+    model: nn.Module
+    images: Tensor
+    apart: Tensor
+    keep: float
+    batch_size: int
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the defaults.
+
+    Attributes:
+        switch: what is switched.
+        value: to what.
+        images: how many of the images, spread evenly; None: all.
+        views: random views of each image that are added.
+        calibration: arguments of :func:`mixrank.calibrate`.
+        factors: arguments of :func:`mixrank.decompose`.
+        ridge: fits the layers in sequence with this pull.
+        allocation: arguments of :func:`mixrank.allocate`; None: the ranks of the defaults.
+        rounds: how often sensitivity is measured.
+        seen: measure it on images that the factors were made from, and without others to judge them.
+        split: factor q, k and v apart.
+    """
+
+    switch: str
+    value: str
+    images: int | None = None
+    views: int = 0
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    factors: Mapping[str, Any] = field(default_factory=dict)
+    ridge: float | None = None
+    allocation: Mapping[str, Any] | None = None
+    rounds: int = SENSITIVITY_ROUNDS
+    seen: bool = False
+    split: bool = False
+
+    @property
+    def statistics(self) -> tuple:
+        """What the statistics depend on."""
+        return (self.images, self.views, self.seen, tuple(self.calibration.items()), self.split)
+
+
+BASE = Variant("defaults", "", allocation={})
+VARIANTS = (
+    BASE,
+    Variant("factors", "plain SVD", factors={"factors": "svd", "centre": True}),
+    Variant("factors", "plain SVD, not centred", factors={"factors": "svd", "centre": False}),
+    Variant("factors", "not centred", factors={"centre": False}),
+    *(Variant("shrink", str(pull), factors={"shrink": pull}) for pull in (0.0, 0.1, 1.0, 3.0, "auto", "oas")),
+    Variant("ranks", "uniform", allocation={"ranks": "uniform", "energy": "weight"}),
+    *(Variant("energy", kind, allocation={"energy": kind}) for kind in ("weight", "output", "held_out", "mixed")),
+    Variant("sensitivity", "one round", allocation={}, rounds=1),
+    Variant("sensitivity", "three rounds", allocation={}, rounds=3),
+    Variant("form", "factors", allocation={"form": "factors"}),
+    Variant("rank step", "32", allocation={"step": 32}),
+    Variant("least rank", "a tenth", allocation={"min_rank": 0.1}),
+    Variant("highest rank", "a half", allocation={"max_rank": 0.5}),
+    Variant("sensitivity", "on images that the factors were made from", allocation={}, seen=True),
+    Variant("qkv", "split", allocation={}, split=True),
+    *(Variant("images", str(count), images=count) for count in (100, 200, 400)),
+    Variant("views", "2 random ones of each image more", views=2),
+    *(Variant("weighting", kind, calibration={"weighting": kind}) for kind in ("image", "token", "clip", "class")),
+    Variant("weighting", "gradient", calibration={"weighting": "gradient"}),
+    Variant("factors", "two-sided (Fisher)", calibration={"gradients": True}, factors={"factors": "fisher"}),
+    *(Variant("sequential", f"ridge {ridge:g}", ridge=ridge) for ridge in (0.1, 1.0, 10.0)),
+)
+
+
+def vit_b16(folder: Path, scratch: Path) -> Subject:
+    """The ViT-B/16, at 40 % of its parameters."""
+    data = Data(folder, scratch)
+    data.dequantize()
+    model = data.model()
+    images = gather(data.calibration(model), least=1)
+    return _subject(model, images, keep=0.4, batch_size=25, dtype=torch.bfloat16)
+
+
+def fashion(assets: Path) -> Subject:
+    """A ViT-tiny of twelve blocks for Fashion-MNIST, at 30 % of its parameters."""
+    args = MODEL_ARGS | {"depth": 12, "patch_size": 7}
+    model = create_model(ARCHITECTURE, weights=assets / WEIGHTS, args=args).float()
+    images = gather(batches(load_images(assets)["calibration_images"]), least=1)
+    return _subject(model, images, keep=0.3, batch_size=100, dtype=None)
+
+
+def _subject(model: nn.Module, images: Tensor, **others: Any) -> Subject:
+    apart = held_out_images(0, len(images), HELD_OUT, 1)
+    return Subject(model.eval(), images[~apart], images[apart], **others)
+
+
+class Ablation:
+    """The variants of one subject; statistics and factors are kept while they serve the next one too."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.apart = list(subject.apart.float().split(subject.batch_size))
+        self.target = logits_of(subject.model, self.apart, subject.dtype)
+        self.plan: Plan | None = None
+        self._statistics: tuple[tuple, tuple] | None = None
+        self._factors: tuple[tuple, dict] | None = None
+
+    def measure(self, variant: Variant) -> dict[str, Any]:
+        """A row of results without what names it."""
+        started = time.perf_counter()
+        model = copy.deepcopy(self.subject.model)
+        if variant.split:
+            split_qkv_(model)
+        if variant.ridge is not None:
+            self._in_sequence(model, variant)
+            plan = self.base()
+        else:
+            plan = self._at_once(model, variant)
+        found = compare(logits_of(model, self.apart, self.subject.dtype), self.target)
+        return {
+            "kl": found.divergence,
+            "agreement": found.agreement,
+            "images": found.images,
+            "parameters": count_parameters(model),
+            "ranks": {layer.name: layer.rank for layer in plan.layers},
+            "seconds": time.perf_counter() - started,
+        }
+
+    def base(self) -> Plan:
+        """The plan of the defaults."""
+        if self.plan is None:
+            model = copy.deepcopy(self.subject.model)
+            self.plan = self._at_once(model, BASE)
+        return self.plan
+
+    def _at_once(self, model: nn.Module, variant: Variant) -> Plan:
+        plan = self.base() if variant.allocation is None else None
+        factorisations, sample = self._made(model, variant)
+        if plan is None:
+            allocation = ALLOCATION | {"keep": self.subject.keep} | variant.allocation
+            running = {"dtype": self.subject.dtype, "progress": False}
+            plan = plan_ranks(model, factorisations, sample, Timer(), allocation, running, variant.rounds)
+        apply_(model, plan, factorisations)
+        if variant == BASE:
+            self.plan = plan
+        return plan
+
+    def _made(self, model: nn.Module, variant: Variant) -> tuple[dict, Sample]:
+        if self._statistics is None or self._statistics[0] != variant.statistics:
+            self._statistics = self._factors = None  # not two at a time
+            share = 0 if variant.seen else None
+            sample = Sample(self._batches(variant), SENSITIVITY_IMAGES, SEED, share)
+            options = {"held_out": share, "seed": SEED, "dtype": self.subject.dtype} | variant.calibration
+            self._statistics = (variant.statistics, (calibrate(model, sample, **options), sample))
+        stats, sample = self._statistics[1]
+        options = FACTORS | variant.factors
+        key = (variant.statistics, tuple(options.items()))
+        if self._factors is None or self._factors[0] != key:
+            self._factors = None
+            self._factors = (key, decompose(model, stats, **options))
+        return self._factors[1], sample
+
+    def _in_sequence(self, model: nn.Module, variant: Variant) -> None:
+        strategy = FACTORS | variant.factors
+        options = {"ridge": variant.ridge, "strategy": strategy, "dtype": self.subject.dtype}
+        plan = self.base()
+        made, _ = compress_blocks_(model, self._batches(variant), plan, **options)
+        put_(model, plan, made)
+
+    def _batches(self, variant: Variant) -> Iterable[Tensor]:
+        images, size = self.subject.images, self.subject.batch_size
+        if variant.images is not None:
+            images = images[torch.linspace(0, len(images) - 1, variant.images).round().long()]
+        yield from (batch.float() for batch in images.split(size))
+        if variant.views:
+            views = Views(images, size, seed=SEED, min_scale=VIEW_SCALE)
+            yield from (views.batch(step) for step in range(variant.views * len(images) // size))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("vit_b16", "fashion"))
+    parser.add_argument("--assets", type=Path, help="the folder of the fashion model")
+    parser.add_argument("--switch", action="append", help="only variants of this switch (repeatable)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of one operation")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    done = {(row["model"], row["switch"], row["value"]) for row in read(args.out)}
+    wanted = [v for v in VARIANTS if (args.model, v.switch, v.value) not in done]
+    wanted = [v for v in wanted if args.switch is None or v.switch in args.switch]
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.model == "vit_b16":
+            if "MIXRANK_DATA" not in os.environ:
+                parser.error("set MIXRANK_DATA to the folder with the model and the images")
+            subject = vit_b16(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
+        elif args.assets is None:
+            parser.error("--assets must name the folder of the fashion model")
+        else:
+            subject = fashion(args.assets)
+        ablation = Ablation(subject)
+        for variant in wanted:
+            row = {"model": args.model, "keep": subject.keep, "switch": variant.switch, "value": variant.value}
+            row |= {"seed": SEED, "calibration": variant.images or len(subject.images)} | ablation.measure(variant)
+            append(args.out, row)
+            print(f"{variant.switch} {variant.value}: KL {row['kl']:.4f}, {row['agreement']:.1f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()
