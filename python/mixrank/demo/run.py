@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from mixrank import checkpoint
-from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
 from mixrank.cli_output import Stopwatch, gigamacs, megabytes, percent, rate, ratio, versions, write_json
+from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, plan_ranks
 from mixrank.data import Batch
 from mixrank.decompose import decompose
 from mixrank.demo import ARCHITECTURE, ASSETS, IMAGES, MEAN, MODEL_ARGS, PREPROCESSING, STD, WEIGHTS
@@ -28,12 +28,15 @@ from mixrank.files import check_writable, write_text
 from mixrank.models import create_model
 from mixrank.report import write_report
 from mixrank.result import layer_reports
+from mixrank.sample import Sample
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 KEEPS = (0.6, 0.45, 0.3)
-STRATEGY = {"factors": "aware", "ranks": "mixed", "energy": "weight", "step": 8}
+FACTORS = {"factors": "aware", "shrink": SHRINK}
+RANKS = {"ranks": "mixed", "energy": "sensitivity", "step": 8, "form": FORM}
+STRATEGY = FACTORS | RANKS
 SPEED_BATCH = 32
 BATCH = 100
 COLUMNS = ("", "parameters", "MB", "GMACs", "top-1", "images/s", "speed-up")
@@ -120,12 +123,13 @@ def run(
     with watch.stage("evaluate_dense"):
         dense_score = evaluate(dense, test, progress=progress)
     with watch.stage("calibrate"):
-        stats = calibrate(dense, batches(images["calibration_images"]), progress=progress)
+        sample = Sample(batches(images["calibration_images"]), SENSITIVITY_IMAGES, seed=0, held_out=None)
+        stats = calibrate(dense, sample, progress=progress)
     with watch.stage("decompose"):
-        factorisations = decompose(dense, stats, factors=STRATEGY["factors"], progress=progress)
+        factorisations = decompose(dense, stats, **FACTORS, progress=progress)
 
     with watch.stage("compress_and_evaluate"):
-        variants = [_variant(dense, factorisations, keep, test, progress) for keep in keeps]
+        variants = [_variant(dense, factorisations, sample, keep, test, progress) for keep in keeps]
     with watch.stage("speed"):
         models = {"dense": dense} | {variant.label: variant.model for variant in variants}
         speed = compare_speed(models, test[0].images[:SPEED_BATCH])
@@ -149,7 +153,7 @@ def run(
         "model": {"architecture": ARCHITECTURE, "args": MODEL_ARGS, "weights": WEIGHTS},
         "dense": dense_summary,
         "results": results,
-        "images": {"calibration": stats.images, "evaluation": dense_score.images},
+        "images": {"calibration": stats.all_images, "evaluation": dense_score.images},
         "options": STRATEGY | {"keep": list(keeps)},
         "speed": {name: dataclasses.asdict(values) for name, values in speed.items()},
         "times": watch.seconds,
@@ -184,16 +188,14 @@ def _prepare_folder(out: Path) -> None:
     check_writable(out / "demo.json", "--out")
 
 
-def _variant(dense: torch.nn.Module, factorisations: Any, keep: float, test: list[Batch], progress: bool) -> Variant:
+def _variant(
+    dense: torch.nn.Module, factorisations: Any, sample: Sample, keep: float, test: list[Batch], progress: bool
+) -> Variant:
     label = f"keep {keep:g}"
     if progress:
         print(label, file=sys.stderr)
-    plan = allocate(
-        dense,
-        factorisations,
-        keep=keep,
-        **{key: STRATEGY[key] for key in ("ranks", "energy", "step")},
-    )
+    running = {"dtype": None, "progress": progress}
+    plan = plan_ranks(dense, factorisations, sample, Timer(), RANKS | {"keep": keep}, running)
     model = apply_(copy.deepcopy(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
     return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))
