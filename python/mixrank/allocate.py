@@ -41,8 +41,10 @@ ENERGIES = {
     "mixed": "held-out images",
     "sensitivity": "calibration images",
 }
-# Ranks stay within these multiples of those that sensitivity was measured at: further off it means little.
-_NEAR = (0.75, 1.35)
+# Ranks stay within these multiples of those that sensitivity was measured at, in the first round and after it: further
+# off it means little.
+NEAR = ((0.6, 1.6), (0.75, 1.35))
+_LEAST_DIVERGENCE = 1e-12
 
 
 def remaining_error(factorisation: Factorisation, energy: str) -> Tensor | None:
@@ -109,6 +111,7 @@ def allocate(
     min_rank: float | None = None,
     max_rank: float | None = None,
     sensitivities: Mapping[str, Sensitivity] | None = None,
+    near: tuple[float, float] = NEAR[0],
     form: str = "factors",
 ) -> Plan:
     """Choose a rank, or the dense weight, for every layer under one budget.
@@ -133,6 +136,7 @@ def allocate(
             smaller: a number or share as for ``min_rank``.
         sensitivities: for ``energy="sensitivity"``: what :func:`mixrank.sensitivity.measure_sensitivity` found at the
             :func:`ranks_to_measure` of an earlier plan under the same budget. Layers without an entry stay dense.
+        near: within which multiples of the ranks measured at the ranks stay, below and above 1.
         form: how layers with a rank will be held: as ``"factors"`` or in the ``"pivoted"`` form, see
             :class:`mixrank.PivotedLinear`.
 
@@ -167,7 +171,7 @@ def allocate(
         for name, shape, choice in _ranks(shapes, budget, **bounds)
     }
     if energy == "sensitivity":
-        choices = {name: _near(points, sensitivities.get(name)) for name, points in choices.items()}
+        choices = {name: _near(points, sensitivities.get(name), near) for name, points in choices.items()}
     available = budget.limit - fixed
     chosen = greedy(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, form)
     options = {"ranks": ranks, "energy": energy, "form": form} | {
@@ -197,7 +201,7 @@ def ranks_to_measure(model: nn.Module, factorisations: Mapping[str, Factorisatio
         if planned[name] is not None:
             found[name] = planned[name]
         elif known:
-            found[name] = min(known, key=lambda rank, wanted=_NEAR[0] * known[-1]: abs(rank - wanted))
+            found[name] = next(rank for rank in known if NEAR[-1][1] * rank >= known[-1])
     return found
 
 
@@ -334,7 +338,7 @@ def _points(
     return [Point(rank, budget.cost(name, shape, rank), error) for rank, error in zip(ranks, errors, strict=True)]
 
 
-def _near(points: list[Point], sensitivity: Sensitivity | None) -> list[Point]:
+def _near(points: list[Point], sensitivity: Sensitivity | None, near: tuple[float, float]) -> list[Point]:
     """The choices near the rank that was measured, their errors in units of the divergence that it caused.
 
     Raises:
@@ -345,8 +349,9 @@ def _near(points: list[Point], sensitivity: Sensitivity | None) -> list[Point]:
     measured = next((point for point in points if point.rank == sensitivity.rank), None)
     if measured is None:
         raise InputError(f"sensitivity was measured at rank {sensitivity.rank}, which this allocation cannot choose")
-    scale = sensitivity.divergence / measured.error if measured.error > 0 else 0.0
-    low, high = (factor * sensitivity.rank for factor in _NEAR)
+    # Never nothing at all, so that what others leave of the budget is used.
+    scale = max(sensitivity.divergence, _LEAST_DIVERGENCE) / measured.error if measured.error > 0 else 0.0
+    low, high = (factor * sensitivity.rank for factor in near)
     highest = max(point.rank for point in points if point.rank is not None)
     return [
         Point(point.rank, point.cost, scale * point.error)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mixrank.allocate import ENERGIES, allocate, check_budget, ranks_to_measure
+from mixrank.allocate import ENERGIES, NEAR, allocate, check_budget, ranks_to_measure
 from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, check_calibration
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
@@ -215,10 +215,11 @@ def plan_ranks(
     batches = sample.images.split(_SENSITIVITY_BATCH)
 
     def improved(plan: Plan) -> Plan:
-        for _ in range(rounds):
+        for number in range(rounds):
             ranks = ranks_to_measure(model, factorisations, plan)
             found = measure_sensitivity(model, ranks, factorisations, batches, **running)
-            plan = allocate(model, factorisations, sensitivities=found, **allocation)
+            near = NEAR[min(number, len(NEAR) - 1)]
+            plan = allocate(model, factorisations, sensitivities=found, near=near, **allocation)
         return plan
 
     return timed("sensitivity", lambda: improved(plan))

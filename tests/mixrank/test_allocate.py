@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mixrank import InputError, MixedRankLinear, PivotedLinear, allocate, apply_, calibrate, compress, decompose
-from mixrank.allocate import check_budget, ranks_to_measure, remaining_error, tokens_per_layer
+from mixrank.allocate import NEAR, check_budget, ranks_to_measure, remaining_error, tokens_per_layer
 from mixrank.greedy import Point, greedy, lower_hull
 from mixrank.models import count_bytes, count_macs, count_parameters
 from mixrank.sensitivity import Sensitivity
@@ -305,23 +305,26 @@ def test_sensitivity_moves_ranks_to_the_layers_that_the_logits_feel(model, image
     assert ranks[unfelt] < before[unfelt]
     assert plan.parameters_after <= 0.5 * plan.parameters_before
     for layer in layers:
-        assert 0.75 * layer.rank <= ranks[layer.name] <= 1.35 * layer.rank
+        assert 0.6 * layer.rank <= ranks[layer.name] <= 1.6 * layer.rank
     assert [name for name, rank in ranks.items() if rank is None] == [n for n, rank in before.items() if rank is None]
 
 
 def test_a_layer_that_is_dense_can_get_a_rank_again(model, images):
     factorisations = decompose(model, calibrate(model, [images]))
-    first = allocate(model, factorisations, keep=0.8, form="pivoted")
+    first = allocate(model, factorisations, keep=0.7)
     ranks = ranks_to_measure(model, factorisations, first)
     assert set(ranks) == set(factorisations)
-    dense = [layer.name for layer in first.layers if layer.rank is None]
-    assert dense
-    sensitivities = {name: Sensitivity(rank, 0.0 if name == dense[0] else 1.0) for name, rank in ranks.items()}
-    options = {"keep": 0.8, "form": "pivoted", "energy": "sensitivity"}
+    unfelt, *_ = [layer.name for layer in first.layers if layer.rank is None]
+    sensitivities = {name: Sensitivity(rank, 0.0 if name == unfelt else 1.0) for name, rank in ranks.items()}
+    options = {"keep": 0.7, "energy": "sensitivity", "near": (0.6, 9.0)}  # so far that the others can use all of it
     second = allocate(model, factorisations, **options, sensitivities=sensitivities)
     found = {layer.name: layer.rank for layer in second.layers}
-    assert 0.5 * ranks[dense[0]] < found[dense[0]] <= ranks[dense[0]]
-    assert sum(rank is None for rank in found.values()) >= len(dense) - 1
+    assert 0.6 * ranks[unfelt] <= found[unfelt] <= ranks[unfelt]
+    for near in NEAR:  # and it may also stay as it is, in a later and narrower round too
+        plan = allocate(model, factorisations, keep=1.0)
+        unmoved = {name: Sensitivity(r, 0.0) for name, r in ranks_to_measure(model, factorisations, plan).items()}
+        again = allocate(model, factorisations, keep=1.0, energy="sensitivity", sensitivities=unmoved, near=near)
+        assert all(layer.rank is None for layer in again.layers)
 
 
 def test_sensitivity_has_to_be_measured_first_and_at_ranks_that_can_be_chosen(model, images):
