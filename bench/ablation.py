@@ -126,7 +126,24 @@ VARIANTS = (
     Variant("views", "2 random ones of each image more", views=2),
     *(Variant("weighting", kind, calibration={"weighting": kind}) for kind in ("image", "token", "clip", "class")),
     Variant("weighting", "gradient", calibration={"weighting": "gradient"}),
-    Variant("factors", "two-sided (Fisher)", calibration={"gradients": True}, factors={"factors": "fisher"}),
+    *(
+        Variant(
+            "factors",
+            f"two-sided (Fisher), pull {pull:g}",
+            calibration={"gradients": True},
+            factors={"factors": "fisher", "fisher_shrink": pull},
+        )
+        for pull in (0.1, 1.0, 10.0)
+    ),
+    *(
+        Variant(
+            "factors",
+            f"two-sided (Fisher), pull 1, tokens weighted by {kind}",
+            calibration={"gradients": True, "weighting": kind},
+            factors={"factors": "fisher"},
+        )
+        for kind in ("gradient", "class")
+    ),
     *(Variant("sequential", f"ridge {ridge:g}", ridge=ridge) for ridge in (0.1, 1.0, 10.0)),
 )
 
