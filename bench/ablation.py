@@ -117,7 +117,7 @@ VARIANTS = (
     Variant("sensitivity", "one round", allocation={}, rounds=1),
     Variant("sensitivity", "three rounds", allocation={}, rounds=3),
     Variant("form", "factors", allocation={"form": "factors"}),
-    Variant("rank step", "16", allocation={"step": 16}),
+    *(Variant("rank step", str(step), allocation={"step": step}) for step in (4, 16)),
     Variant("least rank", "a twelfth", allocation={"min_rank": 1 / 12}),
     Variant("highest rank", "a half", allocation={"max_rank": 0.5}),
     Variant("sensitivity", "on images that the factors were made from", allocation={}, seen=True),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mixrank_bench import (
     figures,
+    tables_ablation,
     tables_cuda,
     tables_gpu_results,
     tables_gpu_roofline,
@@ -38,6 +39,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "costs": tables_vit.costs,
         "speeds": tables_vit.speeds,
         "peers": tables_peers.peers,
+        "ablation": tables_ablation.switches,
     },
     "docs/benchmarks.md": {
         "machine": tables_ops.machine,

@@ -1,0 +1,41 @@
+"""Every switch of the method by itself, on both models: the table of docs/accuracy.md."""
+
+from __future__ import annotations
+
+from mixrank_bench import ablation
+from mixrank_bench.environment import read
+from mixrank_bench.markdown import conditions, table
+
+MODELS = {"vit_b16": "ViT-B/16", "fashion": "ViT-tiny"}
+NO_RUN = "No run has been recorded yet.\n"
+
+
+def switches() -> str:
+    """One line for each variant: the divergence on both models, relative to that of the defaults, and the agreement."""
+    rows = read(ablation.OUT)
+    if not rows:
+        return NO_RUN
+    latest = {(row["model"], row["switch"], row["value"]): row for row in rows}
+    present = [name for name in MODELS if any(model == name for model, *_ in latest)]
+    order = sorted({variant.switch: None for variant in ablation.VARIANTS}, key=_first)
+    lines = []
+    for variant in sorted(ablation.VARIANTS, key=lambda one: order.index(one.switch)):
+        found = {name: latest.get((name, variant.switch, variant.value)) for name in present}
+        if any(found.values()):
+            cells = (cell for name in present for cell in _cells(found[name], latest[name, ablation.BASE.switch, ""]))
+            lines.append((variant.switch, variant.value, *cells))
+    header = ["switch", "set to"]
+    for name in present:
+        keep = latest[name, ablation.BASE.switch, ""]["keep"]
+        header += [f"{MODELS[name]}, keep {keep}: KL, nats", "times the defaults'", "agreement, %"]
+    return table(header, lines) + "\n" + conditions(rows[-1])
+
+
+def _first(switch: str) -> int:
+    return next(i for i, variant in enumerate(ablation.VARIANTS) if variant.switch == switch)
+
+
+def _cells(row: dict | None, base: dict) -> tuple[str, str, str]:
+    if row is None:
+        return ("not measured", "", "")
+    return (f"{row['kl']:.3g}", f"{row['kl'] / base['kl']:.2f}", f"{row['agreement']:.1f}")

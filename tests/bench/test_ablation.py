@@ -1,0 +1,78 @@
+"""The ablation: each variant is measured as it says, and the table tells it beside the defaults."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+
+from mixrank.models import count_parameters
+from mixrank_bench import ablation, tables_ablation
+from mixrank_bench.ablation import BASE, VARIANTS, Ablation, Subject, Variant
+
+
+@pytest.fixture(scope="module")
+def measured():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=7).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    images, apart = torch.randn(40, 3, 32, 32), torch.randn(10, 3, 32, 32)
+    subject = Subject(model, images, apart, keep=0.5, batch_size=16, dtype=None)
+    run = Ablation(subject)
+    wanted = {
+        "base": BASE,
+        "svd": Variant("", "", factors={"factors": "svd", "centre": True}),
+        "few": Variant("", "", images=12),
+        "views": Variant("", "", views=1),
+        "sequence": Variant("", "", ridge=1.0),
+        "uniform": Variant("", "", allocation={"ranks": "uniform", "energy": "weight"}),
+        "seen": Variant("", "", allocation={}, seen=True),
+        "split": Variant("", "", allocation={}, split=True),
+        "again": BASE,
+    }
+    return model, {name: run.measure(variant) for name, variant in wanted.items()}
+
+
+def test_what_changes_the_factors_takes_the_ranks_of_the_defaults(measured):
+    _, rows = measured
+    for name in ("svd", "few", "views", "sequence"):
+        assert rows[name]["ranks"] == rows["base"]["ranks"]
+        assert rows[name]["kl"] != rows["base"]["kl"]
+    assert rows["svd"]["kl"] > rows["base"]["kl"]
+    for name in ("uniform", "split"):
+        assert rows[name]["ranks"] != rows["base"]["ranks"]
+
+
+def test_every_variant_holds_the_budget_and_the_same_gives_the_same(measured):
+    model, rows = measured
+    for row in rows.values():
+        assert 0.4 * count_parameters(model) < row["parameters"] <= 0.5 * count_parameters(model)
+        assert row["images"] == 10
+    assert rows["again"]["kl"] == rows["base"]["kl"]
+
+
+def test_names_of_variants_are_their_own():
+    names = [(variant.switch, variant.value) for variant in VARIANTS]
+    assert len(set(names)) == len(names)
+
+
+def test_the_table_sets_each_beside_the_defaults_of_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "OUT", tmp_path / "rows.jsonl")
+    assert tables_ablation.switches() == tables_ablation.NO_RUN
+    environment = {"cpu": "a", "threads": 1, "torch": "2", "timm": "1", "commit": "c", "date": "2026-01-01"}
+
+    def row(model, switch, value, kl):
+        found = {"model": model, "switch": switch, "value": value, "kl": kl, "agreement": 90.0, "keep": 0.4}
+        return json.dumps(found | {"environment": environment}) + "\n"
+
+    rows = [
+        row("vit_b16", "defaults", "", 0.5),
+        row("fashion", "defaults", "", 0.01),
+        row("fashion", "qkv", "split", 0.02),
+    ]
+    ablation.OUT.write_text("".join(rows))
+    lines = tables_ablation.switches().splitlines()
+    assert lines[2] == "| defaults |  | 0.5 | 1.00 | 90.0 | 0.01 | 1.00 | 90.0 |"
+    assert lines[3] == "| qkv | split | not measured |  |  | 0.02 | 2.00 | 90.0 |"
