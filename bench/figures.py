@@ -1,15 +1,19 @@
-"""The figures of docs/benchmarks.md: the roofline, and the speed-ups over each peer.
+"""The figures of the documents: the roofline, the speed-ups over each peer, and accuracy against size.
 
-A figure carries the run that it was drawn from in its metadata; it is out of date when that is not the newest run.
+A figure carries in its metadata what it was drawn from; it is out of date when the results are not that any more.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixrank_bench import tables_ops
+from mixrank_bench import tables_ops, tables_peers
 from mixrank_bench.ceilings import Ceilings
 from mixrank_bench.measures import Measure, geometric_mean, measures
 
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 FOLDER = Path("docs") / "images"
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 DTYPE_COLOURS = {"float32": "#0072B2", "bfloat16": "#D55E00"}
+OURS_COLOUR = "#D55E00"
+OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 GROUP_COLOURS = {"factors": "#0072B2", "add": "#E69F00", "dense": "#009E73", "gram": "#CC79A7"}
 MARKERS = {
     "lowrank_linear": "o",
@@ -40,37 +46,86 @@ STYLE = {
 }
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A figure.
+
+    Attributes:
+        text: what it shows.
+        source: what it is drawn from, in a word; None where there are no results yet.
+        draw: makes it.
+    """
+
+    text: str
+    source: Callable[[], str | None]
+    draw: Callable[[], Figure]
+
+
 def links() -> str:
-    """The figures as images in markdown."""
+    """The figures of the operators as images in markdown."""
     if not tables_ops.rows():
         return tables_ops.NO_RUN
-    return "\n\n".join(f"![{text}](images/{name}.svg)" for name, (text, _) in FIGURES.items()) + "\n"
+    return "\n\n".join(f"![{FIGURES[name].text}](images/{name}.svg)" for name in ("roofline", "speedups")) + "\n"
 
 
 def write(root: Path) -> None:
-    """Draw every figure of the newest run under ``root``."""
-    rows = tables_ops.rows()
-    found = [one for one in measures(rows) if not one.red]
-    if not found:
-        return
-    import matplotlib
+    """Draw every figure that is out of date under ``root``."""
+    for name, drawing in _outdated(root):
+        import matplotlib
 
-    (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    for name, (_, draw) in FIGURES.items():
+        (root / FOLDER).mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(STYLE):
-            figure = draw(found)
-            metadata = {"Date": None, "Creator": None, "Description": rows[0]["run"]}
-            figure.savefig(root / FOLDER / f"{name}.svg", format="svg", metadata=metadata, bbox_inches="tight")
+            metadata = {"Date": None, "Creator": None, "Description": drawing.source()}
+            drawing.draw().savefig(_file(root, name), format="svg", metadata=metadata, bbox_inches="tight")
 
 
 def stale(root: Path) -> list[str]:
-    """The figures under ``root`` that are missing, or were not drawn from the newest run."""
+    """The figures under ``root`` that are missing, or were not drawn from the results as they are."""
+    return [str(_file(root, name).relative_to(root)) for name, _ in _outdated(root)]
+
+
+def _outdated(root: Path) -> list[tuple[str, Drawing]]:
+    found = []
+    for name, drawing in FIGURES.items():
+        source, file = drawing.source(), _file(root, name)
+        if source is not None and not (file.is_file() and source in file.read_text()):
+            found.append((name, drawing))
+    return found
+
+
+def _file(root: Path, name: str) -> Path:
+    return root / FOLDER / f"{name}.svg"
+
+
+def _newest_run() -> str | None:
     rows = tables_ops.rows()
-    if not rows:
-        return []
-    files = [root / FOLDER / f"{name}.svg" for name in FIGURES]
-    run = rows[0]["run"]
-    return [str(file.relative_to(root)) for file in files if not file.is_file() or run not in file.read_text()]
+    return rows[0]["run"] if any(not one.red for one in measures(rows)) else None
+
+
+def _of_operators(draw: Callable[[list[Measure]], Figure]) -> Figure:
+    return draw([one for one in measures(tables_ops.rows()) if not one.red])
+
+
+def _front_source() -> str | None:
+    points = tables_peers.front()
+    return hashlib.sha256(json.dumps(points).encode()).hexdigest() if points else None
+
+
+def front() -> Figure:
+    """Top-1 against the parameters that remain: every method a line, ours the thick one."""
+    figure, (axis,) = _panels(1, 1, (6.4, 3.8))
+    points = tables_peers.front()
+    (size, dense), *_ = points["dense"]
+    axis.axhline(dense, color="#222222", lw=1, ls=":")
+    axis.annotate("dense", (size / 1e6, dense), ha="right", va="bottom", color="#222222")
+    for number, (method, found) in enumerate((m, f) for m, f in points.items() if m != "dense"):
+        ours = method == tables_peers.OURS
+        colour = OURS_COLOUR if ours else OTHERS[number % len(OTHERS)]
+        style = {"lw": 2.6, "zorder": 3} if ours else {"lw": 1.2, "ls": ("-", "--")[number // len(OTHERS) % 2]}
+        axis.plot([x / 1e6 for x, _ in found], [y for _, y in found], color=colour, marker="o", label=method, **style)
+    axis.set(xlabel="parameters that remain, millions", ylabel="top-1, %", ylim=(0, 100))
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
 
 
 def roofline(found: list[Measure]) -> Figure:
@@ -167,7 +222,18 @@ def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-FIGURES: dict[str, tuple[str, Callable[[list[Measure]], Figure]]] = {
-    "roofline": ("Operations per second of every case beside the measured ceilings", roofline),
-    "speedups": ("Speed-up over each peer: geometric mean, line from the worst to the best case", speed_ups),
+FIGURES: dict[str, Drawing] = {
+    "roofline": Drawing(
+        "Operations per second of every case beside the measured ceilings",
+        _newest_run,
+        partial(_of_operators, roofline),
+    ),
+    "speedups": Drawing(
+        "Speed-up over each peer: geometric mean, line from the worst to the best case",
+        _newest_run,
+        partial(_of_operators, speed_ups),
+    ),
+    "front": Drawing(
+        "Top-1 of a ViT-B/16 against the parameters that remain, by method, without training", _front_source, front
+    ),
 }

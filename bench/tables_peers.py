@@ -17,10 +17,9 @@ NO_RUN = "Not measured yet.\n"
 
 def peers() -> str:
     """Every method at every budget, the most accurate first; of a measurement made twice, the later one."""
-    rows = read(vit_b16_peers.OUT)
+    rows, latest = read(vit_b16_peers.OUT), _latest()
     if not rows:
         return NO_RUN
-    latest = {(row["method"], row["keep"]): row for row in rows}
     parts = [_dense(row) for row in latest.values() if row["method"] == "dense"]
     for keep in sorted({keep for method, keep in latest if method != "dense"}, reverse=True):
         found = [row for (method, at), row in latest.items() if at == keep and method != "dense"]
@@ -34,6 +33,18 @@ def peers() -> str:
     images = f"{last['calibration_images']} calibration images (seed {last['seed']}), {last['images']} test images"
     parts.append(f"{images}, evaluated in {last['evaluation_dtype']}. {conditions(last)}")
     return "\n".join(parts)
+
+
+def _latest() -> dict[tuple[str, float], dict]:
+    return {(row["method"], row["keep"]): row for row in read(vit_b16_peers.OUT)}
+
+
+def front() -> dict[str, list[tuple[int, float]]]:
+    """For each method, and for ``dense``, the parameters that remain and the top-1 in percent, the smallest first."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for (method, _), row in _latest().items():
+        found.setdefault(method, []).append((row["parameters"], row["top1"]))
+    return {method: sorted(points) for method, points in found.items()} if "dense" in found else {}
 
 
 def _dense(row: dict) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixrank_bench import report, tables_models, tables_ops
+from mixrank_bench import figures, report, tables_models, tables_ops, vit_b16_peers
 from mixrank_bench.measures import ADDMM, SERVED, UNPACKED
 from mixrank_bench.ops import Case
 from mixrank_bench.samples import ceiling_row, op_row
@@ -34,6 +34,7 @@ def root(tmp_path, monkeypatch, environment):
     monkeypatch.setattr(tables_ops, "OUT", tmp_path / "ops.jsonl")
     monkeypatch.setattr(tables_models, "CALIBRATION", tmp_path / "calibration.jsonl")
     monkeypatch.setattr(tables_models, "MODELS", tmp_path / "models.jsonl")
+    monkeypatch.setattr(vit_b16_peers, "OUT", tmp_path / "peers.jsonl")
     record(tmp_path, environment, "r1")
     return tmp_path
 
@@ -70,6 +71,19 @@ def test_an_edited_table_and_a_newer_run_are_stale(root, environment):
     record(root, environment, "r2")
     found = report.stale(root)
     assert {"docs/benchmarks.md", "docs/images/roofline.svg", "docs/images/speedups.svg"} <= set(found)
+
+
+def test_the_front_is_drawn_again_when_a_method_has_another_result(root, environment):
+    def row(method: str, keep: float, parameters: int, top1: float) -> str:
+        return json.dumps({"method": method, "keep": keep, "parameters": parameters, "top1": top1}) + "\n"
+
+    rows = [row("dense", 1.0, 100, 90.0), row("EVA", 0.5, 50, 40.0), row("mixrank, defaults", 0.5, 50, 80.0)]
+    vit_b16_peers.OUT.write_text("".join(rows))
+    figures.write(root)
+    assert figures.stale(root) == []
+    assert "EVA" in (root / "docs" / "images" / "front.svg").read_text()
+    vit_b16_peers.OUT.write_text("".join([*rows, row("EVA", 0.4, 40, 10.0)]))
+    assert figures.stale(root) == ["docs/images/front.svg"]
 
 
 def test_losing_cases_and_cases_without_a_number_are_shown(root):
