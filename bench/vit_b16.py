@@ -115,7 +115,7 @@ def cached_statistics(data: Data, model: torch.nn.Module, cache: Path | None) ->
         main.held_out = apart
         return main
     print("calibrating on all images", file=sys.stderr)
-    stats = calibrate(model, data.calibration(model), progress=True)
+    stats = calibrate(model, data.calibration(model), held_out=None, progress=True)
     if cache is not None:
         tensors, header = {}, {}
         for part, found in (("main", stats), ("held_out", stats.held_out)):

@@ -124,7 +124,7 @@ def run(
         dense_score = evaluate(dense, test, progress=progress)
     with watch.stage("calibrate"):
         sample = Sample(batches(images["calibration_images"]), SENSITIVITY_IMAGES, seed=0, held_out=None)
-        stats = calibrate(dense, sample, progress=progress)
+        stats = calibrate(dense, sample, held_out=None, progress=progress)
     with watch.stage("decompose"):
         factorisations = decompose(dense, stats, **FACTORS, progress=progress)
 
