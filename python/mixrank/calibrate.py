@@ -74,8 +74,8 @@ def calibrate(
         weighting: how much each token counts, see :mod:`mixrank.weighting`.
         gradients: also sum the outer products of the gradients of the loss with respect to each layer's outputs, for
             ``factors="fisher"``.
-        draws: labels that each image draws from the model's answer, for gradients.
-        seed: of the labels that are drawn.
+        draws: random probes of each image's answer, for gradients, see :mod:`mixrank.gradients`.
+        seed: of these draws.
         progress: show a progress bar with the time left.
         dtype: run the model under autocast in this dtype (bfloat16 is about twice as fast on recent CPUs);
             the sums stay in float64. None: the model's own dtype.

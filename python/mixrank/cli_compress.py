@@ -151,7 +151,9 @@ def compress(
     ] = None,
     draws: Annotated[
         int,
-        typer.Option(help="Labels drawn for each image where gradients are needed.", rich_help_panel="Calibration"),
+        typer.Option(
+            help="Random probes of each image's answer where gradients are needed.", rich_help_panel="Calibration"
+        ),
     ] = 1,
     augment: Annotated[
         int,

@@ -85,7 +85,7 @@ def compress(
         weighting: how much each calibration token counts, see :mod:`mixrank.weighting`.
         held_out: share of the images on which factors made without them are judged, and the sensitivity measured; the
             factors in the model are made from all. None: a fifth, or none of fewer than five images.
-        draws: labels that each image draws from the model's answer, where gradients are needed.
+        draws: random probes of each image's answer where gradients are needed, see :mod:`mixrank.gradients`.
         seed: of these draws.
         split_qkv: give q, k and v ranks of their own instead of the fused layer's one.
         step: ranks are multiples of this.

@@ -1,6 +1,9 @@
-"""The gradient of a classifier's loss with labels that are drawn from its own answer.
+"""Gradients of a classifier whose expected outer product is the Fisher information of its answer, without labels.
 
-The expected outer product of this gradient is the Fisher information (labels of the data would give another matrix).
+The loss of a label y has the gradient ``softmax(z) - e_y`` with respect to the logits z. For labels drawn from the
+model's own answer p its second moment is ``diag(p) - p p^T`` (labels of the data would give another matrix). Where the
+model is sure, such a gradient is nearly always tiny and very rarely large. What is passed back instead is the probe
+``sqrt(p) n - p (sqrt(p) . n)`` of normal numbers n: the same second moment, from every image.
 """
 
 from __future__ import annotations
@@ -17,15 +20,14 @@ from mixrank.errors import InputError
 def backward(model: nn.Module, images: Tensor, numbers: list[int], names: list[str], draws: int, seed: int) -> None:
     """Pass images through a classifier and the gradients of its loss back, for whoever listens to tensors between.
 
-    The loss is the sum over the images, divided by the square root of ``draws``, so that sums of squares over
-    the draws are means.
+    What is passed back is divided by the square root of ``draws``, so that sums of squares over the draws are means.
 
     Args:
         model: images to logits ``[B, classes]``; its parameters receive no gradients.
         images: ``[B, C, H, W]``.
-        numbers: B numbers, by which an image draws the same labels in every batch.
+        numbers: B numbers, by which an image draws the same probes in every batch.
         names: B names for messages.
-        draws: how many labels each image draws.
+        draws: how many probes each image draws.
         seed: of the draws.
 
     Raises:
@@ -40,17 +42,25 @@ def backward(model: nn.Module, images: Tensor, numbers: list[int], names: list[s
         finite = logits.isfinite().all(dim=1)
         if not finite.all():
             raise InputError(f"gradients need finite logits, but those for {names[int(finite.int().argmin())]} are not")
-        labels = draw(logits.detach(), numbers, draws, seed).to(logits.device)
+        found = probes(logits.detach(), numbers, draws, seed)
         for i in range(draws):
-            loss = nn.functional.cross_entropy(logits.float(), labels[:, i], reduction="sum") / draws**0.5
+            loss = (logits.float() * found[:, i]).sum() / draws**0.5
             torch.autograd.grad(loss, leaf, retain_graph=i + 1 < draws, allow_unused=True)
 
 
-def draw(logits: Tensor, numbers: list[int], draws: int, seed: int) -> Tensor:
-    """Labels ``[B, draws]`` from the softmax of logits ``[B, classes]``; by seed and image number, on any device."""
-    shares = logits.double().softmax(-1).cumsum(-1).cpu()
-    points = torch.stack([torch.rand(draws, generator=_generator(seed, n), dtype=torch.float64) for n in numbers])
-    return torch.searchsorted(shares, points * shares[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+def probes(logits: Tensor, numbers: list[int], draws: int, seed: int) -> Tensor:
+    """Random vectors ``[B, draws, classes]`` of mean 0 and second moment ``diag(p) - p p^T``, p the softmax of logits.
+
+    Args:
+        logits: ``[B, classes]``.
+        numbers: B numbers: an image's vectors are a function of its number, of ``seed`` and of its logits.
+        draws: how many for each image.
+        seed: of the normal numbers.
+    """
+    share = logits.float().softmax(-1)[:, None]
+    normal = torch.stack([torch.randn(draws, logits.shape[1], generator=_generator(seed, n)) for n in numbers])
+    spread = share.sqrt() * normal.to(logits.device)
+    return spread - share * spread.sum(-1, keepdim=True)
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

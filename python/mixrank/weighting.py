@@ -17,8 +17,8 @@ The squared error that factors minimise is a sum over tokens; a weight multiplie
     as much.
 ``gradient``
     The squared norm of the gradient of the loss with respect to the layer's output at this token: how much the
-    model's answer depends on it. The labels of the loss are drawn from the model's own answer, so that the weights are
-    the traces of the Fisher information of the outputs.
+    model's answer depends on it. No label is needed: the weights are the traces of the Fisher information of the
+    outputs, see :mod:`mixrank.gradients`.
 """
 
 from __future__ import annotations

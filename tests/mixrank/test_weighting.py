@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank import InputError, Weighting, calibrate
-from mixrank.gradients import draw
+from mixrank.gradients import probes
 from mixrank.models import compressible_linears
 from mixrank.stats import output_frame
 
@@ -112,16 +112,15 @@ def test_tokens_without_output_have_no_weight():
     assert Weighting("image").of_tokens(output[:, :0], None, 2, 1).shape == (2, 0)
 
 
-def direct_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs and gradients of the outputs, ``[B, T, ...]``, of the loss with these labels, by layer."""
+def direct_gradients(model: nn.Module, images: Tensor, probe: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs, and gradients with respect to the outputs, ``[B, T, ...]``, of the logits along a probe, by layer."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = [
         linear.register_forward_hook(lambda _m, a, o, name=name: seen.update({name: (a[0].detach(), o)}))
         for name, linear in compressible_linears(model).items()
     ]
     with torch.enable_grad():
-        loss = nn.functional.cross_entropy(model(images), labels, reduction="sum")
-        gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
+        gradients = torch.autograd.grad((model(images) * probe).sum(), [output for _, output in seen.values()])
     for handle in handles:
         handle.remove()
     return {name: (x, g) for (name, (x, _)), g in zip(seen.items(), gradients, strict=True)}
@@ -129,15 +128,15 @@ def direct_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[s
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_gradients_weight_tokens_and_are_summed(model, images, draws):
-    """Ten images, so that they pass in two chunks; labels do not depend on the batches."""
+    """Ten images, so that they pass in two chunks; probes do not depend on the batches."""
     images = torch.cat([images, images.flip(3)])[:10]
     stats = [
         calibrate(model, images.split(size), weighting="gradient", gradients=True, draws=draws, seed=5)
         for size in (10, 3)
     ]
     with torch.no_grad():
-        labels = draw(model(images), list(range(10)), draws, seed=5)
-    runs = [direct_gradients(model, images, labels[:, i]) for i in range(draws)]
+        drawn = probes(model(images), list(range(10)), draws, seed=5)
+    runs = [direct_gradients(model, images, drawn[:, i]) for i in range(draws)]
     for name, linear in compressible_linears(model).items():
         x = runs[0][name][0].double()
         gradients = [run[name][1].double() for run in runs]
@@ -168,13 +167,16 @@ def test_gradients_leave_the_model_as_it_was(model, images):
     assert all(not module._forward_hooks for module in model.modules())
 
 
-def test_labels_are_drawn_from_the_model_by_image_and_seed():
-    logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(400, 3)
-    labels = draw(logits, list(range(400)), 25, seed=1)
-    shares = torch.bincount(labels.flatten(), minlength=3) / labels.numel()
-    torch.testing.assert_close(shares, logits[0].softmax(0), rtol=0, atol=0.02)
-    assert torch.equal(draw(logits[7:9], [7, 8], 25, seed=1), labels[7:9])
-    assert not torch.equal(draw(logits, list(range(400)), 25, seed=2), labels)
+def test_probes_have_the_second_moment_of_the_gradients_of_drawn_labels():
+    logits = torch.tensor([[0.0, 2.0, -1.0, 1.0]]).expand(800, 4)
+    found = probes(logits, list(range(800)), 50, seed=1)
+    share = logits[0].softmax(0)
+    flat = found.flatten(0, 1)
+    torch.testing.assert_close(flat.mean(0), torch.zeros(4), rtol=0, atol=0.01)
+    torch.testing.assert_close(flat.mT @ flat / len(flat), share.diag() - torch.outer(share, share), rtol=0, atol=0.01)
+    torch.testing.assert_close(found.sum(-1), torch.zeros(800, 50), rtol=0, atol=1e-6)
+    assert torch.equal(probes(logits[7:9], [7, 8], 50, seed=1), found[7:9])
+    assert not torch.equal(probes(logits, list(range(800)), 50, seed=2), found)
 
 
 @pytest.mark.parametrize(
