@@ -37,6 +37,7 @@ from mixrank.plan import Plan
 from mixrank.sample import Sample
 from mixrank.sequential import compress_blocks_
 from mixrank.views import Views, gather
+from mixrank.weighting import WEIGHTINGS
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.vit_b16 import Data
 
@@ -44,7 +45,7 @@ OUT = RESULTS / "ablation.jsonl"
 HELD_OUT = 0.2
 SEED = 0
 VIEW_SCALE = 0.6
-FACTORS = {"factors": "aware", "centre": True, "shrink": SHRINK}
+FACTORS = {"factors": "fisher", "centre": True, "shrink": SHRINK}
 ALLOCATION = {"ranks": "mixed", "energy": "sensitivity", "form": FORM}
 
 
@@ -110,7 +111,10 @@ VARIANTS = (
     BASE,
     Variant("factors", "plain SVD", factors={"factors": "svd", "centre": True}),
     Variant("factors", "plain SVD, not centred", factors={"factors": "svd", "centre": False}),
+    Variant("factors", "activation-aware", factors={"factors": "aware"}),
+    Variant("factors", "activation-aware, not centred", factors={"factors": "aware", "centre": False}),
     Variant("factors", "not centred", factors={"centre": False}),
+    *(Variant("pull of the metric", f"{pull:g}", factors={"fisher_shrink": pull}) for pull in (0.5, 1.0, 5.0, 10.0)),
     *(Variant("shrink", str(pull), factors={"shrink": pull}) for pull in (0.0, 0.1, 1.0, 3.0, "auto", "oas")),
     Variant("ranks", "uniform", allocation={"ranks": "uniform", "energy": "weight"}),
     *(Variant("energy", kind, allocation={"energy": kind}) for kind in ("weight", "output", "held_out", "mixed")),
@@ -124,26 +128,8 @@ VARIANTS = (
     Variant("qkv", "split", allocation={}, split=True),
     *(Variant("images", str(count), images=count) for count in (100, 200, 400)),
     Variant("views", "2 random ones of each image more", views=2),
-    *(Variant("weighting", kind, calibration={"weighting": kind}) for kind in ("image", "token", "clip", "class")),
-    Variant("weighting", "gradient", calibration={"weighting": "gradient"}),
-    *(
-        Variant(
-            "factors",
-            f"two-sided (Fisher), pull {pull:g}",
-            calibration={"gradients": True},
-            factors={"factors": "fisher", "fisher_shrink": pull},
-        )
-        for pull in (0.1, 1.0, 10.0)
-    ),
-    *(
-        Variant(
-            "factors",
-            f"two-sided (Fisher), pull 1, tokens weighted by {kind}",
-            calibration={"gradients": True, "weighting": kind},
-            factors={"factors": "fisher"},
-        )
-        for kind in ("gradient", "class")
-    ),
+    *(Variant("weighting", kind, calibration={"weighting": kind}) for kind in WEIGHTINGS if kind != "none"),
+    Variant("probes", "4 of each image", calibration={"draws": 4}),
     *(Variant("sequential", f"ridge {ridge:g}", ridge=ridge) for ridge in (0.1, 1.0, 10.0)),
 )
 
@@ -226,7 +212,8 @@ class Ablation:
             self._statistics = self._factors = None  # not two at a time
             share = 0 if variant.seen else None
             sample = Sample(self._batches(variant), SENSITIVITY_IMAGES, SEED, share)
-            options = {"held_out": share, "seed": SEED, "dtype": self.subject.dtype} | variant.calibration
+            options = {"held_out": share, "gradients": True, "seed": SEED} | variant.calibration
+            options |= {"dtype": self.subject.dtype}
             self._statistics = (variant.statistics, (calibrate(model, sample, **options), sample))
         stats, sample = self._statistics[1]
         options = FACTORS | variant.factors
@@ -237,7 +224,7 @@ class Ablation:
         return self._factors[1], sample
 
     def _in_sequence(self, model: nn.Module, variant: Variant) -> None:
-        strategy = FACTORS | variant.factors
+        strategy = FACTORS | {"factors": "aware"}  # there are no gradients through what is compressed already
         options = {"ridge": variant.ridge, "strategy": strategy, "dtype": self.subject.dtype}
         plan = self.base()
         made, _ = compress_blocks_(model, self._batches(variant), plan, **options)

@@ -83,13 +83,13 @@ def compress(
         int | None, typer.Option(help="The most multiply-accumulates for one image.", rich_help_panel="Budget")
     ] = None,
     factors: Annotated[
-        Factors,
+        Factors | None,
         typer.Option(
             help="aware: best factors for the calibration images; svd: for the weight alone; fisher: aware in the "
-            "metric of the loss.",
+            "metric of the loss; by default fisher, of what is no classifier aware.",
             rich_help_panel="Strategy",
         ),
-    ] = Factors.aware,
+    ] = None,
     ranks: Annotated[
         Ranks, typer.Option(help="mixed: a rank for each layer; uniform: one share.", rich_help_panel="Strategy")
     ] = Ranks.mixed,
@@ -124,7 +124,7 @@ def compress(
     ] = "0.3",
     fisher_shrink: Annotated[
         float, typer.Option(help="Pull of the metric of fisher towards the plain one.", rich_help_panel="Strategy")
-    ] = 1.0,
+    ] = 2.0,
     weighting: Annotated[
         WeightingKind,
         typer.Option(

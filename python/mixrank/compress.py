@@ -12,6 +12,7 @@ from torch import nn
 
 from mixrank.allocate import ENERGIES, NEAR, allocate, check_budget, ranks_to_measure
 from mixrank.apply import apply_, put_
+from mixrank.automatic import classifies
 from mixrank.calibrate import calibrate, check_calibration
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
@@ -40,7 +41,7 @@ def compress(
     *,
     max_bytes: int | None = None,
     max_macs: int | None = None,
-    factors: str = "aware",
+    factors: str | None = None,
     ranks: str = "mixed",
     energy: str | None = None,
     sensitivity_images: int = SENSITIVITY_IMAGES,
@@ -71,12 +72,12 @@ def compress(
         max_bytes: bytes of parameters and persistent buffers that may remain.
         max_macs: multiply-accumulate operations for one image that may remain.
         factors: ``"aware"`` (least output error on the calibration images), ``"fisher"`` (least loss to second order,
-            for classifiers) or ``"svd"``.
+            for classifiers) or ``"svd"``. None: fisher for classifiers, aware for others and for ``sequential``.
         ranks: ``"mixed"`` or ``"uniform"``.
         energy: what mixed ranks save: ``"weight"``, ``"output"``, ``"held_out"`` or ``"mixed"`` energy, or the
             divergence of the logits (``"sensitivity"``, for classifiers, measured layer by layer), see
-            :func:`mixrank.allocate.allocate`. None: sensitivity where there are images and it can be measured (the
-            result says why not), ``"weight"`` without images and for ``sequential``.
+            :func:`mixrank.allocate.allocate`. None: sensitivity for classifiers where it can be measured (the
+            result says why not), ``"weight"`` for others, without images and for ``sequential``.
         sensitivity_images: how many images, drawn at random from those held out, the sensitivity is measured on.
         centre: move the mean of what is lost into the bias; None: not for ``factors="svd"``.
         shrink: pull of the factors towards ``"svd"``, at least 0; guards against few calibration images. ``"auto"``:
@@ -114,10 +115,14 @@ def compress(
         True
     """
     timed, remarks = Timer(), []
-    measurable = images is not None and ranks == "mixed" and not sequential
-    automatic = energy is None and measurable
-    if energy is None:
-        energy = "sensitivity" if measurable else "weight"
+    classifier = False
+    if images is not None and not sequential and None in (factors, energy):
+        classifier, images = classifies(model, images)
+        if not classifier:
+            remarks.append("the model returns no logits of classes, so the layers' outputs and weights decide all")
+    automatic = energy is None and classifier and ranks == "mixed"
+    energy = energy or ("sensitivity" if automatic else "weight")
+    factors = factors or ("fisher" if classifier else "aware")
     fused = dict(model.named_modules()) if split_qkv else {}
     exposed = expose_qkv_(model)
     split = split_qkv_(model) if split_qkv else ()

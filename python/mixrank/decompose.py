@@ -36,7 +36,7 @@ from mixrank.progress import track
 from mixrank.stats import CalibrationStats, LayerStats
 
 FACTORS = ("aware", "svd", "fisher")
-FISHER_SHRINK = 1.0
+FISHER_SHRINK = 2.0
 
 
 @dataclass(frozen=True)

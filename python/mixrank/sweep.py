@@ -28,7 +28,7 @@ from mixrank.plan import Plan
 from mixrank.sample import Apart, Sample
 
 # Options of mixrank.compress; what a preset does not name is as in that function.
-_PLAIN = {"energy": "weight", "shrink": 0.0, "form": "factors"}
+_PLAIN = {"factors": "aware", "energy": "weight", "shrink": 0.0, "form": "factors"}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "default": {},
     "svd": _PLAIN | {"factors": "svd"},
@@ -43,7 +43,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "sensitivity-pivoted": _PLAIN | {"energy": "sensitivity", "form": "pivoted"},
 }
 DEFAULT_STRATEGIES = ("default", "svd", "svd-uniform", "aware", "aware-pivoted", "sensitivity")
-_FACTORS = {"factors": "aware", "centre": None, "shrink": SHRINK, "fisher_shrink": FISHER_SHRINK}
+_FACTORS = {"factors": "fisher", "centre": None, "shrink": SHRINK, "fisher_shrink": FISHER_SHRINK}
 _RANKS = {"ranks": "mixed", "energy": None, "step": 8, "min_rank": None, "max_rank": None, "form": FORM}
 
 

@@ -31,7 +31,7 @@ def pair():
     torch.nn.init.normal_(dense.head.weight, std=0.1)
     images = [torch.randn(16, 3, 32, 32), torch.randn(16, 3, 32, 32)]
     model = copy.deepcopy(dense)
-    compress(model, images, keep=0.4, energy="weight", shrink=0.0, form="factors")
+    compress(model, images, keep=0.4, factors="aware", energy="weight", shrink=0.0, form="factors")
     return dense, model, images
 
 
@@ -138,7 +138,7 @@ def test_steps_are_writes_that_autograd_counts(pair, monkeypatch):
 def test_pivoted_layers_are_trained_as_factors_and_stay_pivoted(pair, tmp_path):
     dense, _, images = copy.deepcopy(pair)
     model = copy.deepcopy(dense)
-    compress(model, images, keep=0.4, form="pivoted")
+    compress(model, images, keep=0.4, factors="aware", form="pivoted")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PivotedLinear)}
     before = state_of(model)
     ruined = compensate_(model, dense, images, steps=4, options=dataclasses.replace(OPTIONS, learning_rate=30.0))

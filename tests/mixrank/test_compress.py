@@ -220,17 +220,34 @@ def test_a_sample_is_of_the_images_that_are_held_out(views):
         assert expected is None or torch.equal(found, expected)
 
 
-def test_by_itself_it_measures_sensitivity_and_says_where_it_cannot(model, images):
-    found = compress(copy.deepcopy(model), [images], keep=0.5)
-    assert (found.plan.options["energy"], found.plan.options["form"]) == ("sensitivity", "pivoted")
-    assert not any("ranks go by" in note for note in found.notes)
-    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0, global_pool="").eval()
-    with pytest.raises(InputError, match="must return logits"):
-        compress(copy.deepcopy(backbone), [images], keep=0.5, energy="sensitivity")
-    found = compress(backbone, [images], keep=0.5)
+def test_by_itself_it_asks_what_the_answers_feel_and_says_where_there_are_none(model, images):
+    for given in (iter([images[:2], images[2:]]), [images]):
+        found = compress(copy.deepcopy(model), given, keep=0.5)
+        assert (found.plan.options["energy"], found.plan.options["form"]) == ("sensitivity", "pivoted")
+        assert found.images == len(images)
+        assert not any("no logits" in note for note in found.notes)
+    same = compress(copy.deepcopy(model), [images], keep=0.5, factors="fisher", energy="sensitivity", form="pivoted")
+    assert same.plan == found.plan
+
+    args = {"img_size": 32, "depth": 2, "num_classes": 0}
+    for backbone in (
+        timm.create_model("vit_tiny_patch16_224", **args, global_pool="").eval(),
+        timm.create_model("vit_tiny_patch16_224", **args).train(),
+    ):
+        found = compress(backbone, iter([images[:2], images[2:]]), keep=0.5)
+        assert found.images == len(images)
+        assert found.plan.options["energy"] == "weight"
+        assert "returns no logits of classes" in found.notes[0]
+    assert backbone.training
+    assert compress(copy.deepcopy(model), [images], keep=0.5, sequential=True).plan.options["energy"] == "weight"
+
+
+def test_images_of_different_sizes_go_by_the_weights_and_it_says_so():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=7, dynamic_img_size=True).eval()
+    found = compress(model, [torch.randn(5, 3, 32, 32), torch.randn(5, 3, 48, 48)], keep=0.5)
     assert found.plan.options["energy"] == "weight"
     assert "ranks go by the energy of the weights, as their sensitivity cannot be measured: " in found.notes[0]
-    assert compress(copy.deepcopy(model), [images], keep=0.5, sequential=True).plan.options["energy"] == "weight"
 
 
 def test_a_sample_keeps_each_image_with_the_same_chance_whatever_the_batches_are():

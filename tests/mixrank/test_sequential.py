@@ -70,7 +70,9 @@ def test_without_drift_and_loss_nothing_changes(model, images):
     """The first layer sees no drift, and a strong ridge holds every weight: the factors are those of the plain way."""
     plan = planned(model)
     plain = copy.deepcopy(model)
-    result = compress(plain, [images], keep=0.5, held_out=0, energy="weight", shrink=0.0, form="factors")
+    result = compress(
+        plain, [images], keep=0.5, held_out=0, factors="aware", energy="weight", shrink=0.0, form="factors"
+    )
     compress_blocks_(model, [images], plan, ridge=1e12)
     assert result.plan.layers == plan.layers
     first = plan.layers[0]
@@ -83,7 +85,7 @@ def test_drift_is_answered(model):
     """The layers of the compressed model come closer to the outputs of the dense ones than without."""
     images = torch.randn(120, 3, 32, 32)
     dense, plain = copy.deepcopy(model), copy.deepcopy(model)
-    compress(plain, images.split(60), keep=0.4, held_out=0, energy="weight", form="factors")
+    compress(plain, images.split(60), keep=0.4, held_out=0, factors="aware", energy="weight", form="factors")
     compress(model, images.split(60), keep=0.4, sequential=True, form="factors")
     true = inputs_and_outputs(dense, images)
 

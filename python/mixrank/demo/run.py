@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 KEEPS = (0.6, 0.45, 0.3)
-FACTORS = {"factors": "aware", "shrink": SHRINK}
+FACTORS = {"factors": "fisher", "shrink": SHRINK}
 RANKS = {"ranks": "mixed", "energy": "sensitivity", "step": 8, "form": FORM}
 STRATEGY = FACTORS | RANKS
 SPEED_BATCH = 32
@@ -124,7 +124,7 @@ def run(
         dense_score = evaluate(dense, test, progress=progress)
     with watch.stage("calibrate"):
         sample = Sample(batches(images["calibration_images"]), SENSITIVITY_IMAGES, seed=0, held_out=None)
-        stats = calibrate(dense, sample, held_out=None, progress=progress)
+        stats = calibrate(dense, sample, held_out=None, gradients=True, progress=progress)
     with watch.stage("decompose"):
         factorisations = decompose(dense, stats, **FACTORS, progress=progress)
 
