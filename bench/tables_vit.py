@@ -50,7 +50,7 @@ def _strategy(row: dict) -> str:
     s = row["strategy"]
     by = "measured sensitivity" if s["energy"] == "sensitivity" else f"{s['energy']} energy"
     ranks = "uniform ranks" if s["ranks"] == "uniform" else f"mixed ranks by {by}"
-    factors = "activation-aware" if s["factors"] == "aware" else "plain SVD"
+    factors = {"aware": "activation-aware", "fisher": "two-sided (Fisher)", "svd": "plain SVD"}[s["factors"]]
     shrink = f", shrink {s['shrink']}" if s.get("shrink") else ""
     details = f"{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}{shrink}"
     return f"{factors}, {ranks}{details}{', pivoted' if s.get('form') == 'pivoted' else ''}"

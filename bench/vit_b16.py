@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
-from mixrank.compress import SENSITIVITY_IMAGES, Timer, plan_ranks
+from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, plan_ranks
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
@@ -49,6 +49,7 @@ OUT = RESULTS / "vit_b16.jsonl"
 KEEPS = (0.6, 0.5, 0.4)
 COST_IMAGES = 256
 SPEED_BATCH = 8
+SUMS = ("gram", "total", "gradient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,8 @@ def strategies() -> Iterator[Strategy]:
     for keep, energy, form in itertools.product(KEEPS, ("weight", "sensitivity"), ("factors", "pivoted")):
         if (energy, form) != ("weight", "factors"):
             yield Strategy(keep, "aware", "mixed", energy, True, False, 0.3, form)
+    for keep in KEEPS:  # the defaults of mixrank.compress
+        yield Strategy(keep, "fisher", "mixed", "sensitivity", True, False, SHRINK, FORM)
 
 
 class Data:
@@ -107,7 +110,7 @@ class Data:
 
 
 def cached_statistics(data: Data, model: torch.nn.Module, cache: Path | None) -> CalibrationStats:
-    """The statistics of all calibration images; with ``cache``, from that file, or written to it for the next run."""
+    """The statistics of all calibration images, with gradients; with ``cache``, from that file, or written to it."""
     if cache is not None and cache.is_file():
         with safe_open(cache, "pt") as file:
             header = json.loads(file.metadata()["statistics"])
@@ -115,27 +118,29 @@ def cached_statistics(data: Data, model: torch.nn.Module, cache: Path | None) ->
         main.held_out = apart
         return main
     print("calibrating on all images", file=sys.stderr)
-    stats = calibrate(model, data.calibration(model), held_out=None, progress=True)
+    stats = calibrate(model, data.calibration(model), held_out=None, gradients=True, progress=True)
     if cache is not None:
         tensors, header = {}, {}
         for part, found in (("main", stats), ("held_out", stats.held_out)):
             layers = {name: (layer.side, layer.rows) for name, layer in found.items()}
             header[part] = {"layers": layers, "images": found.images, "seconds": found.seconds}
-            tensors |= {f"{part}.{name}.gram": layer.gram.clone() for name, layer in found.items()}
-            tensors |= {f"{part}.{name}.total": layer.total.clone() for name, layer in found.items()}
+            for sums in SUMS:
+                tensors |= {f"{part}.{name}.{sums}": getattr(layer, sums).clone() for name, layer in found.items()}
         save_file(tensors, cache, {"statistics": json.dumps(header)})
     return stats
 
 
 def _part(file: Any, part: str, header: dict[str, Any]) -> CalibrationStats:
-    images = header["images"]
     layers = {
         name: LayerStats(
-            side, *(file.get_tensor(f"{part}.{name}.{sums}") for sums in ("gram", "total")), rows, None, images
+            side,
+            rows=rows,
+            images=header["images"],
+            **{sums: file.get_tensor(f"{part}.{name}.{sums}") for sums in SUMS},
         )
         for name, (side, rows) in header["layers"].items()
     }
-    return CalibrationStats(layers, images, header["seconds"])
+    return CalibrationStats(layers, header["images"], header["seconds"])
 
 
 def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Path | None) -> None:
@@ -187,10 +192,13 @@ def _decomposition(strategy: Strategy) -> tuple[bool, str, bool, float]:
 
 
 def with_parts(stats: CalibrationStats, split: tuple[str, ...]) -> CalibrationStats:
-    """Statistics for a model whose fused layers were split after calibration: the parts share one input."""
+    """Statistics for a model whose fused layers were split after calibration: the parts share one input.
+
+    The gradients of the fused layer are in its own coordinates and say nothing of a part.
+    """
     layers = dict(stats)
     for name in split:
-        shared = layers.pop(name)
+        shared = dataclasses.replace(layers.pop(name), gradient=None)
         layers |= {f"{name}.parts.{i}": shared for i in range(3)}
     apart = None if stats.held_out is None else with_parts(stats.held_out, split)
     return CalibrationStats(layers, stats.images, stats.seconds, apart)
