@@ -115,14 +115,11 @@ def compress(
         True
     """
     timed, remarks = Timer(), []
-    classifier = False
-    if images is not None and not sequential and None in (factors, energy):
-        classifier, images = classifies(model, images)
-        if not classifier:
-            remarks.append("the model returns no logits of classes, so the layers' outputs and weights decide all")
-    automatic = energy is None and classifier and ranks == "mixed"
-    energy = energy or ("sensitivity" if automatic else "weight")
-    factors = factors or ("fisher" if classifier else "aware")
+    undecided = images is not None and not sequential and None in (factors, energy)
+    automatic = undecided and energy is None and ranks == "mixed"
+    fisher = undecided and factors is None
+    # What suits every model, so that all can be checked before the first image is touched.
+    factors, energy = factors or "aware", energy or "weight"
     fused = dict(model.named_modules()) if split_qkv else {}
     exposed = expose_qkv_(model)
     split = split_qkv_(model) if split_qkv else ()
@@ -142,6 +139,15 @@ def compress(
         check_budget(model, shapes, **allocation)
         check_energy(energy, ranks, calibrated=calibrated, held_out=apart)
         twice = ranks == "mixed" and energy != "weight"
+        if undecided:
+            classifier, images = classifies(model, images)
+            automatic, fisher = automatic and classifier, fisher and classifier
+            if automatic:
+                allocation["energy"] = "sensitivity"
+            if fisher:
+                strategy["factors"], measuring["gradients"] = "fisher", True
+            if not classifier:
+                remarks.append("the model returns no logits of classes, so the layers' outputs and weights decide all")
         if sequential:
             check_sequential(images, factors, shrink, Weighting.of(weighting).kind, ridge, twice=twice)
         stats = None
