@@ -115,9 +115,9 @@ def front() -> Figure:
     """Top-1 against the parameters that remain: every method a line, ours the thick one."""
     figure, (axis,) = _panels(1, 1, (6.4, 3.8))
     points = tables_peers.front()
-    (size, dense), *_ = points["dense"]
+    dense = points["dense"][0][1]
     axis.axhline(dense, color="#222222", lw=1, ls=":")
-    axis.annotate("dense", (size / 1e6, dense), ha="right", va="bottom", color="#222222")
+    axis.annotate("dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#222222")
     for number, (method, found) in enumerate((m, f) for m, f in points.items() if m != "dense"):
         ours = method == tables_peers.OURS
         colour = OURS_COLOUR if ours else OTHERS[number % len(OTHERS)]

@@ -93,7 +93,11 @@ def compress_mixed(model: nn.Module, factors: Mapping[str, PeerFactors], keep: f
 
 
 def _apply(model: nn.Module, factors: Mapping[str, PeerFactors], plan: Plan) -> Compressed:
-    apply_(model, plan, factors)
+    return compressed(apply_(model, plan, factors), plan)
+
+
+def compressed(model: nn.Module, plan: Plan) -> Compressed:
+    """What there is to tell of a model to which a plan was applied."""
     return Compressed(count_parameters(model), {"ranks": {layer.name: layer.rank for layer in plan.layers}})
 
 

@@ -13,9 +13,8 @@ from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.compress import compress
 from mixrank.decompose import Factorisation, decompose
-from mixrank.models import count_parameters
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, structured, svd_llm
-from mixrank_bench.accuracy_peers.factored import Compressed, compress_mixed, compress_uniform
+from mixrank_bench.accuracy_peers.factored import Compressed, compress_mixed, compress_uniform, compressed
 from mixrank_bench.accuracy_peers.statistics import Calibration
 
 
@@ -47,13 +46,11 @@ def _images(_model: nn.Module, calibration: Calibration) -> Calibration:
 
 def _product(model: nn.Module, factorisations: Mapping[str, Factorisation], keep: float, **options: Any) -> Compressed:
     plan = allocate(model, factorisations, keep=keep, **options)
-    apply_(model, plan, factorisations)
-    return Compressed(count_parameters(model), {"ranks": {layer.name: layer.rank for layer in plan.layers}})
+    return compressed(apply_(model, plan, factorisations), plan)
 
 
 def _defaults(model: nn.Module, calibration: Calibration, keep: float) -> Compressed:
-    plan = compress(model, calibration.images, keep=keep, dtype=calibration.dtype).plan
-    return Compressed(count_parameters(model), {"ranks": {layer.name: layer.rank for layer in plan.layers}})
+    return compressed(model, compress(model, calibration.images, keep=keep, dtype=calibration.dtype).plan)
 
 
 UNIFORM, MIXED, SEARCHED, ONE_RATIO = "uniform", "mixed", "searched", "one ratio"

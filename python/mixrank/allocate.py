@@ -136,7 +136,7 @@ def allocate(
             smaller: a number or share as for ``min_rank``.
         sensitivities: for ``energy="sensitivity"``: what :func:`mixrank.sensitivity.measure_sensitivity` found at the
             :func:`ranks_to_measure` of an earlier plan under the same budget. Layers without an entry stay dense.
-        near: within which multiples of the ranks measured at the ranks stay, below and above 1.
+        near: ranks stay within these multiples of those that sensitivity was measured at, at most and at least 1.
         form: how layers with a rank will be held: as ``"factors"`` or in the ``"pivoted"`` form, see
             :class:`mixrank.PivotedLinear`.
 
@@ -162,6 +162,8 @@ def allocate(
     budget, fixed = check_budget(model, shapes, ranks=ranks, energy=energy, form=form, **bounds, **limits)
     if ranks == "uniform":
         energy = "weight"  # plays no part
+    if not 0 < near[0] <= 1 <= near[1]:
+        raise InputError(f"near must be two numbers above 0, the first at most 1 and the second at least 1, not {near}")
     if energy == "sensitivity" and sensitivities is None:
         raise InputError("energy='sensitivity' needs sensitivities: measure them at the ranks of an earlier plan")
     if any(remaining_error(factorisation, energy) is None for factorisation in factorisations.values()):

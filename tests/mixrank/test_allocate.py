@@ -330,6 +330,9 @@ def test_sensitivity_has_to_be_measured_first_and_at_ranks_that_can_be_chosen(mo
     factorisations = decompose(model, calibrate(model, [images]))
     with pytest.raises(InputError, match="needs sensitivities: measure them at the ranks of an earlier plan"):
         allocate(model, factorisations, keep=0.5, energy="sensitivity")
+    for near in ((0.0, 1.5), (1.2, 1.5), (0.5, 0.9), (float("nan"), 2.0)):
+        with pytest.raises(InputError, match="near must be two numbers above 0"):
+            allocate(model, factorisations, keep=0.5, energy="sensitivity", sensitivities={}, near=near)
     wrong = dict.fromkeys(factorisations, Sensitivity(13, 0.1))
     with pytest.raises(InputError, match="measured at rank 13, which this allocation cannot choose"):
         allocate(model, factorisations, keep=0.5, energy="sensitivity", sensitivities=wrong)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
-from mixrank import checkpoint
+from mixrank import checkpoint, cli_compress, compress
+from mixrank.run_compress import STRATEGY
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "depth": 2, "num_classes": 2}
 SUMMARY = {"top1", "parameters", "bytes", "macs", "images_per_second"}
 IMAGES_PER_CLASS = 6
+
+
+@pytest.mark.parametrize("name", [*STRATEGY, "shrink"])
+def test_the_command_has_the_defaults_of_the_function(name: str) -> None:
+    command, function = (inspect.signature(each).parameters[name].default for each in (cli_compress.compress, compress))
+    assert str(command) == str(function)
 
 
 def test_compress_writes_checkpoint_json_and_report(world, tmp_path: Path) -> None:
