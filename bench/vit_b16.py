@@ -30,6 +30,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import mixrank
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
@@ -84,8 +85,17 @@ def strategies() -> Iterator[Strategy]:
     for keep, energy, form in itertools.product(KEEPS, ("weight", "sensitivity"), ("factors", "pivoted")):
         if (energy, form) != ("weight", "factors"):
             yield Strategy(keep, "aware", "mixed", energy, True, False, 0.3, form)
-    for keep in KEEPS:  # the defaults of mixrank.compress
-        yield Strategy(keep, "fisher", "mixed", "sensitivity", True, False, SHRINK, FORM)
+    yield from map(defaults, KEEPS)
+
+
+def defaults(keep: float) -> Strategy:
+    """What :func:`mixrank.compress` does without options."""
+    return Strategy(keep, "fisher", "mixed", "sensitivity", True, False, SHRINK, FORM)
+
+
+def checkpoint_of(models: Path, keep: float) -> Path:
+    """Where in the folder ``models`` the model that the defaults compressed to a budget is kept."""
+    return models / f"keep_{keep}.safetensors"
 
 
 class Data:
@@ -143,7 +153,8 @@ def _part(file: Any, part: str, header: dict[str, Any]) -> CalibrationStats:
     return CalibrationStats(layers, header["images"], header["seconds"])
 
 
-def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Path | None) -> None:
+def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Path | None, models: Path | None) -> None:
+    """A row for each strategy that has none yet; with ``models``, what the defaults make is kept in that folder."""
     done = {Strategy(**row["strategy"]) for row in read(out) if row["kind"] == "strategy"}
     wanted = [strategy for strategy in wanted if strategy not in done]
     if not wanted:
@@ -184,6 +195,8 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
                 "correct": found.correct,
             }
             append(out, row | summarise(model, score).to_json())
+            if models is not None and strategy == defaults(strategy.keep):
+                mixrank.save(model, checkpoint_of(models, strategy.keep))
             print(f"{strategy}: top-1 {score.top1:.1f} %", file=sys.stderr, flush=True)
 
 
@@ -308,17 +321,20 @@ def main() -> None:
     parser.add_argument("--keep", type=float, action="append", help="only this budget (repeatable)")
     parser.add_argument("--only", type=json.loads, help='only strategies with these fields, such as {"ranks": "mixed"}')
     parser.add_argument("--cache", type=Path, help="a file that keeps the calibration statistics between runs")
+    parser.add_argument("--models", type=Path, help="a folder that keeps the models that the defaults make")
     parser.add_argument("--part", choices=("strategies", "costs", "speed"), action="append", help="only this part")
     args = parser.parse_args()
     if "MIXRANK_DATA" not in os.environ:
         parser.error("set MIXRANK_DATA to the folder with the model and the images")
+    if args.models is not None and not args.models.is_dir():
+        parser.error(f"--models must be a folder, but {args.models} is none")
     parts = args.part or ["strategies", "costs", "speed"]
     with tempfile.TemporaryDirectory() as scratch:
         data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
         data.dequantize()
         if "strategies" in parts:
             wanted = [strategy for strategy in strategies() if _selected(strategy, args)]
-            measure_strategies(data, args.out, wanted, args.cache)
+            measure_strategies(data, args.out, wanted, args.cache, args.models)
         if "costs" in parts:
             measure_costs(data, args.out)
         if "speed" in parts:

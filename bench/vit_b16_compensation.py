@@ -1,0 +1,91 @@
+"""Train the compressed ViT-B/16 for some minutes to follow the dense one, and count what it wins back.
+
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --only '{"factors": "fisher"}' --models MODELS
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_compensation --models MODELS
+
+FOLDER is that of :mod:`mixrank_bench.vit_b16`, and its first command writes what the defaults of ``mixrank.compress``
+make into MODELS; trained models are written beside them. One JSON line for each budget goes to
+``bench/results/vit_b16_compensation.jsonl``. The images are the same unlabelled ones that the factors were made from;
+those that choose the best step are held out of them. ``python -m mixrank_bench.report`` makes a table of
+docs/accuracy.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import mixrank
+from mixrank.compensate import CompensationOptions, compensate_
+from mixrank_bench.environment import RESULTS, append, read
+from mixrank_bench.fidelity import Reference, compare, reference
+from mixrank_bench.vit_b16 import KEEPS, Data, checkpoint_of
+
+OUT = RESULTS / "vit_b16_compensation.jsonl"
+MINUTES = 60.0
+DTYPE = torch.bfloat16
+
+
+def trained_of(models: Path, keep: float) -> Path:
+    """Where in the folder ``models`` the trained model of a budget is kept."""
+    return models / f"keep_{keep}_trained.safetensors"
+
+
+def measure(
+    data: Data, test: Reference, models: Path, out: Path, keep: float, minutes: float, options: CompensationOptions
+) -> None:
+    """Train the model of one budget and add its row."""
+    dense, model = data.model(), mixrank.load(checkpoint_of(models, keep))
+    before = compare(model, test)
+    # Named by what the run is, so that one that was interrupted goes on and another one starts anew.
+    state = models / f"keep_{keep}_{minutes:g}_{options.seed}.state"
+    images = (batch.images for batch in data.calibration(dense))
+    result = compensate_(
+        model, dense, images, minutes=minutes, options=options, dtype=DTYPE, state=state, progress=True
+    )
+    after = compare(model, test)
+    row = {"kind": "compensation", "keep": keep, "minutes": minutes, "seed": options.seed}
+    row |= {"before": before.to_json(), "after": after.to_json(), "training": result.to_json()}
+    append(out, row)
+    mixrank.save(model, trained_of(models, keep))
+    state.unlink(missing_ok=True)
+    print(f"keep {keep}: top-1 {before.top1:.1f} to {after.top1:.1f} % in {result.steps} steps", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="the folder of the compressed models")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
+    parser.add_argument("--keep", type=float, action="append", help="only this budget (repeatable)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of each training")
+    parser.add_argument("--seed", type=int, default=0, help="of the random views")
+    parser.add_argument("--options", type=json.loads, default={}, help="of CompensationOptions, as JSON")
+    parser.add_argument("--threads", type=int, default=2, help="threads of one operation")
+    args = parser.parse_args()
+    if "MIXRANK_DATA" not in os.environ:
+        parser.error("set MIXRANK_DATA to the folder with the model and the images")
+    options = CompensationOptions(**args.options, seed=args.seed)
+    options.check()
+    torch.set_num_threads(args.threads)
+    done = {(row["keep"], row["minutes"], row["seed"]) for row in read(args.out)}
+    wanted = [keep for keep in args.keep or KEEPS if (keep, args.minutes, args.seed) not in done]
+    missing = [path for path in (checkpoint_of(args.models, keep) for keep in wanted) if not path.is_file()]
+    if missing:
+        parser.error(f"{missing[0]} does not exist: make it by the first command of --help")
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
+        data.dequantize()
+        dense = data.model()
+        test = reference(dense, data.test(dense))
+        for keep in wanted:
+            measure(data, test, args.models, args.out, keep, args.minutes, options)
+
+
+if __name__ == "__main__":
+    main()
