@@ -38,6 +38,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "strategies": tables_vit.strategies,
         "costs": tables_vit.costs,
         "speeds": tables_vit.speeds,
+        "compensation": tables_vit.compensation,
         "peers": tables_peers.peers,
         "ablation": tables_ablation.switches,
     },

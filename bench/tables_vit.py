@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from mixrank_bench import vit_b16
+from mixrank_bench import vit_b16, vit_b16_compensation
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
+
+FIDELITY = (("top1", 1), ("agreement", 1), ("kl", 3))  # fields and decimals
 
 
 def front() -> str:
@@ -99,3 +101,19 @@ def speeds() -> str:
         for r in rows
     ]
     return table(("batch", "model", "images/s, median", "range", "speed-up"), lines) + "\n" + conditions(rows[-1])
+
+
+def compensation() -> str:
+    """Each budget before and after the training."""
+    rows = read(vit_b16_compensation.OUT)
+    if not rows:
+        return "No run has been recorded yet.\n"
+    latest = {(row["keep"], row["minutes"], row["seed"]): row for row in rows}
+    lines = []
+    for (keep, _, seed), row in sorted(latest.items(), reverse=True):
+        before, after, training = row["before"], row["after"], row["training"]
+        cells = (f"{before[name]:.{digits}f} → {after[name]:.{digits}f}" for name, digits in FIDELITY)
+        spent = f"{training['seconds'] / 60:.0f}"
+        lines.append((keep, *cells, spent, training["steps"], training["best_step"], seed))
+    header = ("keep", "top-1, %", "agreement, %", "KL, nats", "minutes", "steps", "best step", "seed")
+    return table(header, lines) + "\n" + conditions(rows[-1])
