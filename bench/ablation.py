@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,19 @@ from torch import Tensor, nn
 
 from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, held_out_images
+from mixrank.compensate import CompensationOptions, compensate_
 from mixrank.compress import FORM, SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS, SHRINK, Timer, plan_ranks
-from mixrank.decompose import decompose
+from mixrank.decompose import decompose, factorise
 from mixrank.demo import ARCHITECTURE, MODEL_ARGS, WEIGHTS
 from mixrank.demo.run import batches, load_images
 from mixrank.fidelity import compare, logits_of
-from mixrank.models import count_parameters, create_model, split_qkv_
+from mixrank.models import create_model, split_qkv_
 from mixrank.plan import Plan
 from mixrank.sample import Sample
 from mixrank.sequential import compress_blocks_
 from mixrank.views import Views, gather
 from mixrank.weighting import WEIGHTINGS
+from mixrank_bench.block_residual import with_blocks
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.vit_b16 import Data
 
@@ -59,6 +62,7 @@ class Subject:
         apart: those that judge.
         keep: the budget.
         batch_size: images that go through the model together.
+        steps: of a training.
         dtype: of the autocast that everything runs under.
     """
 
@@ -67,6 +71,7 @@ class Subject:
     apart: Tensor
     keep: float
     batch_size: int
+    steps: int
     dtype: torch.dtype | None
 
 
@@ -83,6 +88,8 @@ class Variant:
         factors: arguments of :func:`mixrank.decompose`.
         ridge: fits the layers in sequence with this pull.
         allocation: arguments of :func:`mixrank.allocate`; None: the ranks of the defaults.
+        blocks: size of the blocks of a sparse residual and their share of a layer's numbers; None: no such residual.
+        training: options of a training afterwards; None: none.
         rounds: how often sensitivity is measured.
         seen: measure it on images that the factors were made from, and without others to judge them.
         split: factor q, k and v apart.
@@ -96,6 +103,8 @@ class Variant:
     factors: Mapping[str, Any] = field(default_factory=dict)
     ridge: float | None = None
     allocation: Mapping[str, Any] | None = None
+    blocks: tuple[int, float] | None = None
+    training: Mapping[str, Any] | None = None
     rounds: int = SENSITIVITY_ROUNDS
     seen: bool = False
     split: bool = False
@@ -131,6 +140,18 @@ VARIANTS = (
     *(Variant("weighting", kind, calibration={"weighting": kind}) for kind in WEIGHTINGS if kind != "none"),
     Variant("probes", "4 of each image", calibration={"draws": 4}),
     *(Variant("sequential", f"ridge {ridge:g}", ridge=ridge) for ridge in (0.1, 1.0, 10.0)),
+    *(
+        Variant("sparse residual", f"blocks of {size}, {share:.0%} of the numbers", blocks=(size, share))
+        for size, share in ((16, 0.1), (16, 0.3), (32, 0.1))
+    ),
+    Variant("training", "of the factors, through the whole model", training={}),
+    Variant("training", "logits alone", training={"feature_weight": 0.0}),
+    Variant("training", "each block by itself", training={"scope": "block"}),
+    Variant("training", "each layer by itself", training={"scope": "layer"}),
+    Variant("training", "of a residual of rank 16", training={"trained": "residual"}),
+    Variant("training", "of all parameters", training={"trained": "all"}),
+    Variant("training", "without random views", training={"min_scale": 1.0}),
+    *(Variant("training", f"learning rate {rate:g}", training={"learning_rate": rate}) for rate in (1e-5, 5e-5, 1e-4)),
 )
 
 
@@ -140,7 +161,7 @@ def vit_b16(folder: Path, scratch: Path) -> Subject:
     data.dequantize()
     model = data.model()
     images = gather(data.calibration(model), least=1)
-    return _subject(model, images, keep=0.4, batch_size=25, dtype=torch.bfloat16)
+    return _subject(model, images, keep=0.4, batch_size=25, steps=32, dtype=torch.bfloat16)
 
 
 def fashion(assets: Path) -> Subject:
@@ -148,7 +169,7 @@ def fashion(assets: Path) -> Subject:
     args = MODEL_ARGS | {"depth": 12, "patch_size": 7}
     model = create_model(ARCHITECTURE, weights=assets / WEIGHTS, args=args).float()
     images = gather(batches(load_images(assets)["calibration_images"]), least=1)
-    return _subject(model, images, keep=0.15, batch_size=100, dtype=None)
+    return _subject(model, images, keep=0.15, batch_size=100, steps=300, dtype=None)
 
 
 def _subject(model: nn.Module, images: Tensor, **others: Any) -> Subject:
@@ -176,14 +197,23 @@ class Ablation:
         if variant.ridge is not None:
             self._in_sequence(model, variant)
             plan = self.base()
+        elif variant.blocks is not None:
+            self._with_blocks(model, variant)
+            plan = self.base()
         else:
             plan = self._at_once(model, variant)
+        if variant.training is not None:
+            options = CompensationOptions(**variant.training, seed=SEED)
+            batches = self._batches(variant)
+            compensate_(
+                model, self.subject.model, batches, steps=self.subject.steps, options=options, dtype=self.subject.dtype
+            )
         found = compare(logits_of(model, self.apart, self.subject.dtype), self.target)
         return {
             "kl": found.divergence,
             "agreement": found.agreement,
             "images": found.images,
-            "parameters": count_parameters(model),
+            "parameters": plan.parameters_after,
             "ranks": {layer.name: layer.rank for layer in plan.layers},
             "seconds": time.perf_counter() - started,
         }
@@ -229,6 +259,16 @@ class Ablation:
         plan = self.base()
         made, _ = compress_blocks_(model, self._batches(variant), plan, **options)
         put_(model, plan, made)
+
+    def _with_blocks(self, model: nn.Module, variant: Variant) -> None:
+        plan = self.base()
+        self._made(model, BASE)
+        stats = self._statistics[1][0]
+        for layer in plan.layers:
+            if layer.rank is not None:
+                linear, both = model.get_submodule(layer.name), stats[layer.name] + stats.held_out[layer.name]
+                make = partial(factorise, stats=both, **FACTORS)
+                model.set_submodule(layer.name, with_blocks(linear, both, make, layer.rank, *variant.blocks))
 
     def _batches(self, variant: Variant) -> Iterable[Tensor]:
         images, size = self.subject.images, self.subject.batch_size

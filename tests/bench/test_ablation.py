@@ -12,24 +12,29 @@ from mixrank.models import count_parameters
 from mixrank_bench import ablation, tables_ablation
 from mixrank_bench.ablation import BASE, VARIANTS, Ablation, Subject, Variant
 
+SVD = {"factors": "svd", "centre": True}
+
 
 @pytest.fixture(scope="module")
 def measured():
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=7).eval()
     torch.nn.init.normal_(model.head.weight, std=0.1)
-    images, apart = torch.randn(40, 3, 32, 32), torch.randn(10, 3, 32, 32)
-    subject = Subject(model, images, apart, keep=0.5, batch_size=16, dtype=None)
+    kinds = torch.randn(5, 3, 32, 32)  # so that what is learnt on some images holds on others
+    images, apart = (kinds.repeat(count, 1, 1, 1) + 0.3 * torch.randn(5 * count, 3, 32, 32) for count in (8, 2))
+    subject = Subject(model, images, apart, keep=0.5, batch_size=16, steps=20, dtype=None)
     run = Ablation(subject)
     wanted = {
         "base": BASE,
-        "svd": Variant("", "", factors={"factors": "svd", "centre": True}),
+        "svd": Variant("", "", factors=SVD),
         "few": Variant("", "", images=12),
         "views": Variant("", "", views=1),
         "sequence": Variant("", "", ridge=1.0),
         "uniform": Variant("", "", allocation={"ranks": "uniform", "energy": "weight"}),
         "seen": Variant("", "", allocation={}, seen=True),
         "split": Variant("", "", allocation={}, split=True),
+        "blocks": Variant("", "", blocks=(16, 0.2)),
+        "trained": Variant("", "", factors=SVD, training={"learning_rate": 1e-4, "min_scale": 1.0}),
         "again": BASE,
     }
     return model, {name: run.measure(variant) for name, variant in wanted.items()}
@@ -37,10 +42,11 @@ def measured():
 
 def test_what_changes_the_factors_takes_the_ranks_of_the_defaults(measured):
     _, rows = measured
-    for name in ("svd", "few", "views", "sequence"):
+    for name in ("svd", "few", "views", "sequence", "blocks", "trained"):
         assert rows[name]["ranks"] == rows["base"]["ranks"]
         assert rows[name]["kl"] != rows["base"]["kl"]
     assert rows["svd"]["kl"] > rows["base"]["kl"]
+    assert rows["trained"]["kl"] < 0.5 * rows["svd"]["kl"]
     for name in ("uniform", "split"):
         assert rows[name]["ranks"] != rows["base"]["ranks"]
 
