@@ -40,6 +40,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "speeds": tables_vit.speeds,
         "compensation": tables_vit.compensation,
         "peers": tables_peers.peers,
+        "subsets": tables_peers.subsets,
         "ablation": tables_ablation.switches,
     },
     "docs/benchmarks.md": {

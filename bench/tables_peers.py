@@ -17,8 +17,8 @@ NO_RUN = "Not measured yet.\n"
 
 def peers() -> str:
     """Every method at every budget, the most accurate first; of a measurement made twice, the later one."""
-    rows, latest = read(vit_b16_peers.OUT), _latest()
-    if not rows:
+    latest = _latest()
+    if not latest:
         return NO_RUN
     parts = [_dense(row) for row in latest.values() if row["method"] == "dense"]
     for keep in sorted({keep for method, keep in latest if method != "dense"}, reverse=True):
@@ -29,14 +29,29 @@ def peers() -> str:
     absent = [name for name in METHODS if not any(method == name for method, _ in latest)]
     if absent:
         parts.append(f"Not measured yet: {'; '.join(absent)}.\n")
-    last = rows[-1]
+    last = list(latest.values())[-1]
     images = f"{last['calibration_images']} calibration images (seed {last['seed']}), {last['images']} test images"
     parts.append(f"{images}, evaluated in {last['evaluation_dtype']}. {conditions(last)}")
     return "\n".join(parts)
 
 
-def _latest() -> dict[tuple[str, float], dict]:
-    return {(row["method"], row["keep"]): row for row in read(vit_b16_peers.OUT)}
+def _latest(seed: int = 0) -> dict[tuple[str, float], dict]:
+    return {(row["method"], row["keep"]): row for row in read(vit_b16_peers.OUT) if row["seed"] == seed}
+
+
+def subsets() -> str:
+    """What another random subset of the calibration images changes, for each method that was measured with more."""
+    seeds = sorted({row["seed"] for row in read(vit_b16_peers.OUT)})
+    by_seed = {seed: _latest(seed) for seed in seeds}
+    repeated = {key for seed in seeds[1:] for key in by_seed[seed] if key[0] != "dense"}
+    lines = []
+    for method, keep in sorted(repeated, key=lambda key: (-key[1], key[0])):
+        for seed in seeds:
+            row = by_seed[seed].get((method, keep))
+            if row is not None:
+                numbers = (f"{row['top1']:.1f}", f"{row['agreement']:.1f}", f"{row['kl']:.3f}")
+                lines.append((keep, method, seed, *numbers))
+    return table(("keep", "method", "seed", *HEADER[3:6]), lines) if lines else NO_RUN
 
 
 def front() -> dict[str, list[tuple[int, float]]]:

@@ -82,3 +82,16 @@ def test_the_exact_test_of_mcnemar():
 
 def test_without_a_run_the_table_says_so(out):
     assert tables_peers.peers() == tables_peers.NO_RUN
+
+
+def test_another_seed_has_its_own_table_and_leaves_the_first_one_alone(out):
+    write(out, row("dense", 1.0, 90), row("EVA", 0.5, 50), row("OATS", 0.5, 60))
+    alone = tables_peers.peers(), tables_peers.front()
+    assert tables_peers.subsets() == tables_peers.NO_RUN
+    write(out, row("dense", 1.0, 90), row("EVA", 0.5, 50), row("OATS", 0.5, 60), row("EVA", 0.5, 51, seed=1))
+    assert (tables_peers.peers(), tables_peers.front()) == alone
+    lines = tables_peers.subsets().splitlines()
+    assert [line.split(" | ")[:4] for line in lines[2:]] == [
+        ["| 0.5", "EVA", "0", "50.0"],
+        ["| 0.5", "EVA", "1", "51.0"],
+    ]
