@@ -25,13 +25,16 @@ def lowrank_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up = ctx.saved_tensors
     needed = _needed(ctx, 5)
     by_triton = _served_by_triton("lowrank_linear", x, down, up)
-    grads = (
-        overload("lowrank_linear")(grad, up.mT, down.mT) if needed[0] else None,
-        *_factor_grads(by_triton, x, grad, down, up, needed[1:3]),
-        _as_rows(grad).sum(0) if needed[3] else None,
-        None,
-    )
-    return grads[: len(ctx.needs_input_grad)]
+    if needed[0] and needed[1] and not by_triton:
+        hidden_grad = _as_rows(grad) @ up  # serves both
+        x_grad = (hidden_grad @ down).reshape(x.shape)
+        down_grad = hidden_grad.mT @ _as_rows(x)
+        _, up_grad = _factor_grads(by_triton, x, grad, down, up, (False, needed[2]))
+    else:
+        x_grad = overload("lowrank_linear")(grad, up.mT, down.mT) if needed[0] else None
+        down_grad, up_grad = _factor_grads(by_triton, x, grad, down, up, needed[1:3])
+    bias_grad = _as_rows(grad).sum(0) if needed[3] else None
+    return (x_grad, down_grad, up_grad, bias_grad, None)[: len(ctx.needs_input_grad)]
 
 
 def save_lowrank_residual_linear(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
