@@ -67,7 +67,8 @@ def calibrate(
     Args:
         model: a model whose linear layers :func:`mixrank.models.compressible_linears` finds.
         batches: :class:`mixrank.data.Batch` objects, image tensors ``[B, C, H, W]``, or tuples and lists that begin
-            with one. Labels are not used. An attribute ``views`` says how many views of each image follow each other.
+            with one. Labels are not used. An attribute ``views`` says how many views of each image follow each other,
+            one ``held_out`` which share was expected to be held out.
         held_out: share of the images, in [0, 1), whose statistics are kept apart, to tell errors on images that the
             factors were not made from. They are spread evenly, and the same ones whatever the batches are. None: a
             fifth, or none of fewer than five images.
@@ -86,7 +87,7 @@ def calibrate(
     Raises:
         InputError: no images, or too few to hold any out; no layer to compress, or none was called; a layer sees NaN
             or infinite values (named with the image); gradients of a model that is no classifier; an argument
-            outside its range.
+            outside its range, or ``held_out`` other than the batches were told.
 
     Example:
         >>> import timm, torch
@@ -98,6 +99,9 @@ def calibrate(
     linears = compressible_linears(model)
     if not linears:
         raise InputError(f"the model ({type(model).__name__}) has no linear layer that can be compressed")
+    told = getattr(batches, "held_out", held_out)
+    if told != held_out:  # a sample of the images held out would be of others
+        raise InputError(f"held_out must be {told}, as the batches were told, but it was {held_out}")
     share = DEFAULT_HELD_OUT if held_out is None else held_out
     views = getattr(batches, "views", 1)
     parameter = next(model.parameters())

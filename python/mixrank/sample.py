@@ -24,13 +24,14 @@ class Sample:
         size: how many images to keep, at least 1.
         seed: of the choice.
         held_out: the share of the images that calibration holds out (None: its own), to keep no others, but for the
-            first images where there are too few to hold one out. 0: all alike.
+            first images where there are too few to hold one out. 0: all alike. A calibration that goes through these
+            batches must be told the same.
     """
 
     def __init__(self, batches: Iterable, size: int, seed: int, held_out: float | None) -> None:
         if size < 1:
             raise InputError(f"sensitivity_images must be at least 1, but it was {size}")
-        self.batches, self.size, self.seed = batches, size, seed
+        self.batches, self.size, self.seed, self.held_out = batches, size, seed, held_out
         self.share = DEFAULT_HELD_OUT if held_out is None else held_out
         self.views = getattr(batches, "views", 1)
         self._kept: list[Tensor] = []

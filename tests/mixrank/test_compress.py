@@ -13,7 +13,7 @@ import torch
 
 import mixrank
 from mixrank import InputError, allocate, apply_, compress, decompose
-from mixrank.calibrate import held_out_images
+from mixrank.calibrate import calibrate, held_out_images
 from mixrank.models import count_macs, count_parameters, create_model, split_qkv_
 from mixrank.sample import Sample
 
@@ -218,6 +218,15 @@ def test_a_sample_is_of_the_images_that_are_held_out(views):
         assert len(found.unique()) == len(found) == min(size, len(apart))
         assert set(found.tolist()) <= set(apart.tolist())
         assert expected is None or torch.equal(found, expected)
+
+
+def test_a_calibration_that_holds_others_out_than_its_sample_was_told_is_refused(model, images):
+    sample = Sample([images], 3, 0, None)
+    assert calibrate(model, sample, held_out=None)
+    with pytest.raises(InputError, match=r"held_out must be None, as the batches were told, but it was 0\.0"):
+        calibrate(model, sample)
+    with pytest.raises(InputError, match=r"held_out must be 0\.25, as the batches were told, but it was None"):
+        calibrate(model, Sample([images], 3, 0, 0.25), held_out=None)
 
 
 def test_by_itself_it_asks_what_the_answers_feel_and_says_where_there_are_none(model, images):
