@@ -19,6 +19,7 @@ class _Int8Layer(nn.Module):
     dynamic: bool
     in_features: int
     out_features: int
+    rank: int | None = None
     bias: nn.Parameter | None
 
     def _add_codes(self, name: str, rows: int, cols: int, device: torch.device | str | None) -> None:
@@ -69,6 +70,13 @@ class _Int8Layer(nn.Module):
 
     def _packs_in_graph(self, codes: Tensor) -> bool:
         return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and codes.device.type == "cpu"
+
+    def extra_repr(self) -> str:
+        rank = "" if self.rank is None else f"rank={self.rank}, "
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {rank}bias={self.bias is not None}, "
+            f"dynamic={self.dynamic}"
+        )
 
 
 class Int8Linear(_Int8Layer):
@@ -140,14 +148,34 @@ class Int8Linear(_Int8Layer):
             return packing.int8_linear(x, self.codes, self.scale, self.bias, self.dynamic)
         return ops.int8_linear(x, self.codes, self.scale, self.bias, self.dynamic, self._packed(self.codes))
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"dynamic={self.dynamic}"
-        )
+
+class _Int8LowRankLayer(_Int8Layer):
+    """A layer of low rank in either form: constructed alike, and served by the same operator."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        dynamic: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_rank(rank, in_features, out_features)
+        self.in_features, self.out_features, self.rank, self.dynamic = in_features, out_features, rank, dynamic
+        self._add_codes("down_", rank, in_features, device)
+        self._add_second(device)
+        self._add_bias(bias, device, dtype)
+
+    def _add_second(self, device: torch.device | str | None) -> None:
+        """Add what the form has beside ``down``."""
+        raise NotImplementedError
 
 
-class Int8MixedRankLinear(_Int8Layer):
+class Int8MixedRankLinear(_Int8LowRankLayer):
     """A :class:`mixrank.nn.MixedRankLinear` whose factors are 8-bit codes times one scale for each of their rows.
 
     It starts with factors of zeros.
@@ -171,23 +199,8 @@ class Int8MixedRankLinear(_Int8Layer):
         torch.Size([3, 5, 16])
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        *,
-        dynamic: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_rank(rank, in_features, out_features)
-        self.in_features, self.out_features, self.rank, self.dynamic = in_features, out_features, rank, dynamic
-        self._add_codes("down_", rank, in_features, device)
-        self._add_codes("up_", out_features, rank, device)
-        self._add_bias(bias, device, dtype)
+    def _add_second(self, device: torch.device | str | None) -> None:
+        self._add_codes("up_", self.out_features, self.rank, device)
 
     @classmethod
     def from_codes(
@@ -238,14 +251,8 @@ class Int8MixedRankLinear(_Int8Layer):
             return packing.int8_lowrank_linear(x, *operands)
         return ops.int8_lowrank_linear(x, *operands, None, self._packed(self.down_codes, self.up_codes))
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}, dynamic={self.dynamic}"
-        )
 
-
-class Int8PivotedLinear(_Int8Layer):
+class Int8PivotedLinear(_Int8LowRankLayer):
     """A :class:`mixrank.PivotedLinear` whose rows and coefficients are 8-bit codes times one scale for each row.
 
     It starts with a weight of zeros.
@@ -269,24 +276,10 @@ class Int8PivotedLinear(_Int8Layer):
         torch.Size([3, 5, 16])
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        *,
-        dynamic: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_rank(rank, in_features, out_features)
-        self.in_features, self.out_features, self.rank, self.dynamic = in_features, out_features, rank, dynamic
-        self._add_codes("down_", rank, in_features, device)
-        self._add_codes("coefficients_", out_features - rank, rank, device)
-        self.register_buffer("index", torch.arange(out_features, device=device, dtype=index_dtype(out_features)))
-        self._add_bias(bias, device, dtype)
+    def _add_second(self, device: torch.device | str | None) -> None:
+        self._add_codes("coefficients_", self.out_features - self.rank, self.rank, device)
+        index = torch.arange(self.out_features, device=device, dtype=index_dtype(self.out_features))
+        self.register_buffer("index", index)
 
     @classmethod
     def from_codes(
@@ -349,12 +342,6 @@ class Int8PivotedLinear(_Int8Layer):
             return packing.int8_lowrank_linear(x, *operands, self.dynamic, index)
         packed = self._packed(self.down_codes, self.coefficients_codes)
         return ops.int8_lowrank_linear(x, *operands, self.dynamic, index, packed)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}, dynamic={self.dynamic}"
-        )
 
 
 def check_codes(name: str, codes: Tensor, scale: Tensor) -> None:
