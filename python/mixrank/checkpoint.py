@@ -29,12 +29,15 @@ from mixrank.nn_pivoted import PivotedLinear, check_index
 from mixrank.plan import Plan
 from mixrank.prepare import check_preprocessing
 from mixrank.quantize import quantized_layers, restructure_quantized_
+from mixrank.uvc.shrink import RemainingBlock, remaining_blocks, restructure_pruned_
 from mixrank_kernels import __version__
 
-FORMAT = 2
-"""The newest format that is read. Format 2 has quantised layers; files without them are of format 1 as before."""
+FORMAT = 3
+"""The newest format that is read. Format 2 has quantised layers, format 3 pruned blocks; a file without them is of the
+oldest format that can hold it."""
 _KEY = "mixrank"
 _MAX_HEADER_BYTES = 64 * 2**20
+_MAX_PRUNED_DEPTH = 512
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _DTYPES |= {"BOOL": torch.bool}
@@ -62,6 +65,7 @@ class Header:
         exposed_qkv: whether :func:`mixrank.models.expose_qkv_` was applied.
         buffer_dtypes: floating dtypes, other than fp32, of buffers that are not in the file but computed.
         quantization: the layers of 8-bit weights by name, and whether their input is quantised too.
+        blocks: what pruning left of the blocks, or None where they are as they were built.
         tensors: dtype and shape by name.
     """
 
@@ -75,6 +79,7 @@ class Header:
     exposed_qkv: bool
     buffer_dtypes: dict[str, torch.dtype]
     quantization: dict[str, bool]
+    blocks: tuple[RemainingBlock, ...] | None
     tensors: dict[str, TensorInfo]
 
 
@@ -99,9 +104,9 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
     spec = model_spec(model)
     state = model.state_dict()
     computed = {name: buffer for name, buffer in model.named_buffers() if name not in state}
-    quantization = quantized_layers(model)
+    quantization, blocks = quantized_layers(model), remaining_blocks(model)
     content = {
-        "format": 2 if quantization else 1,
+        "format": 1 if blocks is None and not quantization else 2 if blocks is None else 3,
         "library_version": __version__,
         "architecture": spec.architecture,
         "args": spec.args,
@@ -117,6 +122,8 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
     }
     if quantization:
         content["quantization"] = quantization
+    if blocks is not None:
+        content["blocks"] = [block.to_json() for block in blocks]
     try:
         text = json.dumps(content, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
@@ -260,6 +267,7 @@ def _parse(text: str, tensors: dict[str, TensorInfo], path: Path) -> Header:
                 for name, dtype in _typed(content, "buffer_dtypes", dict).items()
             },
             quantization=_quantization(content) if version >= 2 else {},
+            blocks=_blocks(content) if version >= 3 else None,
             tensors=tensors,
         )
         check_spec(ModelSpec(header.architecture, header.args))
@@ -268,9 +276,9 @@ def _parse(text: str, tensors: dict[str, TensorInfo], path: Path) -> Header:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} has a header that is not mixrank's: {error!r}") from error
     depths = [header.args.get("depth"), *_as_list(header.args.get("depths"))]
-    # Each block has tensors of its own; more blocks than tensors only keep the reader busy for ever.
+    # Each block has tensors of its own, unless it was removed; many more only keep the reader busy for ever.
     deepest = max((depth for depth in depths if isinstance(depth, int)), default=0)
-    if deepest > len(tensors):
+    if deepest > max(len(tensors), 0 if header.blocks is None else _MAX_PRUNED_DEPTH):
         raise InputError(f"{path} does not fit {header.architecture}: {deepest} blocks, but {len(tensors)} tensors")
     return header
 
@@ -286,6 +294,10 @@ def _quantization(content: dict) -> dict[str, bool]:
     return layers
 
 
+def _blocks(content: dict) -> tuple[RemainingBlock, ...]:
+    return tuple(RemainingBlock.from_json(block) for block in _typed(content, "blocks", list))
+
+
 def _typed(content: dict, key: str, kind: type) -> Any:
     if not isinstance(content[key], kind):
         raise ValueError(f"{key} is not a {kind.__name__}")
@@ -299,7 +311,8 @@ def _skeleton(header: Header, source: str) -> None:
     try:
         _prepare(model, header)
     except InputError as error:
-        raise InputError(f"the plan of {source} does not fit {header.architecture}: {error}") from error
+        what = f"plan of {source} does" if header.blocks is None else f"blocks of {source} do"
+        raise InputError(f"the {what} not fit {header.architecture}: {error}") from error
     state = model.state_dict()
     check_shapes(
         {name: info.shape for name, info in header.tensors.items()},
@@ -324,6 +337,8 @@ def _skeleton(header: Header, source: str) -> None:
 def _prepare(model: nn.Module, header: Header) -> None:
     if header.exposed_qkv:
         expose_qkv_(model)
+    if header.blocks is not None:
+        restructure_pruned_(model, header.blocks)
     if header.plan is not None:
         restructure_(model, header.plan)
     if header.quantization:

@@ -311,7 +311,7 @@ def _drop(field: str):
         (lambda own: "{", "has a header that is not mixrank's"),
         (lambda own: '{"a":' * 50_000, "has a header that is not mixrank's"),
         (lambda own: [1], "has a header that is not mixrank's"),
-        (_set(format=3), "has format 3, newer than the 2 that this version"),
+        (_set(format=4), "has format 4, newer than the 3 that this version"),
         (_set(format="1"), "its format is not a version number"),
         (_drop("args"), "not mixrank's: KeyError.'args'"),
         (_set(metadata=3), "metadata is not a dict"),

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mixrank.errors import InputError
+from mixrank.models import model_spec
 from mixrank.uvc.attention import PrunedAttention
 from mixrank.uvc.structure import BlockParts, BlockShape, parts_of
 
@@ -39,6 +40,38 @@ class KeptBlock:
         return BlockShape(tuple(len(columns) for columns in self.columns if columns), len(self.neurons))
 
 
+@dataclass(frozen=True)
+class RemainingBlock:
+    """A block of a model that was shrunk.
+
+    Attributes:
+        index: of the block in the model as it was built.
+        shape: what it has now.
+    """
+
+    index: int
+    shape: BlockShape
+
+    def to_json(self) -> dict:
+        """Return the block in terms of JSON."""
+        return {"index": self.index, "columns": list(self.shape.columns), "neurons": self.shape.neurons}
+
+    @classmethod
+    def from_json(cls, data: dict) -> RemainingBlock:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            InputError: a field is missing, unknown, of the wrong type or out of range.
+        """
+        good = isinstance(data, dict) and data.keys() == {"index", "columns", "neurons"}
+        good = good and isinstance(data["columns"], list)
+        numbers = [*data["columns"], data["neurons"]] if good else []
+        whole = all(type(number) is int for number in (*numbers, data["index"])) if good else False
+        if not whole or not all(number > 0 for number in numbers) or len(numbers) < 2 or data["index"] < 0:
+            raise InputError(f"a remaining block must have an index, columns and neurons, but it was {data!r}")
+        return cls(data["index"], BlockShape(tuple(data["columns"]), data["neurons"]))
+
+
 def shrink_(model: nn.Module, kept: Sequence[KeptBlock | None]) -> nn.Module:
     """Remove in place all that is not kept. Nothing is changed unless all of it fits the model.
 
@@ -47,19 +80,50 @@ def shrink_(model: nn.Module, kept: Sequence[KeptBlock | None]) -> nn.Module:
         kept: for each block what stays of it, or None: the block goes. At least one block stays.
 
     Returns:
-        ``model``; its blocks are numbered anew.
+        ``model``; its blocks are numbered anew, and ``model.mixrank_blocks`` says what they are, for checkpoints.
 
     Raises:
         InputError: an architecture that is not supported, a wrong number of blocks or heads, or a column or neuron that
             the block does not have (it says which).
     """
     parts = _checked(model, kept)
+    _note_origin_(model)
+    before = remaining_blocks(model) or range(len(parts))
+    remaining = [
+        RemainingBlock(old.index if isinstance(old, RemainingBlock) else old, one.shape)
+        for old, one in zip(before, kept, strict=True)
+        if one is not None
+    ]
     with torch.no_grad():
         for part, one in zip(parts, kept, strict=True):
             if one is not None:
                 _shrink_block_(model.get_submodule(part.name), part, one)
     _drop_blocks_(model, [one is not None for one in kept])
+    model.mixrank_blocks = tuple(remaining)
     return model
+
+
+def remaining_blocks(model: nn.Module) -> tuple[RemainingBlock, ...] | None:
+    """What :func:`shrink_` left of the blocks of a model; None where it was never shrunk."""
+    return getattr(model, "mixrank_blocks", None)
+
+
+def restructure_pruned_(model: nn.Module, blocks: Sequence[RemainingBlock]) -> nn.Module:
+    """Give a freshly built model the blocks of a shrunken one, with weights that wait for a checkpoint's tensors.
+
+    Raises:
+        InputError: the model has no such blocks, or is of an architecture that is not supported.
+    """
+    parts = parts_of(model)
+    indices = [block.index for block in blocks]
+    if any(first >= second for first, second in pairwise(indices)) or not all(0 <= i < len(parts) for i in indices):
+        raise InputError(f"blocks must rise and lie in 0 to {len(parts) - 1}, but they were {indices}")
+    kept: list[KeptBlock | None] = [None] * len(parts)
+    for index, shape in ((block.index, block.shape) for block in blocks):
+        removed = ((),) * (len(parts[index].columns) - len(shape.columns))
+        columns = tuple(tuple(range(count)) for count in shape.columns)
+        kept[index] = KeptBlock(columns + removed, tuple(range(shape.neurons)))
+    return shrink_(model, kept)
 
 
 def mask_(model: nn.Module, kept: Sequence[KeptBlock | None]) -> nn.Module:
@@ -87,6 +151,14 @@ def _mask(layer: nn.Linear, columns: list[int]) -> None:
     gone = torch.ones(layer.in_features, dtype=torch.bool, device=layer.weight.device)
     gone[columns] = False
     layer.weight[:, gone] = 0
+
+
+def _note_origin_(model: nn.Module) -> None:
+    """Note how the model is built, where that is known: from its shapes it cannot be told any more."""
+    try:
+        model.mixrank_spec = model_spec(model)
+    except InputError:
+        return  # it works all the same, and saving it says what is missing
 
 
 def _checked(model: nn.Module, kept: Sequence[KeptBlock | None]) -> list[BlockParts]:
