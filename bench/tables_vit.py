@@ -10,23 +10,26 @@ FIDELITY = (("top1", 1), ("agreement", 1), ("kl", 3))  # fields and decimals
 
 
 def front() -> str:
-    """The best strategy at each budget beside the dense model."""
+    """What the defaults make at each budget, beside the dense model."""
     rows = read(vit_b16.OUT)
     dense = next(row for row in rows if row["kind"] == "dense")
     speeds = {row["model"]: row for row in _speeds(rows) if row["batch"] == vit_b16.SPEED_BATCH}
-    lines = [_model("dense", dense, speeds["dense"], speeds["dense"])]
+    lines, last = [_model("dense", dense, speeds["dense"], speeds["dense"])], dense
     for keep in vit_b16.KEEPS:
-        found = [row for row in rows if row["kind"] == "strategy" and row["strategy"]["keep"] == keep]
-        best = max(found, key=lambda row: row["top1"])
-        speed = speeds.get(vit_b16.Strategy(**best["strategy"]).shapes)
-        lines.append(_model(f"keep {keep}: {_strategy(best)}", best, speed, speeds["dense"]))
+        strategy = vit_b16.defaults(keep)
+        found = [row for row in rows if row["kind"] == "strategy" and vit_b16.Strategy(**row["strategy"]) == strategy]
+        if found:
+            lines.append(_model(f"keep {keep}", found[-1], speeds.get(vit_b16.speed_name(keep)), speeds["dense"]))
+            last = found[-1]
     header = ("", "parameters", "MB", "GMACs", "top-1, %", f"images/s, batch {vit_b16.SPEED_BATCH}", "speed-up")
-    return table(header, lines) + "\n" + conditions(dense)
+    return table(header, lines) + "\n" + conditions(last)
 
 
 def _speeds(rows: list[dict]) -> list[dict]:
     """The rows of speed of the last run: only what took turns can be compared."""
-    latest = {(row["batch"], row["model"]): row for row in rows if row["kind"] == "speed"}
+    names = {"dense", *(f"keep {keep}" for keep in vit_b16.KEEPS), *map(vit_b16.speed_name, vit_b16.KEEPS)}
+    found = (row for row in rows if row["kind"] == "speed" and row["model"] in names)
+    latest = {(row["batch"], row["model"]): row for row in found}
     return sorted(latest.values(), key=lambda row: row["batch"])
 
 

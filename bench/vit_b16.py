@@ -66,13 +66,6 @@ class Strategy:
     shrink: float = 0.0
     form: str = "factors"
 
-    @property
-    def shapes(self) -> str:
-        """What the shapes of the layers follow from, as rows of speed name it."""
-        usual = (self.ranks, self.energy, self.split_qkv, self.form) == ("mixed", "weight", False, "factors")
-        details = f", {self.ranks} ranks, {self.energy}, {self.form}{', split' if self.split_qkv else ''}"
-        return f"keep {self.keep}{'' if usual else details}"
-
 
 def strategies() -> Iterator[Strategy]:
     """Every strategy at every budget; for uniform ranks the energy plays no part."""
@@ -91,6 +84,11 @@ def strategies() -> Iterator[Strategy]:
 def defaults(keep: float) -> Strategy:
     """What :func:`mixrank.compress` does without options."""
     return Strategy(keep, "fisher", "mixed", "sensitivity", True, False, SHRINK, FORM)
+
+
+def speed_name(keep: float) -> str:
+    """What rows of speed call the model that the defaults make."""
+    return f"keep {keep}, defaults"
 
 
 def checkpoint_of(models: Path, keep: float) -> Path:
@@ -287,7 +285,11 @@ COSTS = {
 
 
 def measure_speed(data: Data, out: Path) -> None:
-    """Dense against compressed with plain SVD factors, interleaved, at batch 1 and 8: all, where one has no row yet."""
+    """Dense against compressed, interleaved, at batch 1 and 8: all, where one has no row yet.
+
+    The factors are those of the plain SVD, since only the shapes count: of ranks by weight energy, and of the ranks
+    that the defaults found, in their form.
+    """
     rows = read(out)
     done = {row["model"] for row in rows if row["kind"] == "speed"}
     dense = data.model()
@@ -295,11 +297,10 @@ def measure_speed(data: Data, out: Path) -> None:
     plans = {f"keep {keep}": allocate(dense, factorisations, keep=keep) for keep in KEEPS}
     for row in rows:
         strategy = Strategy(**row["strategy"]) if row["kind"] == "strategy" else None
-        if strategy is not None and strategy.form == "pivoted" and not strategy.split_qkv:
-            # Ranks of another strategy, so that only the shapes count.
+        if strategy is not None and strategy == defaults(strategy.keep):
             plan = allocate(dense, factorisations, keep=strategy.keep, form=strategy.form)
             layers = (dataclasses.replace(layer, rank=row["ranks"][layer.name]) for layer in plan.layers)
-            plans[strategy.shapes] = dataclasses.replace(plan, layers=tuple(layers))
+            plans[speed_name(strategy.keep)] = dataclasses.replace(plan, layers=tuple(layers))
     if done >= plans.keys():
         return
     models = {"dense": dense}

@@ -1,0 +1,243 @@
+"""The variables and multipliers of unified compression, and their updates (Yu et al., ICLR 2022).
+
+Each block has four kinds of variables: which share of its heads is removed (s), of the value columns of each head (r),
+of its hidden neurons (n), and a gate g, the probability that the block is kept. With e(.) the energy of the groups of
+the smallest norm, relative to the energy of all, R the share of the multiply-adds that remains, and multipliers at
+least zero, the problem is the saddle point
+
+    ``min over W, s, r, n, g   max over y, p, q, z
+    loss(W, g) + y e(s) + p e(r) + q e(n) + z (R(s, r, n, g) - budget)``
+
+solved by a step of each in turn: the weights by their optimizer, then :meth:`PrimalDual.shrink_weights_` (the proximal
+step on the groups that are to go), then :meth:`PrimalDual.update`. Shares and relative energies make the steps
+independent of a model's width and of the scale of its weights; the paper counts groups and takes plain squared norms. A
+removed group is one of the ``ceil(share * count)`` of the smallest norm; the derivative passes straight through the
+rounding: of e, it is the relative norm of the group that would go next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixrank.errors import InputError
+from mixrank.uvc.shrink import KeptBlock
+from mixrank.uvc.structure import BlockParts, Structure
+
+KINDS = ("heads", "columns", "neurons")
+
+
+@dataclass
+class BlockVariables:
+    """The variables or multipliers of one block, float64.
+
+    Attributes:
+        heads: a number: the share of the heads that is removed, or its multiplier.
+        columns: ``[H]``: the same for the value columns of each head.
+        neurons: a number: the same for the hidden neurons.
+    """
+
+    heads: Tensor
+    columns: Tensor
+    neurons: Tensor
+
+    @classmethod
+    def full(cls, heads: int, value: float) -> BlockVariables:
+        """All of one value."""
+        number = torch.tensor(value, dtype=torch.float64)
+        return cls(number.clone(), torch.full((heads,), value, dtype=torch.float64), number.clone())
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Squared norms of what can be removed from a block, float64: columns of ``proj`` and of ``fc2``.
+
+    Attributes:
+        heads: ``[H]``.
+        columns: one tensor for each head, ``[value columns of the head]``.
+        neurons: ``[n]``.
+    """
+
+    heads: Tensor
+    columns: tuple[Tensor, ...]
+    neurons: Tensor
+
+    @classmethod
+    def of(cls, part: BlockParts) -> Groups:
+        """Those of a block as its weights are now."""
+        columns = part.attention.proj.weight.detach().double().square().sum(0).cpu().split(part.columns)
+        neurons = part.mlp.fc2.weight.detach().double().square().sum(0).cpu()
+        return cls(torch.stack([one.sum() for one in columns]), columns, neurons)
+
+
+def removed(norms: Tensor, share: Tensor) -> Tensor:
+    """The indices of the groups that a share removes, those of the smallest norm; at least one group stays."""
+    count = min(math.ceil(share.item() * len(norms)), len(norms) - 1)
+    return norms.argsort(stable=True)[:count]
+
+
+def bottom_energy(norms: Tensor, share: Tensor) -> Tensor:
+    """e: the energy of the groups that a share removes, relative to the energy of all."""
+    return norms[removed(norms, share)].sum() / _total(norms)
+
+
+def next_energy(norms: Tensor, share: Tensor) -> Tensor:
+    """de/dshare: the norm of the group that would go next, relative to the mean norm."""
+    ordered, gone = norms.sort().values, len(removed(norms, share))
+    return ordered[gone] * len(norms) / _total(norms)
+
+
+def _total(norms: Tensor) -> Tensor:
+    return norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Step sizes.
+
+    Attributes:
+        share: of the shares s, r and n.
+        group: of the multipliers y, p and q.
+        budget: of the multiplier z.
+        damping: what is added to z in proportion to ``R - budget``, so that it settles.
+        clip: the longest step of a share is ``share * clip``.
+    """
+
+    share: float = 0.01
+    group: float = 1.0
+    budget: float = 1.0
+    damping: float = 10.0
+    clip: float = 1.0
+
+
+class PrimalDual:
+    """Variables and multipliers of a model, and one update of them.
+
+    Args:
+        structure: of the model.
+        budget: the share of the multiply-adds that may remain, in (0, 1).
+        rates: step sizes.
+
+    Raises:
+        InputError: the budget is outside its range, or below what remains of a model with one block of one head, one
+            column and one neuron (it says how much that is).
+    """
+
+    def __init__(self, structure: Structure, budget: float, rates: Rates | None = None) -> None:
+        least = (structure.fixed_macs + structure.block_macs(1, 1, 1)) / structure.macs()
+        if not least < budget < 1:
+            raise InputError(
+                f"budget must be above {least:.4f} (one block of one head) and below 1, but it was {budget}"
+            )
+        self.structure, self.budget, self.rates = structure, budget, rates or Rates()
+        heads = [len(block.columns) for block in structure.blocks]
+        self.shares = [BlockVariables.full(count, 0.0) for count in heads]
+        self.multipliers = [BlockVariables.full(count, 0.0) for count in heads]
+        self.pressure = 0.0  # z
+
+    def remaining(self, groups: list[Groups], gates: Tensor) -> Tensor:
+        """R, as the shares are now: the expected share of the multiply-adds that remain; differentiable.
+
+        Args:
+            groups: of each block.
+            gates: ``[blocks]``, the probability that each is kept.
+        """
+        structure, total = self.structure, torch.tensor(float(self.structure.fixed_macs), dtype=torch.float64)
+        for shape, shares, found, gate in zip(structure.blocks, self.shares, groups, gates.double(), strict=True):
+            count = len(shape.columns)
+            widths = torch.tensor(shape.columns, dtype=torch.float64)
+            stays = torch.ones(count, dtype=torch.float64)
+            stays[removed(found.heads, shares.heads.detach())] = 0.0
+            # Of the heads that stay, the mean number of columns; of the heads, as many as the share says.
+            kept = count * (1 - shares.heads)
+            columns = kept * ((1 - shares.columns) * widths * stays).sum() / stays.sum()
+            total = total + gate * structure.block_macs(kept, columns, shape.neurons * (1 - shares.neurons))
+        return total / structure.macs()
+
+    def update(self, groups: list[Groups], gates: Tensor) -> tuple[float, Tensor]:
+        """One step of the shares down the gradient and of the multipliers up theirs.
+
+        Args:
+            groups: of each block, after the step of the weights.
+            gates: ``[blocks]``, the probability that each is kept.
+
+        Returns:
+            R before the step, and ``z dR/dgates`` ``[blocks]``, which the owner of the gates adds to their gradient.
+        """
+        gates = gates.detach().double().clone().requires_grad_()
+        inputs = [getattr(shares, kind).requires_grad_() for shares in self.shares for kind in KINDS]
+        share = self.remaining(groups, gates)
+        *slopes, gate_slope = torch.autograd.grad(share, [*inputs, gates])
+        for value in inputs:
+            value.requires_grad_(False)
+        over = share.item() - self.budget
+        pressure = max(0.0, self.pressure + self.rates.damping * over)
+        flat = iter(slopes)
+        for shares, duals, found in zip(self.shares, self.multipliers, groups, strict=True):
+            for kind in KINDS:
+                self._step(kind, shares, duals, found, pressure * next(flat))
+        self.pressure = max(0.0, self.pressure + self.rates.budget * over)
+        return share.item(), pressure * gate_slope
+
+    def _step(self, kind: str, shares: BlockVariables, duals: BlockVariables, found: Groups, pull: Tensor) -> None:
+        share, dual, norms = getattr(shares, kind), getattr(duals, kind), getattr(found, kind)
+        # A number has one family of groups, the columns have one for each head.
+        families = norms if isinstance(norms, tuple) else (norms,)
+        flat_share, flat_dual, flat_pull = share.reshape(-1), dual.reshape(-1), pull.reshape(-1)
+        for i, family in enumerate(families):
+            energy = bottom_energy(family, flat_share[i])
+            slope = flat_dual[i] * next_energy(family, flat_share[i]) + flat_pull[i]
+            step = self.rates.share * slope.clamp(-self.rates.clip, self.rates.clip)
+            flat_share[i] = (flat_share[i] - step).clamp(0, 1 - 1 / len(family))
+            flat_dual[i] = (flat_dual[i] + self.rates.group * energy).clamp(min=0)
+
+    def shrink_weights_(self, parts: Iterable[BlockParts], groups: list[Groups], rate: float) -> None:
+        """The proximal step: the groups that are to go are divided by ``1 + 2 rate * multiplier``, in place.
+
+        Args:
+            parts: of each block.
+            groups: their norms.
+            rate: the learning rate of the weights.
+        """
+        with torch.no_grad():
+            for part, found, shares, duals in zip(parts, groups, self.shares, self.multipliers, strict=True):
+                proj, fc2 = part.attention.proj.weight, part.mlp.fc2.weight
+                _divide(fc2, removed(found.neurons, shares.neurons), 1 + 2 * rate * duals.neurons)
+                starts = torch.tensor((0, *part.columns)).cumsum(0)
+                for head, norms in enumerate(found.columns):
+                    gone = removed(norms, shares.columns[head])
+                    _divide(proj, starts[head] + gone, 1 + 2 * rate * duals.columns[head])
+                for head in removed(found.heads, shares.heads).tolist():
+                    whole = torch.arange(starts[head], starts[head + 1])
+                    _divide(proj, whole, 1 + 2 * rate * duals.heads)
+
+    def chosen(self, groups: list[Groups], gates: Tensor) -> list[KeptBlock | None]:
+        """What stays of each block by the shares and gates as they are: a block whose gate is below a half goes.
+
+        At least the block of the highest gate stays.
+        """
+        found: list[KeptBlock | None] = []
+        for index, (shares, block) in enumerate(zip(self.shares, groups, strict=True)):
+            if gates[index] < 0.5 and index != int(gates.argmax()):
+                found.append(None)
+                continue
+            heads = set(removed(block.heads, shares.heads).tolist())
+            columns = tuple(
+                () if head in heads else _stays(norms, shares.columns[head]) for head, norms in enumerate(block.columns)
+            )
+            found.append(KeptBlock(columns, _stays(block.neurons, shares.neurons)))
+        return found
+
+
+def _stays(norms: Tensor, share: Tensor) -> tuple[int, ...]:
+    gone = set(removed(norms, share).tolist())
+    return tuple(i for i in range(len(norms)) if i not in gone)
+
+
+def _divide(weight: nn.Parameter, columns: Tensor, by: Tensor) -> None:
+    if len(columns):
+        weight[:, columns.to(weight.device)] /= by.item()
