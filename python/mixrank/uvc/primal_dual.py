@@ -8,17 +8,21 @@ least zero, the problem is the saddle point
     ``min over W, s, r, n, g   max over y, p, q, z
     loss(W, g) + y e(s) + p e(r) + q e(n) + z (R(s, r, n, g) - budget)``
 
-solved by a step of each in turn: the weights by their optimizer, then :meth:`PrimalDual.shrink_weights_` (the proximal
-step on the groups that are to go), then :meth:`PrimalDual.update`. Shares and relative energies make the steps
-independent of a model's width and of the scale of its weights; the paper counts groups and takes plain squared norms. A
-removed group is one of the ``ceil(share * count)`` of the smallest norm; the derivative passes straight through the
-rounding: of e, it is the relative norm of the group that would go next.
+solved by a step of each in turn: the weights by their optimizer, then :meth:`PrimalDual.shrink_weights_` (the
+proximal step on the groups that are to go), then :meth:`PrimalDual.update`. A removed group is one of the
+``ceil(share * count)`` of the smallest norm; the derivative passes straight through the rounding: of e, it is the
+relative norm of the group that would go next.
+
+Two things differ from the paper. Shares and relative energies, where it counts groups and takes plain squared norms,
+make the steps independent of a model's width and of the scale of its weights. And z is not raised by small steps, which
+overshoot: once the groups that are to go have shrunk to nothing, nothing draws them back. It is solved for in each
+update instead, as the least multiplier under which R does not exceed a target that falls from 1 to the budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +33,7 @@ from mixrank.uvc.shrink import KeptBlock
 from mixrank.uvc.structure import BlockParts, Structure
 
 KINDS = ("heads", "columns", "neurons")
+_HIGHEST_PRESSURE = 1e9
 
 
 @dataclass
@@ -66,6 +71,10 @@ class Groups:
     columns: tuple[Tensor, ...]
     neurons: Tensor
 
+    def families(self) -> list[Tensor]:
+        """The groups that compete with one another, in the order of :class:`BlockVariables`."""
+        return [self.heads, *self.columns, self.neurons]
+
     @classmethod
     def of(cls, part: BlockParts) -> Groups:
         """Those of a block as its weights are now."""
@@ -102,15 +111,11 @@ class Rates:
     Attributes:
         share: of the shares s, r and n.
         group: of the multipliers y, p and q.
-        budget: of the multiplier z.
-        damping: what is added to z in proportion to ``R - budget``, so that it settles.
         clip: the longest step of a share is ``share * clip``.
     """
 
     share: float = 0.01
-    group: float = 1.0
-    budget: float = 1.0
-    damping: float = 10.0
+    group: float = 0.1
     clip: float = 1.0
 
 
@@ -158,42 +163,42 @@ class PrimalDual:
             total = total + gate * structure.block_macs(kept, columns, shape.neurons * (1 - shares.neurons))
         return total / structure.macs()
 
-    def update(self, groups: list[Groups], gates: Tensor) -> tuple[float, Tensor]:
+    def update(self, groups: list[Groups], gates: Tensor, target: float) -> tuple[float, Tensor]:
         """One step of the shares down the gradient and of the multipliers up theirs.
 
         Args:
             groups: of each block, after the step of the weights.
             gates: ``[blocks]``, the probability that each is kept.
+            target: what R is to be after the step, or below; steps are limited, so that it may take several.
 
         Returns:
             R before the step, and ``z dR/dgates`` ``[blocks]``, which the owner of the gates adds to their gradient.
         """
         gates = gates.detach().double().clone().requires_grad_()
         inputs = [getattr(shares, kind).requires_grad_() for shares in self.shares for kind in KINDS]
-        share = self.remaining(groups, gates)
-        *slopes, gate_slope = torch.autograd.grad(share, [*inputs, gates])
+        remaining = self.remaining(groups, gates)
+        *slopes, gate_slope = torch.autograd.grad(remaining, [*inputs, gates])
         for value in inputs:
             value.requires_grad_(False)
-        over = share.item() - self.budget
-        pressure = max(0.0, self.pressure + self.rates.damping * over)
-        flat = iter(slopes)
-        for shares, duals, found in zip(self.shares, self.multipliers, groups, strict=True):
-            for kind in KINDS:
-                self._step(kind, shares, duals, found, pressure * next(flat))
-        self.pressure = max(0.0, self.pressure + self.rates.budget * over)
-        return share.item(), pressure * gate_slope
+        families = [family for found in groups for family in found.families()]
+        shares, duals, slope = (
+            torch.cat([value.reshape(-1) for value in values])
+            for values in (inputs, [getattr(dual, kind) for dual in self.multipliers for kind in KINDS], slopes)
+        )
+        energies = torch.stack([bottom_energy(*pair) for pair in zip(families, shares, strict=True)])
+        resistance = duals * torch.stack([next_energy(*pair) for pair in zip(families, shares, strict=True)])
+        most = torch.tensor([1 - 1 / len(family) for family in families], dtype=torch.float64)
 
-    def _step(self, kind: str, shares: BlockVariables, duals: BlockVariables, found: Groups, pull: Tensor) -> None:
-        share, dual, norms = getattr(shares, kind), getattr(duals, kind), getattr(found, kind)
-        # A number has one family of groups, the columns have one for each head.
-        families = norms if isinstance(norms, tuple) else (norms,)
-        flat_share, flat_dual, flat_pull = share.reshape(-1), dual.reshape(-1), pull.reshape(-1)
-        for i, family in enumerate(families):
-            energy = bottom_energy(family, flat_share[i])
-            slope = flat_dual[i] * next_energy(family, flat_share[i]) + flat_pull[i]
-            step = self.rates.share * slope.clamp(-self.rates.clip, self.rates.clip)
-            flat_share[i] = (flat_share[i] - step).clamp(0, 1 - 1 / len(family))
-            flat_dual[i] = (flat_dual[i] + self.rates.group * energy).clamp(min=0)
+        def moved(pressure: float) -> Tensor:
+            step = (resistance + pressure * slope).clamp(-self.rates.clip, self.rates.clip)
+            return torch.minimum((shares - self.rates.share * step).clamp(min=0), most)
+
+        self.pressure = _least(lambda z: (remaining.item() + slope @ (moved(z) - shares)).item() <= target)
+        _scatter(inputs, moved(self.pressure))
+        _scatter(
+            [getattr(dual, kind) for dual in self.multipliers for kind in KINDS], duals + self.rates.group * energies
+        )
+        return remaining.item(), self.pressure * gate_slope
 
     def shrink_weights_(self, parts: Iterable[BlockParts], groups: list[Groups], rate: float) -> None:
         """The proximal step: the groups that are to go are divided by ``1 + 2 rate * multiplier``, in place.
@@ -231,6 +236,25 @@ class PrimalDual:
             )
             found.append(KeptBlock(columns, _stays(block.neurons, shares.neurons)))
         return found
+
+
+def _least(enough: Callable[[float], bool]) -> float:
+    """The least number from 0 on that is enough, to a thousandth of itself; the highest tried where none is."""
+    if enough(0.0):
+        return 0.0
+    low, high = 0.0, 1e-3
+    while not enough(high) and high < _HIGHEST_PRESSURE:
+        low, high = high, 2 * high
+    while high - low > 1e-3 * high and high > 1e-9:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _scatter(into: list[Tensor], values: Tensor) -> None:
+    """Write consecutive parts of ``values`` into tensors."""
+    for tensor, part in zip(into, values.split([tensor.numel() for tensor in into]), strict=True):
+        tensor.copy_(part.reshape(tensor.shape))
 
 
 def _stays(norms: Tensor, share: Tensor) -> tuple[int, ...]:
