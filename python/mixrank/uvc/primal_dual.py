@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
-from mixrank.uvc.shrink import KeptBlock
 from mixrank.uvc.structure import BlockParts, Structure
 
 KINDS = ("heads", "columns", "neurons")
@@ -220,23 +219,6 @@ class PrimalDual:
                     whole = torch.arange(starts[head], starts[head + 1])
                     _divide(proj, whole, 1 + 2 * rate * duals.heads)
 
-    def chosen(self, groups: list[Groups], gates: Tensor) -> list[KeptBlock | None]:
-        """What stays of each block by the shares and gates as they are: a block whose gate is below a half goes.
-
-        At least the block of the highest gate stays.
-        """
-        found: list[KeptBlock | None] = []
-        for index, (shares, block) in enumerate(zip(self.shares, groups, strict=True)):
-            if gates[index] < 0.5 and index != int(gates.argmax()):
-                found.append(None)
-                continue
-            heads = set(removed(block.heads, shares.heads).tolist())
-            columns = tuple(
-                () if head in heads else _stays(norms, shares.columns[head]) for head, norms in enumerate(block.columns)
-            )
-            found.append(KeptBlock(columns, _stays(block.neurons, shares.neurons)))
-        return found
-
 
 def _least(enough: Callable[[float], bool]) -> float:
     """The least number from 0 on that is enough, to a thousandth of itself; the highest tried where none is."""
@@ -255,11 +237,6 @@ def _scatter(into: list[Tensor], values: Tensor) -> None:
     """Write consecutive parts of ``values`` into tensors."""
     for tensor, part in zip(into, values.split([tensor.numel() for tensor in into]), strict=True):
         tensor.copy_(part.reshape(tensor.shape))
-
-
-def _stays(norms: Tensor, share: Tensor) -> tuple[int, ...]:
-    gone = set(removed(norms, share).tolist())
-    return tuple(i for i in range(len(norms)) if i not in gone)
 
 
 def _divide(weight: nn.Parameter, columns: Tensor, by: Tensor) -> None:

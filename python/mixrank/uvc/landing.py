@@ -1,0 +1,172 @@
+"""From shares and gates to whole heads, columns, neurons and blocks that just fit a budget.
+
+Rounding to whole groups misses a budget by some per cent, and gates drop blocks at once. So all shares are moved by
+one number until what stays fits, and then neurons and columns come back, those of the largest norm first, until no
+further one fits: they are the smallest things that can be removed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mixrank.errors import InputError
+from mixrank.uvc.primal_dual import BlockVariables, Groups, removed
+from mixrank.uvc.shrink import KeptBlock
+from mixrank.uvc.structure import BlockShape, Structure
+
+_STEPS = 40  # halvings of the number that shares are moved by
+
+
+def macs_of(structure: Structure, kept: Sequence[KeptBlock | None]) -> int:
+    """Multiply-adds of one image of what stays of a model."""
+    shapes = [one.shape for one in kept if one is not None]
+    return structure.fixed_macs + sum(
+        structure.block_macs(len(shape.columns), sum(shape.columns), shape.neurons) for shape in shapes
+    )
+
+
+def land(
+    structure: Structure, groups: Sequence[Groups], shares: Sequence[BlockVariables], gates: Tensor, budget: float
+) -> list[KeptBlock | None]:
+    """Choose what stays: no more than the budget, and less only by what one neuron takes, where that can be had.
+
+    Args:
+        structure: of the model.
+        groups: norms of each block.
+        shares: those that are to be removed of each block.
+        gates: ``[blocks]``, the probability that each is kept. Blocks below a half go, those of the lowest gates first,
+            unless the others cannot fill the budget; further ones go where nothing else fits.
+        budget: share of the multiply-adds that may remain, in (0, 1).
+
+    Returns:
+        For each block what stays, or None.
+
+    Raises:
+        InputError: nothing fits the budget.
+    """
+    allowed = int(budget * structure.macs())
+    order = gates.argsort(descending=True, stable=True).tolist()
+    blocks = max(1, int((gates >= 0.5).sum()))
+    largest = [_whole(shape) for shape in structure.blocks]
+    # As many blocks as the gates say, or more where these are too few even with nothing else removed.
+    while blocks < len(order) and macs_of(structure, _only(largest, order[:blocks])) < allowed:
+        blocks += 1
+    for count in range(blocks, 0, -1):
+        found = _fitted(structure, groups, shares, set(order[:count]), allowed)
+        if found is not None:
+            return _filled(structure, groups, found, allowed)
+    least = (structure.fixed_macs + structure.block_macs(1, 1, 1)) / structure.macs()
+    raise InputError(f"budget must be above {least:.4f} (one block of one head), but it was {budget}")
+
+
+def _whole(shape: BlockShape) -> KeptBlock:
+    return KeptBlock(tuple(tuple(range(count)) for count in shape.columns), tuple(range(shape.neurons)))
+
+
+def _only(kept: Sequence[KeptBlock], blocks: Sequence[int]) -> list[KeptBlock | None]:
+    return [one if index in set(blocks) else None for index, one in enumerate(kept)]
+
+
+def _fitted(
+    structure: Structure,
+    groups: Sequence[Groups],
+    shares: Sequence[BlockVariables],
+    blocks: set[int],
+    allowed: int,
+) -> list[KeptBlock | None] | None:
+    """What stays of the blocks with all shares moved by the least number that makes it fit; None where none does."""
+
+    def at(shift: float) -> list[KeptBlock | None]:
+        pairs = enumerate(zip(groups, shares, strict=True))
+        return [_kept(found, share, shift) if index in blocks else None for index, (found, share) in pairs]
+
+    low, high = -1.0, 1.0
+    if macs_of(structure, at(high)) > allowed:
+        return None
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if macs_of(structure, at(middle)) <= allowed else (middle, high)
+    return at(high)
+
+
+def _kept(groups: Groups, shares: BlockVariables, shift: float) -> KeptBlock:
+    heads = set(removed(groups.heads, (shares.heads + shift).clamp(0, 1)).tolist())
+    columns = tuple(
+        () if head in heads else _stays(norms, shares.columns[head] + shift)
+        for head, norms in enumerate(groups.columns)
+    )
+    return KeptBlock(columns, _stays(groups.neurons, shares.neurons + shift))
+
+
+def _stays(norms: Tensor, share: Tensor) -> tuple[int, ...]:
+    gone = set(removed(norms, share.clamp(0, 1)).tolist())
+    return tuple(i for i in range(len(norms)) if i not in gone)
+
+
+def _filled(
+    structure: Structure, groups: Sequence[Groups], kept: list[KeptBlock | None], allowed: int
+) -> list[KeptBlock | None]:
+    """What was removed comes back until no further neuron fits.
+
+    First neurons and columns of the heads that stay, which cost the same, those of the largest norm relative to their
+    kind's mean first; where all of these are back, a head with its column of the largest norm, for which neurons of the
+    smallest norm go again if they must.
+    """
+    each, kept = structure.block_macs(0, 0, 1), list(kept)
+    while True:
+        free = (allowed - macs_of(structure, kept)) // each
+        absent = [entry for index, one in enumerate(kept) if one is not None for entry in _absent(index, groups, one)]
+        for _, index, head, place in heapq.nsmallest(free, absent):
+            kept[index] = _with(kept[index], head, place)
+        heads = [
+            entry for index, one in enumerate(kept) if one is not None for entry in _absent_heads(index, groups, one)
+        ]
+        if free <= len(absent) or not heads:
+            return kept
+        _, index, head = min(heads)
+        kept[index] = _with(kept[index], head, int(groups[index].columns[head].argmax()))
+        excess = -(-(macs_of(structure, kept) - allowed) // each)
+        for _, index, neuron in heapq.nsmallest(max(0, excess), _present(groups, kept)):
+            kept[index] = KeptBlock(kept[index].columns, tuple(i for i in kept[index].neurons if i != neuron))
+
+
+def _with(kept: KeptBlock, head: int, place: int) -> KeptBlock:
+    """One column of a head more, or where ``head`` is -1 one neuron more."""
+    if head < 0:
+        return KeptBlock(kept.columns, tuple(sorted((*kept.neurons, place))))
+    columns = (tuple(sorted((*one, place))) if i == head else one for i, one in enumerate(kept.columns))
+    return KeptBlock(tuple(columns), kept.neurons)
+
+
+def _absent(index: int, groups: Sequence[Groups], kept: KeptBlock) -> list[tuple[float, int, int, int]]:
+    """Columns of heads that stay, and neurons, that are removed: minus the relative norm, block, head or -1, place."""
+    found = _missing(groups[index].neurons, kept.neurons)
+    entries = [(-norm, index, -1, place) for place, norm in found]
+    for head, (norms, columns) in enumerate(zip(groups[index].columns, kept.columns, strict=True)):
+        if columns:
+            entries += [(-norm, index, head, place) for place, norm in _missing(norms, columns)]
+    return entries
+
+
+def _present(groups: Sequence[Groups], kept: Sequence[KeptBlock | None]) -> list[tuple[float, int, int]]:
+    """The neurons that stay, all but the one of the largest norm of each block: relative norm, block, neuron."""
+    found = []
+    for index, (block, one) in enumerate(zip(groups, kept, strict=True)):
+        if one is not None:
+            relative = _missing(block.neurons, tuple(set(range(len(block.neurons))) - set(one.neurons)))
+            found += sorted((norm, index, neuron) for neuron, norm in relative)[:-1]
+    return found
+
+
+def _absent_heads(index: int, groups: Sequence[Groups], kept: KeptBlock) -> list[tuple[float, int, int]]:
+    present = tuple(head for head, columns in enumerate(kept.columns) if columns)
+    return [(-norm, index, head) for head, norm in _missing(groups[index].heads, present)]
+
+
+def _missing(norms: Tensor, present: tuple[int, ...]) -> list[tuple[int, float]]:
+    """The groups that are not present, with their norms relative to the mean."""
+    stays, relative = set(present), (norms / norms.mean().clamp(min=1e-300)).tolist()
+    return [(place, norm) for place, norm in enumerate(relative) if place not in stays]
