@@ -58,7 +58,7 @@ class CompensationOptions:
     min_scale: float = 0.5
     held_out: float = 0.1
     evaluations: int = 10
-    patience: int = 4
+    patience: int = 8
     seed: int = 0
 
     def check(self) -> None:
