@@ -42,28 +42,36 @@ def test_gradients_reach_the_gates_and_are_right(model):
     assert torch.autograd.gradcheck(loss, (values,))
 
 
-def test_samples_are_of_the_gumbel_softmax_distribution():
+def test_samples_are_of_the_binary_concrete_distribution():
     torch.manual_seed(0)
-    gates = Gates(3)
+    gates, count = Gates(3).double(), 4000
     assert gates.probability().tolist() == pytest.approx([torch.sigmoid(torch.tensor(2.0)).item()] * 3)
     with torch.no_grad():
-        gates.logits.copy_(torch.tensor([[0.0, 0.0], [1.0, -1.0], [-2.0, 2.0]]))
-        gates.double()
-        drawn = torch.stack([gates.sample(torch.rand(3, 2, dtype=torch.float64)) for _ in range(4000)])
-    # The larger of the two perturbed logits is that of keep as often as the softmax says (Gumbel-max).
-    assert ((drawn > 0.5).double().mean(0) - gates.probability()).abs().max() < 4 * 0.5 / 4000**0.5
-    # At temperature t the logit of a sample is that of the probability plus logistic noise, over t.
-    logit = drawn.logit().mul(gates.temperature)
-    expected = gates.logits[:, 1] - gates.logits[:, 0]
-    assert (logit.mean(0) - expected).abs().max() < 4 * torch.pi / 3**0.5 / 4000**0.5
-    assert (logit.std(0) - torch.pi / 3**0.5).abs().max() < 0.1
-    gates.sample(torch.rand(3, 2, dtype=torch.float64)).sum().backward()
+        gates.logits.copy_(torch.tensor([0.0, -2.0, 3.0]))
+        drawn = torch.stack([gates.sample(torch.rand(3, dtype=torch.float64)) for _ in range(count)])
+    assert ((drawn > 0.5).double().mean(0) - gates.probability()).abs().max() < 4 * 0.5 / count**0.5
+    # The logit of a sample times the temperature is that of the probability plus logistic noise.
+    logit, spread = drawn.logit() * gates.temperature, torch.pi / 3**0.5
+    assert (logit.mean(0) - gates.logits).abs().max() < 4 * spread / count**0.5
+    assert (logit.std(0) - spread).abs().max() < 0.1
+    gates.sample(torch.rand(3, dtype=torch.float64)).sum().backward()
     assert gates.logits.grad.abs().min() > 0
 
 
 def test_the_ends_of_the_random_numbers_are_finite():
-    for uniform in (torch.zeros(2, 2), torch.ones(2, 2), torch.tensor([[0.0, 1.0], [1.0, 0.0]])):
-        assert Gates(2).sample(uniform).isfinite().all()
+    for uniform in (torch.zeros(2), torch.ones(2)):
+        sample = Gates(2).sample(uniform)
+        assert sample.isfinite().all()
+        sample.sum().backward()
+
+
+def test_steps_and_logits_are_limited():
+    gates = Gates(3)
+    gates.step_(torch.tensor([0.5, 100.0, -0.25]), rate=0.2)
+    assert gates.logits.tolist() == pytest.approx([1.9, 1.8, 2.05])
+    for _ in range(100):
+        gates.step_(torch.tensor([1.0, 1.0, -1.0]), rate=0.2)
+    assert gates.logits.tolist() == [-4.0, -4.0, 4.0]
 
 
 def test_bad_arguments_are_refused(model):

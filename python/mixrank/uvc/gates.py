@@ -1,8 +1,10 @@
 """Gates that learn which blocks a model can do without.
 
 Block l of gate g in [0, 1] passes on ``x + g (block(x) - x)``. In training g is a sample of the Gumbel-softmax
-distribution (Jang, Gu, Poole 2017; Maddison, Mnih, Teh 2017) of two logits, skip and keep, so that gradients reach
-these; what is learnt is evaluated with blocks that are there or not.
+distribution (Jang, Gu, Poole 2017) over skip and keep, which for two outcomes is the binary concrete distribution
+(Maddison, Mnih, Teh 2017) of one logit, so that gradients reach that; what is learnt is evaluated with blocks that are
+there or not. Steps of the logits are limited, and so are the logits: a gate that is nearly shut still lets samples
+through that can open it again, where the released code of the paper loses blocks at once and for good.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 
 from mixrank.errors import InputError
 
-START = (-1.0, 1.0)
-"""Logits of skip and keep that each block starts with: kept with probability 0.88, as in the paper."""
+START = 2.0
+"""The logit that each block starts with: kept with probability 0.88, as in the paper."""
+_LARGEST = 4.0
 
 
 class Gates(nn.Module):
@@ -37,21 +40,26 @@ class Gates(nn.Module):
         if not temperature > 0:
             raise InputError(f"temperature must be above 0, but it was {temperature}")
         self.temperature = temperature
-        self.logits = nn.Parameter(torch.tensor(START).repeat(count, 1))
+        self.logits = nn.Parameter(torch.full((count,), START))
 
     def probability(self) -> Tensor:
         """The probability ``[blocks]`` that each block is kept; differentiable."""
-        return self.logits.softmax(-1)[:, 1]
+        return self.logits.sigmoid()
 
     def sample(self, uniform: Tensor) -> Tensor:
-        """A relaxed draw ``[blocks]``, in (0, 1); differentiable.
+        """A relaxed draw ``[blocks]`` in [0, 1]; differentiable.
 
         Args:
-            uniform: ``[blocks, 2]`` random numbers in (0, 1).
+            uniform: ``[blocks]`` random numbers in (0, 1).
         """
-        smallest = torch.finfo(uniform.dtype).tiny
-        noise = -(-uniform.clamp(min=smallest).log()).clamp(min=smallest).log()
-        return ((self.logits + noise) / self.temperature).softmax(-1)[:, 1]
+        smallest = torch.finfo(uniform.dtype).eps
+        noise = uniform.clamp(smallest, 1 - smallest).logit()
+        return ((self.logits + noise) / self.temperature).sigmoid()
+
+    def step_(self, slope: Tensor, rate: float) -> None:
+        """Move the logits down a slope ``[blocks]``, each by ``rate`` at the most, in place."""
+        with torch.no_grad():
+            self.logits.sub_(rate * slope.clamp(-1, 1)).clamp_(-_LARGEST, _LARGEST)
 
 
 @contextmanager

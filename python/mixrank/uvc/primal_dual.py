@@ -32,7 +32,6 @@ from mixrank.errors import InputError
 from mixrank.uvc.structure import BlockParts, Structure
 
 KINDS = ("heads", "columns", "neurons")
-_HIGHEST_PRESSURE = 1e9
 
 
 @dataclass
@@ -192,7 +191,10 @@ class PrimalDual:
             step = (resistance + pressure * slope).clamp(-self.rates.clip, self.rates.clip)
             return torch.minimum((shares - self.rates.share * step).clamp(min=0), most)
 
-        self.pressure = _least(lambda z: (remaining.item() + slope @ (moved(z) - shares)).item() <= target)
+        # From there on every step is as long as it can be.
+        most_pressure = ((self.rates.clip + resistance) / slope.abs().clamp(min=1e-12))[slope < 0].max().item()
+        enough = lambda z: (remaining.item() + slope @ (moved(z) - shares)).item() <= target  # noqa: E731
+        self.pressure = _least(enough, most_pressure)
         _scatter(inputs, moved(self.pressure))
         _scatter(
             [getattr(dual, kind) for dual in self.multipliers for kind in KINDS], duals + self.rates.group * energies
@@ -220,13 +222,13 @@ class PrimalDual:
                     _divide(proj, whole, 1 + 2 * rate * duals.heads)
 
 
-def _least(enough: Callable[[float], bool]) -> float:
-    """The least number from 0 on that is enough, to a thousandth of itself; the highest tried where none is."""
+def _least(enough: Callable[[float], bool], most: float) -> float:
+    """The least number from 0 to ``most`` that is enough, to a thousandth of itself; ``most`` where none is."""
     if enough(0.0):
         return 0.0
-    low, high = 0.0, 1e-3
-    while not enough(high) and high < _HIGHEST_PRESSURE:
-        low, high = high, 2 * high
+    if not enough(most):
+        return most
+    low, high = 0.0, most
     while high - low > 1e-3 * high and high > 1e-9:
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -1,0 +1,327 @@
+"""Unified compression by training: learn what can go under one budget, take it away, train what stays.
+
+The three parts of a run share one loop over the data: with everything there (``warm_up``), with gates and with groups
+that shrink (``search``), and with the model as small as it will be, which is then trained on as a plain model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mixrank.errors import InputError
+from mixrank.evaluate import evaluate
+from mixrank.models import count_macs
+from mixrank.progress import track
+from mixrank.uvc.data import TrainingData
+from mixrank.uvc.gates import Gates, gated
+from mixrank.uvc.landing import land, macs_of
+from mixrank.uvc.objective import check_labels, objective
+from mixrank.uvc.options import Removed, UVCOptions, UVCResult
+from mixrank.uvc.primal_dual import Groups, PrimalDual, Rates
+from mixrank.uvc.shrink import KeptBlock, remaining_blocks, shrink_
+from mixrank.uvc.structure import Structure, parts_of, structure_of
+
+_RISE = 0.05  # share of each part in which the learning rate rises
+_LOWEST = 0.1  # of the highest rate, at the end of the search
+
+
+def compress_uvc_(
+    model: nn.Module,
+    data: TrainingData,
+    *,
+    options: UVCOptions | None = None,
+    validation: Iterable | None = None,
+    dtype: torch.dtype | None = None,
+    log: Callable[[dict], None] | None = None,
+    progress: bool = False,
+) -> UVCResult:
+    """Compress a trained vision transformer in place, by training on labelled images.
+
+    Args:
+        model: a classifier that :func:`mixrank.uvc.structure.parts_of` knows, in fp32, on any device; in evaluation
+            mode afterwards.
+        data: images and labels by epochs.
+        options: see :class:`UVCOptions`.
+        validation: batches of other images with labels as for :func:`mixrank.evaluate`, to tell top-1; a list or a
+            loader, as it is gone through several times.
+        dtype: run the models under autocast in this dtype; weights stay in fp32.
+        log: is called with each entry of the history as it is made.
+        progress: show a progress bar with the time left.
+
+    Raises:
+        InputError: an option outside its range, a budget that cannot be reached (it says the least), an architecture
+            that is not supported (it says what is missing), labels outside the classes, a loss that is not finite
+            (it says at which step). The model is then as it was.
+
+    Example:
+        >>> import timm, torch
+        >>> from mixrank.uvc.data import TensorData
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+        >>> data = TensorData(torch.randn(12, 3, 32, 32), torch.arange(12) % 3, batch_size=4)
+        >>> result = compress_uvc_(model, data, options=UVCOptions(budget=0.5, epochs=2))
+        >>> result.macs_after <= 0.5 * result.macs_before
+        True
+    """
+    options = options or UVCOptions()
+    options.check()
+    small = copy.deepcopy(model)
+    result = _Run(small, model, data, options, validation, dtype, log).train(progress)
+    _become(model, small)
+    return result
+
+
+def _become(model: nn.Module, other: nn.Module) -> None:
+    """Give a model the contents of another one of its class."""
+    model.__dict__.clear()
+    model.__dict__.update(other.__dict__)
+    model.eval()
+
+
+class _Student(nn.Module):
+    """A model and its gates in one forward pass, so that whoever wraps it sees all parameters used."""
+
+    def __init__(self, model: nn.Module, gates: Gates) -> None:
+        super().__init__()
+        self.model, self.gates = model, gates
+
+    def forward(self, images: Tensor, uniform: Tensor, everything: bool) -> Tensor:
+        values = self.gates.sample(uniform)
+        with gated(self.model.blocks, 1 + 0 * values if everything else values):
+            return self.model(images)
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        data: TrainingData,
+        options: UVCOptions,
+        validation: Iterable | None,
+        dtype: torch.dtype | None,
+        log: Callable[[dict], None] | None,
+    ) -> None:
+        self.model, self.data, self.options = model, data, options
+        self.validation, self.dtype, self.log = validation, dtype, log
+        self.teacher = copy.deepcopy(dense).eval().requires_grad_(False) if options.distillation else None
+        self.structure = structure_of(model)
+        self.device = next(model.parameters()).device
+        self.gates = Gates(len(self.structure.blocks), options.gate_temperature).to(self.device)
+        self.student: nn.Module = _Student(model, self.gates)
+        self.steps = max(3, round(options.epochs * data.steps))
+        self.warm = round(options.warm_up * self.steps)
+        self.end = min(self.steps - 1, max(self.warm + 1, round((options.warm_up + options.search) * self.steps)))
+        updates = max(1.0, options.reached * (self.end - self.warm) / options.interval)
+        self.gate_rate = options.gate_speed / updates
+        rates = Rates(share=options.share_speed / updates, group=options.group_speed / updates)
+        self.duals = PrimalDual(self.structure, options.budget, rates)
+        self.step, self.history, self.kept = 0, [], None
+        self.landed: float | None = None
+        self.average: nn.Module | None = None
+        self.optimizer = self._optimizer()
+        self.mix = self._mix()
+
+    def train(self, progress: bool) -> UVCResult:
+        started = time.perf_counter()
+        before_macs, before = count_macs(self.model), self._top1(self.model)
+        for images, labels in track(self._batches(), "compressing", total=self.steps, enabled=progress):
+            if self.step == self.end:
+                self._land()
+            self._train_step(images, labels)
+            self.step += 1
+            if self.step % self.data.steps == 0 and self.kept is not None:
+                self._note({"top1": self._top1(self._final())})
+        final = self._final()
+        if final is not self.model:
+            self.model.load_state_dict(final.state_dict())
+        return UVCResult(
+            macs_before=before_macs,
+            macs_after=count_macs(self.model),
+            removed=contributions(self.structure, self.kept),
+            blocks=[block.to_json() for block in remaining_blocks(self.model)],
+            before=before,
+            landed=self.landed,
+            after=self._top1(self.model),
+            history=self.history,
+            steps=self.steps,
+            seconds=time.perf_counter() - started,
+            options=self.options,
+        )
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As many batches as there are steps; what is drawn in an epoch depends on the seed and the epoch alone."""
+        for epoch in range(math.ceil(self.steps / self.data.steps)):
+            with seeded(self.options.seed, epoch):
+                for index, (images, labels) in enumerate(self.data.epoch(epoch)):
+                    if epoch * self.data.steps + index == self.steps:
+                        return
+                    yield images, labels
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        classes = self.model.num_classes
+        check_labels(labels, classes, f"step {self.step}")
+        images, target = images.to(self.device), labels.to(self.device)
+        if self.mix is not None:
+            images, target = self.mix(images, target)
+        self.student.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate() * group.get("lr_scale", 1.0)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            teacher = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher = self.teacher(images)
+            logits = self._forward(images)
+        options = self.options
+        smoothing = {"share": options.distillation, "temperature": options.temperature, "smoothing": options.smoothing}
+        loss = objective(logits, target, teacher, **smoothing)
+        if not math.isfinite(loss.item()):
+            raise InputError(
+                f"the loss was not finite at step {self.step} of {self.steps}: take a lower learning_rate than "
+                f"{options.learning_rate}"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        if self.warm <= self.step < self.end and (self.step - self.warm) % options.interval == options.interval - 1:
+            self._update(loss.item())
+
+    def _forward(self, images: Tensor) -> Tensor:
+        if self.kept is not None:
+            return self.student(images)
+        generator = torch.Generator().manual_seed(hash((self.options.seed, self.step, 1)) % 2**63)
+        uniform = torch.rand(len(self.gates.logits), generator=generator).to(self.device)
+        return self.student(images, uniform, self.step < self.warm)
+
+    def _update(self, loss: float) -> None:
+        """Shares, multipliers, gates, and the weights of the groups that are to go."""
+        options, parts = self.options, parts_of(self.model)
+        groups, keep = [Groups.of(part) for part in parts], self.gates.probability()
+        target = self._target()
+        remaining, pull = self.duals.update(groups, keep.detach().cpu(), target)
+        self.duals.shrink_weights_(parts, groups, self._rate() * options.interval)
+        (slope,) = torch.autograd.grad(keep @ pull.to(keep), self.gates.logits)
+        self.gates.step_(self.gates.logits.grad / options.interval + options.gate_weight * slope, self.gate_rate)
+        self.gates.logits.grad = None
+        self._note(
+            {
+                "loss": loss,
+                "remaining": remaining,
+                "target": target,
+                "pressure": self.duals.pressure,
+                "keep": keep.tolist(),
+                "shares": _summary(self.duals.shares),
+                "multipliers": _summary(self.duals.multipliers),
+            }
+        )
+
+    def _target(self) -> float:
+        """What R is to be: it falls from 1 to the budget in a straight line."""
+        done = (self.step + 1 - self.warm) / (self.options.reached * (self.end - self.warm))
+        return max(self.options.budget, 1 - (1 - self.options.budget) * done)
+
+    def _land(self) -> None:
+        """Choose what stays, take the rest away, and start to train that."""
+        groups = [Groups.of(part) for part in parts_of(self.model)]
+        keep = self.gates.probability().detach().cpu()
+        self.kept = land(self.structure, groups, self.duals.shares, keep, self.options.budget)
+        shrink_(self.model, self.kept)
+        self.student, self.optimizer = self.model, self._optimizer()
+        self.landed = self._top1(self.model)
+        self._note({"landed": macs_of(self.structure, self.kept) / self.structure.macs(), "top1": self.landed})
+        if self.options.ema:
+            from timm.utils import ModelEmaV3
+
+            self.average = ModelEmaV3(self.model, decay=self.options.ema, use_warmup=True)
+
+    def _final(self) -> nn.Module:
+        return self.model if self.average is None else self.average.module
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        from timm.optim import create_optimizer_v2
+
+        rate, decay = self.options.learning_rate, self.options.weight_decay
+        return create_optimizer_v2(self.model, opt="adamw", lr=rate, weight_decay=decay)
+
+    def _mix(self) -> Any:
+        if not self.options.mixup and not self.options.cutmix:
+            return None
+        from timm.data import Mixup
+
+        alphas = {"mixup_alpha": self.options.mixup, "cutmix_alpha": self.options.cutmix}
+        return Mixup(**alphas, label_smoothing=self.options.smoothing, num_classes=self.model.num_classes)
+
+    def _rate(self) -> float:
+        """The learning rate: in each of the two parts a rise, then half a cosine."""
+        first, last, lowest = (0, self.end, _LOWEST) if self.step < self.end else (self.end, self.steps, 0.0)
+        done, rise = (self.step - first + 1) / (last - first), _RISE
+        if done < rise:
+            return self.options.learning_rate * done / rise
+        fall = 0.5 * (1 + math.cos(math.pi * (done - rise) / (1 - rise)))
+        return self.options.learning_rate * (lowest + (1 - lowest) * fall)
+
+    def _top1(self, model: nn.Module) -> float | None:
+        if self.validation is None:
+            return None
+        training = model.training
+        top1 = evaluate(model, self.validation).top1
+        model.train(training)
+        return top1
+
+    def _note(self, entry: dict) -> None:
+        self.history.append({"step": self.step} | entry)
+        if self.log is not None:
+            self.log(self.history[-1])
+
+
+def _summary(variables: list) -> dict[str, list[float]]:
+    return {
+        "heads": [one.heads.item() for one in variables],
+        "columns": [one.columns.mean().item() for one in variables],
+        "neurons": [one.neurons.item() for one in variables],
+    }
+
+
+def contributions(structure: Structure, kept: list[KeptBlock | None]) -> Removed:
+    """Multiply-adds of one image that went, by what took them along: of a block or head that goes, all that it took."""
+    taken = dict.fromkeys(("blocks", "heads", "columns", "neurons"), 0)
+    for shape, one in zip(structure.blocks, kept, strict=True):
+        whole = structure.block_macs(len(shape.columns), sum(shape.columns), shape.neurons)
+        if one is None:
+            taken["blocks"] += whole
+            continue
+        stays = [count for count, columns in zip(shape.columns, one.columns, strict=True) if columns]
+        without_heads = structure.block_macs(len(stays), sum(stays), shape.neurons)
+        columns = sum(one.shape.columns)
+        taken["heads"] += whole - without_heads
+        taken["columns"] += structure.block_macs(0, sum(stays) - columns, 0)
+        taken["neurons"] += structure.block_macs(0, 0, shape.neurons - one.shape.neurons)
+    return Removed(**taken)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, epoch: int) -> Iterator[None]:
+    """Random numbers of torch, NumPy and Python as functions of seed and epoch; afterwards as they were."""
+    # timm's mixup draws from NumPy's global numbers.
+    state, old = random.getstate(), np.random.get_state()  # noqa: NPY002
+    number = hash((seed, epoch)) % 2**32
+    with torch.random.fork_rng():
+        torch.manual_seed(number), np.random.seed(number), random.seed(number)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(old)  # noqa: NPY002
