@@ -85,6 +85,41 @@ def test_equal_runs_are_equal_and_another_seed_is_another_run(model, data):
     assert not torch.equal(first["head.weight"], third["head.weight"])
 
 
+class Interrupted(TensorData):
+    """Stops at the beginning of one epoch."""
+
+    def epoch(self, number: int):
+        if number == self.last:
+            raise KeyboardInterrupt
+        return super().epoch(number)
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(model, data, images, validation, last, tmp_path):
+    whole, parts, state = copy.deepcopy(model), copy.deepcopy(model), tmp_path / "run.state"
+    options = dataclasses.replace(OPTIONS, mixup=0.2)
+    expected = compress_uvc_(whole, data, options=options, validation=validation)
+    broken = Interrupted(images[0][:144], images[1][:144], batch_size=16)
+    broken.last = last
+    with pytest.raises(KeyboardInterrupt):
+        compress_uvc_(parts, broken, options=options, validation=validation, state=state)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in parts.state_dict().items())
+    result = compress_uvc_(parts, data, options=options, validation=validation, state=state)
+    assert all(torch.equal(value, parts.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert dataclasses.replace(result, seconds=0.0) == dataclasses.replace(expected, seconds=0.0)
+
+
+def test_a_state_of_another_run_is_refused(model, data, tmp_path):
+    state = tmp_path / "run.state"
+    options = dataclasses.replace(OPTIONS, epochs=2)
+    compress_uvc_(copy.deepcopy(model), data, options=options, state=state)
+    with pytest.raises(InputError, match=r"is the state of another run: its budget was 0\.5, now it is 0\.4"):
+        compress_uvc_(copy.deepcopy(model), data, options=dataclasses.replace(options, budget=0.4), state=state)
+    state.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="is not the state of such a run"):
+        compress_uvc_(copy.deepcopy(model), data, options=options, state=state)
+
+
 def test_gates_that_are_pulled_hard_drop_blocks_and_the_rest_fills_the_budget(model, data):
     options = dataclasses.replace(OPTIONS, budget=0.6, gate_weight=100.0)
     result = compress_uvc_(model, data, options=options)

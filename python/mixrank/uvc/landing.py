@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mixrank.errors import InputError
+from mixrank.uvc.options import Removed
 from mixrank.uvc.primal_dual import BlockVariables, Groups, removed
 from mixrank.uvc.shrink import KeptBlock
 from mixrank.uvc.structure import BlockShape, Structure
@@ -26,6 +27,23 @@ def macs_of(structure: Structure, kept: Sequence[KeptBlock | None]) -> int:
     return structure.fixed_macs + sum(
         structure.block_macs(len(shape.columns), sum(shape.columns), shape.neurons) for shape in shapes
     )
+
+
+def contributions(structure: Structure, kept: list[KeptBlock | None]) -> Removed:
+    """Multiply-adds of one image that went, by what took them along: of a block or head that goes, all that it took."""
+    taken = dict.fromkeys(("blocks", "heads", "columns", "neurons"), 0)
+    for shape, one in zip(structure.blocks, kept, strict=True):
+        whole = structure.block_macs(len(shape.columns), sum(shape.columns), shape.neurons)
+        if one is None:
+            taken["blocks"] += whole
+            continue
+        stays = [count for count, columns in zip(shape.columns, one.columns, strict=True) if columns]
+        without_heads = structure.block_macs(len(stays), sum(stays), shape.neurons)
+        columns = sum(one.shape.columns)
+        taken["heads"] += whole - without_heads
+        taken["columns"] += structure.block_macs(0, sum(stays) - columns, 0)
+        taken["neurons"] += structure.block_macs(0, 0, shape.neurons - one.shape.neurons)
+    return Removed(**taken)
 
 
 def land(

@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,23 @@ from mixrank.models import count_macs
 from mixrank.progress import track
 from mixrank.uvc.data import TrainingData
 from mixrank.uvc.gates import Gates, gated
-from mixrank.uvc.landing import land, macs_of
+from mixrank.uvc.landing import contributions, land, macs_of
 from mixrank.uvc.objective import check_labels, objective
-from mixrank.uvc.options import Removed, UVCOptions, UVCResult
+from mixrank.uvc.options import UVCOptions, UVCResult
 from mixrank.uvc.primal_dual import Groups, PrimalDual, Rates
 from mixrank.uvc.shrink import KeptBlock, remaining_blocks, shrink_
-from mixrank.uvc.structure import Structure, parts_of, structure_of
+from mixrank.uvc.state import (
+    Progress,
+    kept_from_json,
+    kept_to_json,
+    key_of,
+    load_state,
+    moments_of,
+    save_state,
+    set_moments,
+    variables_of,
+)
+from mixrank.uvc.structure import parts_of, structure_of
 
 _RISE = 0.05  # share of each part in which the learning rate rises
 _LOWEST = 0.1  # of the highest rate, at the end of the search
@@ -42,6 +54,7 @@ def compress_uvc_(
     options: UVCOptions | None = None,
     validation: Iterable | None = None,
     dtype: torch.dtype | None = None,
+    state: Path | str | None = None,
     log: Callable[[dict], None] | None = None,
     progress: bool = False,
 ) -> UVCResult:
@@ -55,13 +68,16 @@ def compress_uvc_(
         validation: batches of other images with labels as for :func:`mixrank.evaluate`, to tell top-1; a list or a
             loader, as it is gone through several times.
         dtype: run the models under autocast in this dtype; weights stay in fp32.
+        state: a file in which the run is kept after each epoch; where it exists already the run goes on from it and
+            ends with the same bits, on the same machine and number of threads.
         log: is called with each entry of the history as it is made.
         progress: show a progress bar with the time left.
 
     Raises:
         InputError: an option outside its range, a budget that cannot be reached (it says the least), an architecture
-            that is not supported (it says what is missing), labels outside the classes, a loss that is not finite
-            (it says at which step). The model is then as it was.
+            that is not supported (it says what is missing), labels outside the classes, a state of another run, a
+            loss that is not finite (it says at which step; the state is that of the epoch before). The model is then
+            as it was.
 
     Example:
         >>> import timm, torch
@@ -75,7 +91,8 @@ def compress_uvc_(
     options = options or UVCOptions()
     options.check()
     small = copy.deepcopy(model)
-    result = _Run(small, model, data, options, validation, dtype, log).train(progress)
+    run = _Run(small, model, data, options, validation, dtype, log)
+    result = run.train(None if state is None else Path(state), progress)
     _become(model, small)
     return result
 
@@ -131,16 +148,25 @@ class _Run:
         self.optimizer = self._optimizer()
         self.mix = self._mix()
 
-    def train(self, progress: bool) -> UVCResult:
+    def train(self, path: Path | None, progress: bool) -> UVCResult:
         started = time.perf_counter()
-        before_macs, before = count_macs(self.model), self._top1(self.model)
-        for images, labels in track(self._batches(), "compressing", total=self.steps, enabled=progress):
+        key = key_of(self.model, self.options, self.steps, self.dtype)
+        before_macs = count_macs(self.model)
+        if path is not None and path.exists():
+            earlier, before = self._restore(*load_state(path, key))
+        else:
+            earlier, before = 0.0, self._top1(self.model)
+        left = self.steps - self.step
+        for images, labels in track(self._batches(), "compressing", total=left, enabled=progress):
             if self.step == self.end:
                 self._land()
             self._train_step(images, labels)
             self.step += 1
-            if self.step % self.data.steps == 0 and self.kept is not None:
-                self._note({"top1": self._top1(self._final())})
+            if self.step % self.data.steps == 0:
+                if self.kept is not None:
+                    self._note({"top1": self._top1(self._final())})
+                if path is not None:
+                    self._save(path, key, earlier + time.perf_counter() - started, before)
         final = self._final()
         if final is not self.model:
             self.model.load_state_dict(final.state_dict())
@@ -154,13 +180,47 @@ class _Run:
             after=self._top1(self.model),
             history=self.history,
             steps=self.steps,
-            seconds=time.perf_counter() - started,
+            seconds=earlier + time.perf_counter() - started,
             options=self.options,
         )
 
+    def _save(self, path: Path, key: dict, seconds: float, before: float | None) -> None:
+        kept = None if self.kept is None else kept_to_json(self.kept)
+        progress = Progress(self.step, seconds, self.history, before, self.landed, self.duals.pressure, kept)
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in moments_of(self.model, self.optimizer)}
+        tensors |= {"gates": self.gates.logits} | dict(variables_of(self.duals))
+        if self.gates.logits.grad is not None:  # of the steps since the last update
+            tensors["gates_grad"] = self.gates.logits.grad
+        save_state(path, key, progress, tensors)
+
+    def _restore(self, progress: Progress, tensors: dict[str, Tensor]) -> tuple[float, float | None]:
+        """Go on from a state; returns the seconds and the top-1 before that it knows."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        if progress.kept is not None:
+            self._shrink(kept_from_json(progress.kept))
+        self.model.load_state_dict(part("model."))
+        if self.average is not None:
+            self.average.module.load_state_dict(part("average."))
+        set_moments(self.model, self.optimizer, part("optimizer."))
+        with torch.no_grad():
+            self.gates.logits.copy_(tensors["gates"])
+            for name, value in variables_of(self.duals):
+                value.copy_(tensors[name])
+        if "gates_grad" in tensors:
+            self.gates.logits.grad = tensors["gates_grad"].to(self.device)
+        self.step, self.history, self.landed = progress.step, progress.history, progress.landed
+        self.duals.pressure = progress.pressure
+        return progress.seconds, progress.before
+
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As many batches as there are steps; what is drawn in an epoch depends on the seed and the epoch alone."""
-        for epoch in range(math.ceil(self.steps / self.data.steps)):
+        for epoch in range(self.step // self.data.steps, math.ceil(self.steps / self.data.steps)):
             with seeded(self.options.seed, epoch):
                 for index, (images, labels) in enumerate(self.data.epoch(epoch)):
                     if epoch * self.data.steps + index == self.steps:
@@ -237,11 +297,15 @@ class _Run:
         """Choose what stays, take the rest away, and start to train that."""
         groups = [Groups.of(part) for part in parts_of(self.model)]
         keep = self.gates.probability().detach().cpu()
-        self.kept = land(self.structure, groups, self.duals.shares, keep, self.options.budget)
-        shrink_(self.model, self.kept)
-        self.student, self.optimizer = self.model, self._optimizer()
+        self._shrink(land(self.structure, groups, self.duals.shares, keep, self.options.budget))
         self.landed = self._top1(self.model)
         self._note({"landed": macs_of(self.structure, self.kept) / self.structure.macs(), "top1": self.landed})
+
+    def _shrink(self, kept: list[KeptBlock | None]) -> None:
+        """Take away what is not kept, and go on with a plain model."""
+        self.kept = kept
+        shrink_(self.model, kept)
+        self.student, self.optimizer = self.model, self._optimizer()
         if self.options.ema:
             from timm.utils import ModelEmaV3
 
@@ -293,23 +357,6 @@ def _summary(variables: list) -> dict[str, list[float]]:
         "columns": [one.columns.mean().item() for one in variables],
         "neurons": [one.neurons.item() for one in variables],
     }
-
-
-def contributions(structure: Structure, kept: list[KeptBlock | None]) -> Removed:
-    """Multiply-adds of one image that went, by what took them along: of a block or head that goes, all that it took."""
-    taken = dict.fromkeys(("blocks", "heads", "columns", "neurons"), 0)
-    for shape, one in zip(structure.blocks, kept, strict=True):
-        whole = structure.block_macs(len(shape.columns), sum(shape.columns), shape.neurons)
-        if one is None:
-            taken["blocks"] += whole
-            continue
-        stays = [count for count, columns in zip(shape.columns, one.columns, strict=True) if columns]
-        without_heads = structure.block_macs(len(stays), sum(stays), shape.neurons)
-        columns = sum(one.shape.columns)
-        taken["heads"] += whole - without_heads
-        taken["columns"] += structure.block_macs(0, sum(stays) - columns, 0)
-        taken["neurons"] += structure.block_macs(0, 0, shape.neurons - one.shape.neurons)
-    return Removed(**taken)
 
 
 @contextlib.contextmanager

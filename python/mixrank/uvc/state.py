@@ -1,0 +1,124 @@
+"""The state of a run of unified compression in one file, from which it goes on at the epoch that it had reached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mixrank.errors import InputError
+from mixrank.files import write_tensors
+from mixrank.uvc.options import UVCOptions
+from mixrank.uvc.primal_dual import KINDS, PrimalDual
+from mixrank.uvc.shrink import KeptBlock
+
+_KEY = "mixrank_uvc"
+
+
+@dataclass
+class Progress:
+    """Where a run stands, in terms of JSON.
+
+    Attributes:
+        step: how many steps were made.
+        seconds: time that they took.
+        history: see :class:`mixrank.uvc.options.UVCResult`.
+        before: top-1 of the dense model.
+        landed: top-1 when the groups had just been removed.
+        pressure: z.
+        kept: what stays of each block, once that is chosen.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict] | None = None
+    before: float | None = None
+    landed: float | None = None
+    pressure: float = 0.0
+    kept: list[dict | None] | None = None
+
+
+def key_of(model: nn.Module, options: UVCOptions, steps: int, dtype: torch.dtype | None) -> dict:
+    """What makes a run the same run: its options, its length, and the weights that it starts with."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return asdict(options) | {"steps": steps, "dtype": str(dtype), "weights": digest.hexdigest()}
+
+
+def save_state(path: Path, key: dict, progress: Progress, tensors: dict[str, Tensor]) -> None:
+    """Write a state, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    content = {"key": key, "progress": asdict(progress)}
+    # Each for itself: safetensors writes no memory twice.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_tensors(path, own, {_KEY: json.dumps(content)})
+
+
+def load_state(path: Path, key: dict) -> tuple[Progress, dict[str, Tensor]]:
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        InputError: it is not such a file, or the state of a run with another key.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            content = json.loads((file.metadata() or {})[_KEY])
+            other = next((name for name in key if content["key"].get(name) != key[name]), None)
+            if other is not None:
+                was, now = content["key"].get(other), key[other]
+                raise InputError(f"{path} is the state of another run: its {other} was {was!r}, now it is {now!r}")
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return Progress(**content["progress"]), tensors
+    except InputError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not the state of such a run: {error}") from error
+
+
+def variables_of(duals: PrimalDual) -> Iterator[tuple[str, Tensor]]:
+    """Shares and multipliers by name; written into, they are set."""
+    for name, blocks in (("shares", duals.shares), ("multipliers", duals.multipliers)):
+        for index, block in enumerate(blocks):
+            for kind in KINDS:
+                yield f"{name}.{index}.{kind}", getattr(block, kind)
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The moments of Adam by name of the parameter, of those that were stepped."""
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter)
+        if state:
+            yield from ((f"{kind}.{name}", state[kind]) for kind in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give an optimizer the moments that :func:`moments_of` named."""
+    for name, parameter in model.named_parameters():
+        if f"step.{name}" in tensors:
+            moved = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": tensors[f"step.{name}"]} | moved
+
+
+def kept_to_json(kept: list[KeptBlock | None]) -> list[dict | None]:
+    """What stays, in terms of JSON."""
+    return [None if one is None else asdict(one) for one in kept]
+
+
+def kept_from_json(data: list[dict | None]) -> list[KeptBlock | None]:
+    """Read what :func:`kept_to_json` wrote."""
+
+    def block(one: dict) -> KeptBlock:
+        return KeptBlock(tuple(tuple(columns) for columns in one["columns"]), tuple(one["neurons"]))
+
+    return [None if one is None else block(one) for one in data]
