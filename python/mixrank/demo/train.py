@@ -37,6 +37,15 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
+def read_fashion_mnist(folder: pathlib.Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Training images ``[60000, 28, 28]`` uint8 and labels int64, then those of the test set (10,000)."""
+    files = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    images, labels, test_images, test_labels = (
+        torch.from_numpy(read_idx(folder / f"{name}-ubyte.gz").copy()) for name in files
+    )
+    return images, labels.long(), test_images, test_labels.long()
+
+
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Shift by up to two pixels, flip left-right, and erase one random square: uint8 ``[B, 28, 28]`` in and out."""
     count, size = images.shape[0], images.shape[-1]
@@ -123,13 +132,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    files = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-    train_images, train_labels, test_images, test_labels = (
-        torch.from_numpy(read_idx(args.data / f"{name}-ubyte.gz").copy()) for name in files
-    )
+    train_images, train_labels, test_images, test_labels = read_fashion_mnist(args.data)
     kept = len(train_images) - CALIBRATION_IMAGES
     model_args = MODEL_ARGS | {"depth": args.depth, "patch_size": args.patch_size}
-    model = train(train_images[:kept], train_labels[:kept].long(), model_args, args.epochs, args.batch, args.seed)
+    model = train(train_images[:kept], train_labels[:kept], model_args, args.epochs, args.batch, args.seed)
 
     args.out.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
@@ -138,10 +144,10 @@ def main() -> None:
         args.out / IMAGES,
         calibration_images=train_images[kept:].numpy(),
         test_images=test_images[:TEST_IMAGES].numpy(),
-        test_labels=test_labels[:TEST_IMAGES].numpy(),
+        test_labels=test_labels[:TEST_IMAGES].byte().numpy(),
     )
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    print(f"top-1 on all {len(test_images)} test images {top1(model, test_images, test_labels.long()):.2f} %")
+    print(f"top-1 on all {len(test_images)} test images {top1(model, test_images, test_labels):.2f} %")
 
 
 if __name__ == "__main__":
