@@ -60,10 +60,13 @@ def compress_uvc_(
 ) -> UVCResult:
     """Compress a trained vision transformer in place, by training on labelled images.
 
+    Under ``torchrun``, once the process group is there, the processes share each step
+    (:class:`torch.nn.parallel.DistributedDataParallel`) and all end with the same model; the first one writes.
+
     Args:
         model: a classifier that :func:`mixrank.uvc.structure.parts_of` knows, in fp32, on any device; in evaluation
             mode afterwards.
-        data: images and labels by epochs.
+        data: images and labels by epochs; under ``torchrun`` those of this process.
         options: see :class:`UVCOptions`.
         validation: batches of other images with labels as for :func:`mixrank.evaluate`, to tell top-1; a list or a
             loader, as it is gone through several times.
@@ -134,7 +137,7 @@ class _Run:
         self.structure = structure_of(model)
         self.device = next(model.parameters()).device
         self.gates = Gates(len(self.structure.blocks), options.gate_temperature).to(self.device)
-        self.student: nn.Module = _Student(model, self.gates)
+        self.student = _distributed(_Student(model, self.gates))
         self.steps = max(3, round(options.epochs * data.steps))
         self.warm = round(options.warm_up * self.steps)
         self.end = min(self.steps - 1, max(self.warm + 1, round((options.warm_up + options.search) * self.steps)))
@@ -165,7 +168,7 @@ class _Run:
             if self.step % self.data.steps == 0:
                 if self.kept is not None:
                     self._note({"top1": self._top1(self._final())})
-                if path is not None:
+                if path is not None and _first():
                     self._save(path, key, earlier + time.perf_counter() - started, before)
         final = self._final()
         if final is not self.model:
@@ -245,7 +248,8 @@ class _Run:
         options = self.options
         smoothing = {"share": options.distillation, "temperature": options.temperature, "smoothing": options.smoothing}
         loss = objective(logits, target, teacher, **smoothing)
-        if not math.isfinite(loss.item()):
+        found = _mean(loss.detach())
+        if not math.isfinite(found):
             raise InputError(
                 f"the loss was not finite at step {self.step} of {self.steps}: take a lower learning_rate than "
                 f"{options.learning_rate}"
@@ -257,7 +261,7 @@ class _Run:
         if self.average is not None:
             self.average.update(self.model)
         if self.warm <= self.step < self.end and (self.step - self.warm) % options.interval == options.interval - 1:
-            self._update(loss.item())
+            self._update(found)
 
     def _forward(self, images: Tensor) -> Tensor:
         if self.kept is not None:
@@ -305,7 +309,7 @@ class _Run:
         """Take away what is not kept, and go on with a plain model."""
         self.kept = kept
         shrink_(self.model, kept)
-        self.student, self.optimizer = self.model, self._optimizer()
+        self.student, self.optimizer = _distributed(self.model), self._optimizer()
         if self.options.ema:
             from timm.utils import ModelEmaV3
 
@@ -349,6 +353,33 @@ class _Run:
         self.history.append({"step": self.step} | entry)
         if self.log is not None:
             self.log(self.history[-1])
+
+
+def _distributed(module: nn.Module) -> nn.Module:
+    """The module, with gradients averaged over all processes where there are several."""
+    if not _several():
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+
+    device = next(module.parameters()).device
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _first() -> bool:
+    return not _several() or torch.distributed.get_rank() == 0
+
+
+def _mean(value: Tensor) -> float:
+    """Of a number over all processes, so that all of them see the same."""
+    if _several():
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value.item()
 
 
 def _summary(variables: list) -> dict[str, list[float]]:
