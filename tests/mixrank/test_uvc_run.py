@@ -19,6 +19,7 @@ from mixrank.uvc.data import TensorData
 from mixrank.uvc.objective import check_labels, objective
 from mixrank.uvc.options import UVCOptions
 from mixrank.uvc.run import compress_uvc_, seeded
+from mixrank.uvc.shrink import KeptBlock
 
 OPTIONS = UVCOptions(epochs=5, learning_rate=1e-3, ema=0.9)
 
@@ -126,6 +127,21 @@ def test_gates_that_are_pulled_hard_drop_blocks_and_the_rest_fills_the_budget(mo
     assert result.removed.blocks > 0
     assert len(result.blocks) == len(model.blocks) < 4
     assert 0.99 * 0.6 <= result.macs_after / result.macs_before <= 0.6
+
+
+def test_what_was_chosen_elsewhere_is_trained_and_nothing_is_searched(model, data, images, validation, tmp_path):
+    kept = [None, *(KeptBlock((tuple(range(16)), (), (0, 3)), tuple(range(0, 192, 2))) for _ in range(3))]
+    result = compress_uvc_(copy.deepcopy(model), data, options=OPTIONS, kept=kept, validation=validation)
+    assert [(block["index"], block["columns"], block["neurons"]) for block in result.blocks] == [
+        (index, [16, 2], 96) for index in (1, 2, 3)
+    ]
+    assert not any("target" in entry for entry in result.history)
+    assert result.history[0]["step"] == 0
+    assert result.after > 95
+    state = tmp_path / "run.state"
+    compress_uvc_(copy.deepcopy(model), data, options=OPTIONS, kept=kept, state=state)
+    with pytest.raises(InputError, match="is the state of another run: its kept was"):
+        compress_uvc_(copy.deepcopy(model), data, options=OPTIONS, state=state)
 
 
 def test_without_distillation_validation_average_and_warm_up(model, data):

@@ -11,7 +11,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def compress_uvc_(
     data: TrainingData,
     *,
     options: UVCOptions | None = None,
+    kept: Sequence[KeptBlock | None] | None = None,
     validation: Iterable | None = None,
     dtype: torch.dtype | None = None,
     state: Path | str | None = None,
@@ -68,6 +69,8 @@ def compress_uvc_(
             mode afterwards.
         data: images and labels by epochs; under ``torchrun`` those of this process.
         options: see :class:`UVCOptions`.
+        kept: what stays of each block, see :func:`mixrank.uvc.shrink.shrink_`, if that was chosen elsewhere: the whole
+            run trains it, and nothing is searched for. None: it is learnt.
         validation: batches of other images with labels as for :func:`mixrank.evaluate`, to tell top-1; a list or a
             loader, as it is gone through several times.
         dtype: run the models under autocast in this dtype; weights stay in fp32.
@@ -94,7 +97,7 @@ def compress_uvc_(
     options = options or UVCOptions()
     options.check()
     small = copy.deepcopy(model)
-    run = _Run(small, model, data, options, validation, dtype, log)
+    run = _Run(small, model, data, options, kept, validation, dtype, log)
     result = run.train(None if state is None else Path(state), progress)
     _become(model, small)
     return result
@@ -127,6 +130,7 @@ class _Run:
         dense: nn.Module,
         data: TrainingData,
         options: UVCOptions,
+        given: Sequence[KeptBlock | None] | None,
         validation: Iterable | None,
         dtype: torch.dtype | None,
         log: Callable[[dict], None] | None,
@@ -140,7 +144,10 @@ class _Run:
         self.student = _distributed(_Student(model, self.gates))
         self.steps = max(3, round(options.epochs * data.steps))
         self.warm = round(options.warm_up * self.steps)
+        self.given = given
         self.end = min(self.steps - 1, max(self.warm + 1, round((options.warm_up + options.search) * self.steps)))
+        if given is not None:
+            self.warm = self.end = 0
         updates = max(1.0, options.reached * (self.end - self.warm) / options.interval)
         self.gate_rate = options.gate_speed / updates
         rates = Rates(share=options.share_speed / updates, group=options.group_speed / updates)
@@ -154,6 +161,7 @@ class _Run:
     def train(self, path: Path | None, progress: bool) -> UVCResult:
         started = time.perf_counter()
         key = key_of(self.model, self.options, self.steps, self.dtype)
+        key["kept"] = None if self.given is None else kept_to_json(self.given)
         before_macs = count_macs(self.model)
         if path is not None and path.exists():
             earlier, before = self._restore(*load_state(path, key))
@@ -299,13 +307,16 @@ class _Run:
 
     def _land(self) -> None:
         """Choose what stays, take the rest away, and start to train that."""
-        groups = [Groups.of(part) for part in parts_of(self.model)]
-        keep = self.gates.probability().detach().cpu()
-        self._shrink(land(self.structure, groups, self.duals.shares, keep, self.options.budget))
+        kept = self.given
+        if kept is None:
+            groups = [Groups.of(part) for part in parts_of(self.model)]
+            keep = self.gates.probability().detach().cpu()
+            kept = land(self.structure, groups, self.duals.shares, keep, self.options.budget)
+        self._shrink(kept)
         self.landed = self._top1(self.model)
         self._note({"landed": macs_of(self.structure, self.kept) / self.structure.macs(), "top1": self.landed})
 
-    def _shrink(self, kept: list[KeptBlock | None]) -> None:
+    def _shrink(self, kept: Sequence[KeptBlock | None]) -> None:
         """Take away what is not kept, and go on with a plain model."""
         self.kept = kept
         shrink_(self.model, kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -110,9 +110,12 @@ def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dic
             optimizer.state[parameter] = {"step": tensors[f"step.{name}"]} | moved
 
 
-def kept_to_json(kept: list[KeptBlock | None]) -> list[dict | None]:
+def kept_to_json(kept: Sequence[KeptBlock | None]) -> list[dict | None]:
     """What stays, in terms of JSON."""
-    return [None if one is None else asdict(one) for one in kept]
+    return [
+        None if one is None else {"columns": [list(columns) for columns in one.columns], "neurons": list(one.neurons)}
+        for one in kept
+    ]
 
 
 def kept_from_json(data: list[dict | None]) -> list[KeptBlock | None]:
