@@ -1,7 +1,7 @@
 """From shares and gates to whole heads, columns, neurons and blocks that just fit a budget.
 
-Rounding to whole groups misses a budget by some per cent, and gates drop blocks at once. So all shares are moved by
-one number until what stays fits, and then neurons and columns come back, those of the largest norm first, until no
+Rounding to whole groups misses a budget by some per cent, and gates drop blocks at once. So all shares are raised or
+lowered alike until what stays fits, and then neurons and columns come back, those of the largest norm first, until no
 further one fits: they are the smallest things that can be removed.
 """
 
@@ -95,13 +95,18 @@ def _fitted(
     blocks: set[int],
     allowed: int,
 ) -> list[KeptBlock | None] | None:
-    """What stays of the blocks with all shares moved by the least number that makes it fit; None where none does."""
+    """What stays of the blocks with all shares raised or lowered alike, by the least that fits; None where none does.
 
-    def at(shift: float) -> list[KeptBlock | None]:
+    First in proportion, up to twofold, so that what was not to go at all stays whole; where that is not enough, by
+    one number.
+    """
+
+    def at(level: float) -> list[KeptBlock | None]:
+        factor, more = min(level, 2.0), max(0.0, level - 2.0)
         pairs = enumerate(zip(groups, shares, strict=True))
-        return [_kept(found, share, shift) if index in blocks else None for index, (found, share) in pairs]
+        return [kept_by(found, share, factor, more) if index in blocks else None for index, (found, share) in pairs]
 
-    low, high = -1.0, 1.0
+    low, high = 0.0, 3.0
     if macs_of(structure, at(high)) > allowed:
         return None
     for _ in range(_STEPS):
@@ -110,13 +115,14 @@ def _fitted(
     return at(high)
 
 
-def _kept(groups: Groups, shares: BlockVariables, shift: float) -> KeptBlock:
-    heads = set(removed(groups.heads, (shares.heads + shift).clamp(0, 1)).tolist())
+def kept_by(groups: Groups, shares: BlockVariables, factor: float = 1.0, more: float = 0.0) -> KeptBlock:
+    """What stays of a block by its shares times ``factor`` plus ``more``, each brought into [0, 1]."""
+    heads = set(removed(groups.heads, (factor * shares.heads + more).clamp(0, 1)).tolist())
     columns = tuple(
-        () if head in heads else _stays(norms, shares.columns[head] + shift)
+        () if head in heads else _stays(norms, factor * shares.columns[head] + more)
         for head, norms in enumerate(groups.columns)
     )
-    return KeptBlock(columns, _stays(groups.neurons, shares.neurons + shift))
+    return KeptBlock(columns, _stays(groups.neurons, factor * shares.neurons + more))
 
 
 def _stays(norms: Tensor, share: Tensor) -> tuple[int, ...]:

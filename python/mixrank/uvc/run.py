@@ -53,6 +53,7 @@ def compress_uvc_(
     *,
     options: UVCOptions | None = None,
     kept: Sequence[KeptBlock | None] | None = None,
+    teacher: nn.Module | None = None,
     validation: Iterable | None = None,
     dtype: torch.dtype | None = None,
     state: Path | str | None = None,
@@ -71,6 +72,7 @@ def compress_uvc_(
         options: see :class:`UVCOptions`.
         kept: what stays of each block, see :func:`mixrank.uvc.shrink.shrink_`, if that was chosen elsewhere: the whole
             run trains it, and nothing is searched for. None: it is learnt.
+        teacher: whose answers are distilled, on the device of the model; None: the model as it comes.
         validation: batches of other images with labels as for :func:`mixrank.evaluate`, to tell top-1; a list or a
             loader, as it is gone through several times.
         dtype: run the models under autocast in this dtype; weights stay in fp32.
@@ -97,7 +99,7 @@ def compress_uvc_(
     options = options or UVCOptions()
     options.check()
     small = copy.deepcopy(model)
-    run = _Run(small, model, data, options, kept, validation, dtype, log)
+    run = _Run(small, model if teacher is None else teacher, data, options, kept, validation, dtype, log)
     result = run.train(None if state is None else Path(state), progress)
     _become(model, small)
     return result
@@ -127,7 +129,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        dense: nn.Module,
+        teacher: nn.Module,
         data: TrainingData,
         options: UVCOptions,
         given: Sequence[KeptBlock | None] | None,
@@ -137,7 +139,7 @@ class _Run:
     ) -> None:
         self.model, self.data, self.options = model, data, options
         self.validation, self.dtype, self.log = validation, dtype, log
-        self.teacher = copy.deepcopy(dense).eval().requires_grad_(False) if options.distillation else None
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False) if options.distillation else None
         self.structure = structure_of(model)
         self.device = next(model.parameters()).device
         self.gates = Gates(len(self.structure.blocks), options.gate_temperature).to(self.device)
