@@ -25,6 +25,7 @@ from mixrank_bench import (
     tables_peers,
     tables_pivoted,
     tables_triton,
+    tables_uvc,
     tables_vit,
 )
 from mixrank_bench.environment import ROOT, in_checkout
@@ -66,6 +67,11 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
     },
     "docs/kernels/int8.md": {"int8-speed": tables_int8.speed, "int8-accuracy": tables_int8.accuracy},
     "docs/kernels/pivoted.md": {"pivoted-speed": tables_pivoted.speed},
+    "docs/uvc.md": {
+        "uvc-methods": tables_uvc.methods,
+        "uvc-mechanisms": tables_uvc.mechanisms,
+        "uvc-speed": tables_uvc.speed,
+    },
     "docs/kernels/triton.md": {"triton-resources": tables_triton.triton_resources},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import timm
@@ -13,7 +14,7 @@ from mixrank.uvc.landing import macs_of
 from mixrank.uvc.primal_dual import Groups
 from mixrank.uvc.shrink import shrink_
 from mixrank.uvc.structure import parts_of, structure_of
-from mixrank_bench import uvc
+from mixrank_bench import tables_uvc, uvc
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,30 @@ def test_torch_pruning_fits_the_budget_closely(bottleneck):
     assert 0.47 < count_macs(model) / full <= 0.5
     with torch.no_grad():
         assert model(torch.zeros(1, 1, 28, 28)).isfinite().all()
+
+
+def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(uvc, "OUT", tmp_path / "rows.jsonl")
+    tables = (tables_uvc.methods, tables_uvc.mechanisms, tables_uvc.speed)
+    assert [make() for make in tables] == [tables_uvc.NO_RUN] * 3
+    environment = {"cpu": "a", "threads": 1, "torch": "2", "timm": "1", "commit": "c", "date": "2026-01-01"}
+    removed = {"blocks": 0, "heads": 1, "columns": 1, "neurons": 2}
+    common = {"model": "m", "environment": environment}
+
+    def method(name: str, after: float) -> dict:
+        result = {"before": 90.0, "landed": 50.0, "after": after, "removed": removed, "blocks": [{}, {}]}
+        row = {"kind": "method", "method": name, "budget": 0.5, "seed": 0, "epochs": 4.0, "share": 0.4999}
+        return row | common | {"parameters": 1234, "result": result}
+
+    def speed(budget: str, rate: float, macs: int) -> dict:
+        return {"kind": "speed", "budget": budget, "batch": 8, "images_per_second": rate, "macs": macs} | common
+
+    rows = [method("depth", 80.0), method(uvc.OURS, 70.0), method(uvc.OURS, 88.0)]
+    rows += [method("Torch-Pruning, uniform", 60.0), speed("dense", 10.0, 100), speed("0.5", 18.0, 50)]
+    uvc.OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = tables_uvc.methods().splitlines()
+    assert lines[2] == "| m | 0.5 | 0 | unified | 0.4999 | 1,234 | 90.00 | 50.00 | 88.00 |"
+    assert lines[3].startswith("| m | 0.5 | 0 | depth |")
+    assert lines[4] == "| m | 0.5 | 0 | Torch-Pruning, uniform | 0.4999 | 1,234 |  | 50.00 | 60.00 |"
+    assert tables_uvc.mechanisms().splitlines()[2] == "| m | 0.5 | 0 | 0 % | 25 % | 25 % | 50 % | 2 |"
+    assert tables_uvc.speed().splitlines()[3] == "| m | 8 | 0.5 | 18.0 | 1.80x | 2.00x | 0.90 |"

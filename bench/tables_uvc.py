@@ -1,0 +1,74 @@
+"""Unified compression beside other ways to choose what goes: the tables of docs/uvc.md."""
+
+from __future__ import annotations
+
+from mixrank_bench import uvc
+from mixrank_bench.environment import read
+from mixrank_bench.markdown import conditions, table
+
+NO_RUN = "No run has been recorded yet.\n"
+KINDS = ("blocks", "heads", "columns", "neurons")
+
+
+def methods() -> str:
+    """Every method at every budget, of each model and seed, the most accurate first."""
+    rows = [row for row in read(uvc.OUT) if row["kind"] == "method"]
+    if not rows:
+        return NO_RUN
+    latest = {(row["model"], row["budget"], row["seed"], row["method"]): row for row in rows}
+    order = sorted(
+        latest.values(), key=lambda row: (row["model"], -row["budget"], row["seed"], -row["result"]["after"])
+    )
+    header = (
+        "model",
+        "budget",
+        "seed",
+        "method",
+        "MACs kept",
+        "parameters",
+        "top-1 before, %",
+        "removed, %",
+        "after, %",
+    )
+    lines = []
+    for row in order:
+        found = row["result"]
+        scores = (f"{found[name]:.2f}" for name in ("before", "landed", "after"))
+        if row["method"] in uvc.PRUNERS:  # what the run began with was pruned already
+            scores = ("", f"{found['landed']:.2f}", f"{found['after']:.2f}")
+        named = (row["model"], row["budget"], row["seed"], row["method"])
+        lines.append((*named, f"{row['share']:.4f}", f"{row['parameters']:,}", *scores))
+    last = rows[-1]
+    return table(header, lines) + f"\n{last['epochs']:g} epochs each. {conditions(last)}"
+
+
+def mechanisms() -> str:
+    """What took the multiply-adds along, of ours."""
+    rows = [row for row in read(uvc.OUT) if row["kind"] == "method" and row["method"] == uvc.OURS]
+    if not rows:
+        return NO_RUN
+    latest = {(row["model"], row["budget"], row["seed"]): row for row in rows}
+    lines = []
+    for (model, budget, seed), row in sorted(latest.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
+        removed = row["result"]["removed"]
+        total = sum(removed.values())
+        shares = (f"{100 * removed[kind] / total:.0f} %" for kind in KINDS)
+        lines.append((model, budget, seed, *shares, len(row["result"]["blocks"])))
+    return table(("model", "budget", "seed", *KINDS, "blocks that stay"), lines) + "\n" + conditions(rows[-1])
+
+
+def speed() -> str:
+    """Images per second beside what the multiply-adds promise."""
+    rows = [row for row in read(uvc.OUT) if row["kind"] == "speed"]
+    if not rows:
+        return NO_RUN
+    latest = {(row["model"], row["batch"], row["budget"]): row for row in rows}
+    lines = []
+    for (model, batch, budget), row in latest.items():
+        dense = latest[model, batch, "dense"]
+        ratio = row["images_per_second"] / dense["images_per_second"]
+        promise = dense["macs"] / row["macs"]
+        rate = f"{row['images_per_second']:.1f}"
+        lines.append((model, batch, budget, rate, f"{ratio:.2f}x", f"{promise:.2f}x", f"{ratio / promise:.2f}"))
+    header = ("model", "batch", "budget", "images/s, median", "speed-up", "by multiply-adds", "of what these promise")
+    return table(header, lines) + "\n" + conditions(rows[-1])
