@@ -151,6 +151,8 @@ VARIANTS = (
     Variant("training", "of a residual of rank 16", training={"trained": "residual"}),
     Variant("training", "of all parameters", training={"trained": "all"}),
     Variant("training", "without random views", training={"min_scale": 1.0}),
+    Variant("training", "half of the views mixed", training={"mix": 0.5}),
+    Variant("training", "all views mixed", training={"mix": 1.0}),
     *(Variant("training", f"learning rate {rate:g}", training={"learning_rate": rate}) for rate in (1e-5, 5e-5, 1e-4)),
 )
 

@@ -51,6 +51,7 @@ def compensate(
     learning_rate: Annotated[float, typer.Option(help="The highest one, of Adam.")] = 2e-5,
     batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 16,
     min_scale: Annotated[float, typer.Option(help="The least share of an image in a random view; 1: no views.")] = 0.5,
+    mix: Annotated[float, typer.Option(help="The share of the views that are mixed with another one.")] = 0.0,
     held_out: Annotated[float, typer.Option(help="The share of the images that only choose the best step.")] = 0.1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (faster on recent processors).")] = "float32",
     resume: Annotated[
@@ -87,6 +88,7 @@ class _Options:
     learning_rate: float
     batch_size: int
     min_scale: float
+    mix: float
     held_out: float
     dtype: str
     resume: bool

@@ -43,6 +43,7 @@ class CompensationOptions:
         learning_rate: the highest, of Adam, after a warm-up; it falls to zero along half a cosine.
         feature_weight: of the mean error of the taps in the loss of ``"model"``, beside the KL of the logits.
         min_scale: smallest share of an image in a random view; 1: no augmentation.
+        mix: share of the views that are mixed with another one, in any proportion; in [0, 1].
         held_out: share of the images that only choose the best step.
         evaluations: how often the held-out images are looked at.
         patience: how many evaluations in a row may be no better than the best one; at one more the run stops.
@@ -56,6 +57,7 @@ class CompensationOptions:
     learning_rate: float = 2e-5
     feature_weight: float = 1.0
     min_scale: float = 0.5
+    mix: float = 0.0
     held_out: float = 0.1
     evaluations: int = 10
     patience: int = 8
@@ -75,6 +77,8 @@ class CompensationOptions:
             raise InputError(f"feature_weight must be at least 0, but it was {self.feature_weight}")
         if not 0 < self.min_scale <= 1:
             raise InputError(f"min_scale must be in (0, 1], but it was {self.min_scale}")
+        if not 0 <= self.mix <= 1:
+            raise InputError(f"mix must be in [0, 1], but it was {self.mix}")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out must be above 0 and below 1, but it was {self.held_out}")
 

@@ -48,10 +48,12 @@ class Views:
         batch_size: images in a batch, at least 1; at most B are taken.
         seed: equal seeds give equal views.
         min_scale: smallest share of an image's area in a view, in (0, 1]; 1 takes images as they are, without flips.
+        mix: share of the views that are mixed with the next one of the batch, in any proportion (mixup of Zhang et al.
+            2018, with the uniform proportions that suit distillation, Beyer et al. 2022).
     """
 
-    def __init__(self, images: Tensor, batch_size: int, *, seed: int, min_scale: float) -> None:
-        self.images, self.seed, self.min_scale = images, seed, min_scale
+    def __init__(self, images: Tensor, batch_size: int, *, seed: int, min_scale: float, mix: float = 0.0) -> None:
+        self.images, self.seed, self.min_scale, self.mix = images, seed, min_scale, mix
         self.batch_size = min(batch_size, len(images))
 
     def batch(self, step: int) -> Tensor:
@@ -61,10 +63,14 @@ class Views:
         order = torch.randperm(len(self.images), generator=self._generator(2 * epoch))
         chosen = order[place * self.batch_size :][: self.batch_size]
         images = self.images[chosen].float()
-        if self.min_scale >= 1:
-            return images
         generator = self._generator(2 * step + 1)
-        return torch.stack([self._view(image, generator) for image in images])
+        if self.min_scale < 1:
+            images = torch.stack([self._view(image, generator) for image in images])
+        if self.mix:
+            which, share = torch.rand(2, len(images), 1, 1, 1, generator=generator)
+            share = torch.where(which < self.mix, share, 1.0)
+            images = share * images + (1 - share) * images.roll(-1, 0)
+        return images
 
     def _generator(self, stream: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + stream) % 2**63)

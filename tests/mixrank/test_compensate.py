@@ -253,6 +253,7 @@ def test_modes_and_gradients_come_back_as_they_were(pair):
         ({"residual_rank": 0}, {"steps": 1}, "residual_rank must be at least 1, but it was 0"),
         ({"batch_size": 0}, {"steps": 1}, "batch_size must be at least 1, but it was 0"),
         ({"learning_rate": 0.0}, {"steps": 1}, "learning_rate must be above 0, but it was 0.0"),
+        ({"mix": 1.5}, {"steps": 1}, r"mix must be in \[0, 1\], but it was 1.5"),
         ({"min_scale": 0.0}, {"steps": 1}, r"min_scale must be in \(0, 1\], but it was 0.0"),
         ({"held_out": 1.0}, {"steps": 1}, "held_out must be above 0 and below 1, but it was 1.0"),
         ({"held_out": 0.99}, {"steps": 1}, "leaves none of the 32 images to train on"),
@@ -339,3 +340,22 @@ def test_blocks_of_vit_and_swin_hold_every_layer(pair):
     assert names[:2] == ["layers.0.blocks.0", "layers.0.blocks.1"]
     assert "layers.1.downsample.reduction" in names
     assert block_of("layers.1.blocks.0.mlp.fc1", names) == "layers.1.blocks.0"
+
+
+def test_mixed_views_lie_between_two_images():
+    images = torch.randn(10, 3, 8, 8)
+    plain = Views(images, 5, seed=3, min_scale=1.0).batch(2)
+    mixed = Views(images, 5, seed=3, min_scale=1.0, mix=1.0).batch(2)
+    assert torch.equal(mixed, Views(images, 5, seed=3, min_scale=1.0, mix=1.0).batch(2))
+    for index in range(5):
+        one, other = plain[index].flatten(), plain[(index + 1) % 5].flatten()
+        share = torch.dot(mixed[index].flatten() - other, one - other) / (one - other).square().sum()
+        assert 0 < share < 1
+        assert torch.allclose(mixed[index].flatten(), share * one + (1 - share) * other, atol=1e-5)
+    some = Views(images, 5, seed=3, min_scale=1.0, mix=0.5)
+    same = [
+        torch.equal(a, b)
+        for step in range(40)
+        for a, b in zip(some.batch(step), Views(images, 5, seed=3, min_scale=1.0).batch(step), strict=True)
+    ]
+    assert 70 < sum(same) < 130
