@@ -22,7 +22,8 @@ def front() -> str:
             lines.append(_model(f"keep {keep}", found[-1], speeds.get(vit_b16.speed_name(keep)), speeds["dense"]))
             last = found[-1]
     header = ("", "parameters", "MB", "GMACs", "top-1, %", f"images/s, batch {vit_b16.SPEED_BATCH}", "speed-up")
-    return table(header, lines) + "\n" + conditions(last)
+    threads = speeds["dense"]["threads"]
+    return table(header, lines) + "\n" + conditions(last).rstrip() + f" Speed on {threads} threads.\n"
 
 
 def _speeds(rows: list[dict]) -> list[dict]:
