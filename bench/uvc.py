@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from mixrank.demo import ARCHITECTURE, ASSETS, MODEL_ARGS, PREPROCESSING, WEIGHT
 from mixrank.demo.run import batches
 from mixrank.demo.train import CALIBRATION_IMAGES, augment, normalise, read_fashion_mnist
 from mixrank.demo.uvc import BATCH, EPOCHS
-from mixrank.errors import InputError
 from mixrank.evaluate import compare_speed
 from mixrank.models import count_macs, count_parameters, create_model
 from mixrank.uvc.data import TensorData
@@ -39,7 +37,7 @@ from mixrank.uvc.primal_dual import BlockVariables, Groups
 from mixrank.uvc.run import compress_uvc_
 from mixrank.uvc.shrink import KeptBlock
 from mixrank.uvc.structure import parts_of, structure_of
-from mixrank_bench.accuracy_peers.structured import prune_
+from mixrank_bench.accuracy_peers.structured import prune_to_
 from mixrank_bench.environment import RESULTS, append, read
 
 OUT = RESULTS / "uvc.jsonl"
@@ -108,29 +106,6 @@ CHOICES: dict[str, Callable[[nn.Module, float, int], Chosen] | None] = {
 PRUNERS = {"Torch-Pruning, bottleneck": True, "Torch-Pruning, uniform": False}
 
 
-def torch_pruned_(model: nn.Module, budget: float, *, bottleneck: bool) -> None:
-    """Prune by Torch-Pruning with the smallest ratio that fits the budget, in place.
-
-    Raises:
-        InputError: no ratio does.
-    """
-    limit = budget * count_macs(model)
-
-    @functools.cache
-    def fits(step: int) -> bool:
-        trial = copy.deepcopy(model)
-        prune_(trial, step / RATIOS, bottleneck=bottleneck)
-        return count_macs(trial) <= limit
-
-    low, high = 0, RATIOS - 1
-    if not fits(high):
-        raise InputError(f"no ratio of Torch-Pruning leaves {budget} of the multiply-adds")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    prune_(model, high / RATIOS, bottleneck=bottleneck)
-
-
 def load(assets: Path, args: dict[str, Any]) -> nn.Module:
     """The dense model."""
     model = create_model(ARCHITECTURE, weights=assets / WEIGHTS, args=MODEL_ARGS | args).float()
@@ -147,7 +122,7 @@ def measure(dense: nn.Module, data: Path, method: str, options: UVCOptions, mode
     )
     model, kept, full = copy.deepcopy(dense), None, count_macs(dense)
     if method in PRUNERS:
-        torch_pruned_(model, options.budget, bottleneck=PRUNERS[method])
+        prune_to_(model, count_macs, options.budget, "budget", RATIOS, bottleneck=PRUNERS[method])
         parts = parts_of(model)
         kept = [
             KeptBlock(tuple(tuple(range(n)) for n in part.columns), tuple(range(part.mlp.fc1.out_features)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -54,25 +55,45 @@ def prune_(model: nn.Module, ratio: float, *, bottleneck: bool) -> None:
         module.head_dim = module.attn_dim // module.num_heads
 
 
+def prune_to_(
+    model: nn.Module, size: Callable[[nn.Module], int], share: float, name: str, steps: int, *, bottleneck: bool
+) -> float:
+    """Prune with the smallest ratio that leaves at most a share of a size, in place; returns the ratio.
+
+    Args:
+        model: a vision transformer of timm.
+        size: of a model.
+        share: of the size of ``model``.
+        name: what the share is called in messages.
+        steps: the ratios that are tried are multiples of one part in so many.
+        bottleneck: see the module.
+
+    Raises:
+        InputError: no ratio does.
+    """
+    whole = size(model)
+
+    @functools.cache
+    def left(step: int) -> int:
+        trial = copy.deepcopy(model)
+        prune_(trial, step / steps, bottleneck=bottleneck)
+        return size(trial)
+
+    low, high = 0, steps - 1
+    if left(high) > share * whole:
+        raise InputError(f"{name} must be at least {left(high) / whole:.4f} here, but it was {share}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if left(middle) <= share * whole else (middle, high)
+    prune_(model, high / steps, bottleneck=bottleneck)
+    return high / steps
+
+
 def compress(model: nn.Module, _calibration: Calibration, keep: float, *, bottleneck: bool) -> Compressed:
     """Prune with the smallest ratio that leaves at most ``keep`` of the parameters, in place.
 
     Raises:
         InputError: no ratio does.
     """
-    limit = keep * count_parameters(model)
-
-    @functools.cache
-    def parameters(step: int) -> int:
-        trial = copy.deepcopy(model)
-        prune_(trial, step / STEPS, bottleneck=bottleneck)
-        return count_parameters(trial)
-
-    low, high = 0, STEPS - 1
-    if parameters(high) > limit:
-        raise InputError(f"keep must be at least {parameters(high) / limit * keep:.4f} here, but it was {keep}")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if parameters(middle) <= limit else (middle, high)
-    prune_(model, high / STEPS, bottleneck=bottleneck)
-    return Compressed(count_parameters(model), {"ratio": high / STEPS})
+    ratio = prune_to_(model, count_parameters, keep, "keep", STEPS, bottleneck=bottleneck)
+    return Compressed(count_parameters(model), {"ratio": ratio})

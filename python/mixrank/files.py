@@ -75,6 +75,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             temporary.unlink()
 
 
+def check_same_run(path: Path, known: dict, key: dict) -> None:
+    """Raise InputError unless ``known``, the key in the state at ``path``, has every entry of ``key``."""
+    other = next((name for name in key if known.get(name) != key[name]), None)
+    if other is not None:
+        was, now = known.get(other), key[other]
+        raise InputError(f"{path} is the state of another run: its {other} was {was!r}, now it is {now!r}")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

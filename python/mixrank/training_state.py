@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixrank.errors import InputError
 from mixrank.fidelity import Fidelity
-from mixrank.files import write_tensors
+from mixrank.files import check_same_run, write_tensors
 
 _PARTS = ("current", "best", "first", "second")
 _FIELDS = ("steps", "step", "seconds", "best_step", "best_look", "stopped", "history")
@@ -101,10 +101,7 @@ class TrainingState:
         try:
             with safe_open(path, "pt") as file:
                 content = json.loads((file.metadata() or {})[_KEY])
-                other = next((name for name in key if content["key"].get(name) != key[name]), None)
-                if other is not None:
-                    was, now = content["key"].get(other), key[other]
-                    raise InputError(f"{path} is the state of another run: its {other} was {was!r}, now it is {now!r}")
+                check_same_run(path, content["key"], key)
                 parts = {part: {n: file.get_tensor(f"{part}.{n}").clone() for n in parameters} for part in _PARTS}
             values = {name: content[name] for name in _FIELDS}
             before, after = (Fidelity(**content[name]) for name in ("before", "after"))

@@ -15,6 +15,7 @@ from mixrank.uvc.primal_dual import Groups
 from mixrank.uvc.shrink import shrink_
 from mixrank.uvc.structure import parts_of, structure_of
 from mixrank_bench import tables_uvc, uvc
+from mixrank_bench.accuracy_peers.structured import prune_to_
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_depth_takes_the_last_blocks(model):
 def test_torch_pruning_fits_the_budget_closely(bottleneck):
     model = uvc.load(uvc.ASSETS, {})
     full = count_macs(model)
-    uvc.torch_pruned_(model, 0.5, bottleneck=bottleneck)
+    prune_to_(model, count_macs, 0.5, "budget", uvc.RATIOS, bottleneck=bottleneck)
     assert 0.47 < count_macs(model) / full <= 0.5
     with torch.no_grad():
         assert model(torch.zeros(1, 1, 28, 28)).isfinite().all()

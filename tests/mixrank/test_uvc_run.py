@@ -15,10 +15,10 @@ import torch.nn.functional as F
 import mixrank
 from mixrank import InputError
 from mixrank.models import count_macs, create_model
-from mixrank.uvc.data import TensorData
+from mixrank.uvc.data import TensorData, seeded
 from mixrank.uvc.objective import check_labels, objective
 from mixrank.uvc.options import UVCOptions
-from mixrank.uvc.run import compress_uvc_, seeded
+from mixrank.uvc.run import compress_uvc_
 from mixrank.uvc.shrink import KeptBlock
 
 OPTIONS = UVCOptions(epochs=5, learning_rate=1e-3, ema=0.9)
@@ -108,6 +108,19 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(model, data, images
     result = compress_uvc_(parts, data, options=options, validation=validation, state=state)
     assert all(torch.equal(value, parts.state_dict()[name]) for name, value in whole.state_dict().items())
     assert dataclasses.replace(result, seconds=0.0) == dataclasses.replace(expected, seconds=0.0)
+
+
+class Short(TensorData):
+    """One batch fewer in each epoch than it says."""
+
+    def epoch(self, number: int):
+        yield from list(super().epoch(number))[:-1]
+
+
+def test_data_that_ends_too_soon_is_an_error(model, images):
+    data = Short(images[0][:144], images[1][:144], batch_size=16)
+    with pytest.raises(InputError, match="data must give 9 batches in each epoch, but it ended at step 40"):
+        compress_uvc_(model, data, options=OPTIONS)
 
 
 def test_a_state_of_another_run_is_refused(model, data, tmp_path):

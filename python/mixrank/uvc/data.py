@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,3 +78,18 @@ class TensorData:
 
     def _generator(self, number: int, stream: int) -> torch.Generator:
         return torch.Generator().manual_seed(hash((self.seed, number, stream)) % 2**63)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, epoch: int) -> Iterator[None]:
+    """Random numbers of torch, NumPy and Python as functions of seed and epoch; afterwards as they were."""
+    # timm's mixup draws from NumPy's global numbers.
+    state, old = random.getstate(), np.random.get_state()  # noqa: NPY002
+    number = hash((seed, epoch)) % 2**32
+    with torch.random.fork_rng():
+        torch.manual_seed(number), np.random.seed(number), random.seed(number)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(old)  # noqa: NPY002

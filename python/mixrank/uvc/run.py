@@ -6,16 +6,13 @@ that shrink (``search``), and with the model as small as it will be, which is th
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +20,13 @@ from mixrank.errors import InputError
 from mixrank.evaluate import evaluate
 from mixrank.models import count_macs
 from mixrank.progress import track
-from mixrank.uvc.data import TrainingData
+from mixrank.uvc.data import TrainingData, seeded
 from mixrank.uvc.gates import Gates, gated
 from mixrank.uvc.landing import contributions, land, macs_of
 from mixrank.uvc.objective import check_labels, objective
 from mixrank.uvc.options import UVCOptions, UVCResult
 from mixrank.uvc.primal_dual import Groups, PrimalDual, Rates
+from mixrank.uvc.processes import is_first, mean, shared
 from mixrank.uvc.shrink import KeptBlock, remaining_blocks, shrink_
 from mixrank.uvc.state import (
     Progress,
@@ -143,7 +141,7 @@ class _Run:
         self.structure = structure_of(model)
         self.device = next(model.parameters()).device
         self.gates = Gates(len(self.structure.blocks), options.gate_temperature).to(self.device)
-        self.student = _distributed(_Student(model, self.gates))
+        self.student = shared(_Student(model, self.gates))
         self.steps = max(3, round(options.epochs * data.steps))
         self.warm = round(options.warm_up * self.steps)
         self.given = given
@@ -178,8 +176,12 @@ class _Run:
             if self.step % self.data.steps == 0:
                 if self.kept is not None:
                     self._note({"top1": self._top1(self._final())})
-                if path is not None and _first():
+                if path is not None and is_first():
                     self._save(path, key, earlier + time.perf_counter() - started, before)
+        if self.step < self.steps:
+            raise InputError(
+                f"data must give {self.data.steps} batches in each epoch, but it ended at step {self.step}"
+            )
         final = self._final()
         if final is not self.model:
             self.model.load_state_dict(final.state_dict())
@@ -258,7 +260,7 @@ class _Run:
         options = self.options
         smoothing = {"share": options.distillation, "temperature": options.temperature, "smoothing": options.smoothing}
         loss = objective(logits, target, teacher, **smoothing)
-        found = _mean(loss.detach())
+        found = mean(loss.detach())
         if not math.isfinite(found):
             raise InputError(
                 f"the loss was not finite at step {self.step} of {self.steps}: take a lower learning_rate than "
@@ -269,7 +271,7 @@ class _Run:
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         self.optimizer.step()
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update(self.model, step=self.step - self.end)
         if self.warm <= self.step < self.end and (self.step - self.warm) % options.interval == options.interval - 1:
             self._update(found)
 
@@ -322,7 +324,7 @@ class _Run:
         """Take away what is not kept, and go on with a plain model."""
         self.kept = kept
         shrink_(self.model, kept)
-        self.student, self.optimizer = _distributed(self.model), self._optimizer()
+        self.student, self.optimizer = shared(self.model), self._optimizer()
         if self.options.ema:
             from timm.utils import ModelEmaV3
 
@@ -368,51 +370,9 @@ class _Run:
             self.log(self.history[-1])
 
 
-def _distributed(module: nn.Module) -> nn.Module:
-    """The module, with gradients averaged over all processes where there are several."""
-    if not _several():
-        return module
-    from torch.nn.parallel import DistributedDataParallel
-
-    device = next(module.parameters()).device
-    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _first() -> bool:
-    return not _several() or torch.distributed.get_rank() == 0
-
-
-def _mean(value: Tensor) -> float:
-    """Of a number over all processes, so that all of them see the same."""
-    if _several():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
-    return value.item()
-
-
 def _summary(variables: list) -> dict[str, list[float]]:
     return {
         "heads": [one.heads.item() for one in variables],
         "columns": [one.columns.mean().item() for one in variables],
         "neurons": [one.neurons.item() for one in variables],
     }
-
-
-@contextlib.contextmanager
-def seeded(seed: int, epoch: int) -> Iterator[None]:
-    """Random numbers of torch, NumPy and Python as functions of seed and epoch; afterwards as they were."""
-    # timm's mixup draws from NumPy's global numbers.
-    state, old = random.getstate(), np.random.get_state()  # noqa: NPY002
-    number = hash((seed, epoch)) % 2**32
-    with torch.random.fork_rng():
-        torch.manual_seed(number), np.random.seed(number), random.seed(number)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(old)  # noqa: NPY002

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
-from mixrank.files import write_tensors
+from mixrank.files import check_same_run, write_tensors
 from mixrank.uvc.options import UVCOptions
 from mixrank.uvc.primal_dual import KINDS, PrimalDual
 from mixrank.uvc.shrink import KeptBlock
@@ -74,10 +74,7 @@ def load_state(path: Path, key: dict) -> tuple[Progress, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             content = json.loads((file.metadata() or {})[_KEY])
-            other = next((name for name in key if content["key"].get(name) != key[name]), None)
-            if other is not None:
-                was, now = content["key"].get(other), key[other]
-                raise InputError(f"{path} is the state of another run: its {other} was {was!r}, now it is {now!r}")
+            check_same_run(path, content["key"], key)
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return Progress(**content["progress"]), tensors
     except InputError:
