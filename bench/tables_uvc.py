@@ -26,20 +26,19 @@ def methods() -> str:
         "method",
         "MACs kept",
         "parameters",
-        "top-1 before, %",
         "removed, %",
         "after, %",
     )
     lines = []
     for row in order:
         found = row["result"]
-        scores = (f"{found[name]:.2f}" for name in ("before", "landed", "after"))
-        if row["method"] in uvc.PRUNERS:  # what the run began with was pruned already
-            scores = ("", f"{found['landed']:.2f}", f"{found['after']:.2f}")
+        scores = (f"{found[name]:.2f}" for name in ("landed", "after"))
         named = (row["model"], row["budget"], row["seed"], row["method"])
         lines.append((*named, f"{row['share']:.4f}", f"{row['parameters']:,}", *scores))
     last = rows[-1]
-    return table(header, lines) + f"\n{last['epochs']:g} epochs each. {conditions(last)}"
+    dense = {row["model"]: row["result"]["before"] for row in order if row["method"] == uvc.OURS}
+    told = "".join(f"Dense, {model}: {top1:.2f} %. " for model, top1 in dense.items())
+    return table(header, lines) + f"\n{told}{last['epochs']:g} epochs each. {conditions(last)}"
 
 
 def mechanisms() -> str:

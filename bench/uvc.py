@@ -16,7 +16,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from mixrank.demo.uvc import BATCH, EPOCHS
 from mixrank.evaluate import compare_speed
 from mixrank.models import count_macs, count_parameters, create_model
 from mixrank.uvc.data import TensorData
+from mixrank.uvc.finetune import finetune_
 from mixrank.uvc.landing import kept_by, land, macs_of
-from mixrank.uvc.options import UVCOptions
+from mixrank.uvc.options import FinetuneOptions, UVCOptions
 from mixrank.uvc.primal_dual import BlockVariables, Groups
 from mixrank.uvc.run import compress_uvc_
-from mixrank.uvc.shrink import KeptBlock
+from mixrank.uvc.shrink import KeptBlock, shrink_
 from mixrank.uvc.structure import parts_of, structure_of
 from mixrank_bench.accuracy_peers.structured import prune_to_
 from mixrank_bench.environment import RESULTS, append, read
@@ -120,27 +121,31 @@ def measure(dense: nn.Module, data: Path, method: str, options: UVCOptions, mode
     training = TensorData(
         images[:used], labels[:used], BATCH, lambda x, generator: normalise(augment(x, generator)), seed=options.seed
     )
-    model, kept, full = copy.deepcopy(dense), None, count_macs(dense)
-    if method in PRUNERS:
-        prune_to_(model, count_macs, options.budget, "budget", RATIOS, bottleneck=PRUNERS[method])
-        parts = parts_of(model)
-        kept = [
-            KeptBlock(tuple(tuple(range(n)) for n in part.columns), tuple(range(part.mlp.fc1.out_features)))
-            for part in parts
-        ]
-    elif CHOICES[method] is not None:
-        kept = CHOICES[method](model, options.budget, options.seed)
+    model, full = copy.deepcopy(dense), count_macs(dense)
     common = {"validation": batches(test_images, test_labels), "dtype": torch.bfloat16, "progress": True}
-    # The teacher is always the dense model, which after Torch-Pruning is not what the run starts with.
-    result = compress_uvc_(model, training, options=options, kept=kept, teacher=dense, **common)
+    if method == OURS:
+        found = compress_uvc_(model, training, options=options, **common).to_json()
+    else:
+        if method in PRUNERS:
+            prune_to_(model, count_macs, options.budget, "budget", RATIOS, bottleneck=PRUNERS[method])
+        else:
+            shrink_(model, CHOICES[method](model, options.budget, options.seed))
+        # The teacher is the dense model in all of them, which here is not what the training starts with.
+        found = finetune_(model, training, options=of_the_same(options), teacher=dense, **common).to_json()
+        found["landed"] = found.pop("before")
     if models is not None and method == OURS:
         mixrank.save(model, models / _file(options.budget))
     return {
         "macs": count_macs(model),
         "share": count_macs(model) / full,
         "parameters": count_parameters(model),
-        "result": result.to_json(),
+        "result": found,
     }
+
+
+def of_the_same(options: UVCOptions) -> FinetuneOptions:
+    """The options of a training alike."""
+    return FinetuneOptions(**{field.name: getattr(options, field.name) for field in fields(FinetuneOptions)})
 
 
 def _file(budget: float) -> str:
@@ -190,7 +195,7 @@ def main() -> None:
             row |= measure(dense, args.data, method, replace(options, budget=budget), args.models)
             append(args.out, row)
             found = row["result"]
-            print(f"{method} at {budget}: {found['before']:.2f} to {found['after']:.2f} %", file=sys.stderr, flush=True)
+            print(f"{method} at {budget}: {found['landed']:.2f} to {found['after']:.2f} %", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

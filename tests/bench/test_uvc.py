@@ -83,8 +83,9 @@ def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
     rows += [method("Torch-Pruning, uniform", 60.0), speed("dense", 10.0, 100), speed("0.5", 18.0, 50)]
     uvc.OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = tables_uvc.methods().splitlines()
-    assert lines[2] == "| m | 0.5 | 0 | unified | 0.4999 | 1,234 | 90.00 | 50.00 | 88.00 |"
+    assert lines[2] == "| m | 0.5 | 0 | unified | 0.4999 | 1,234 | 50.00 | 88.00 |"
     assert lines[3].startswith("| m | 0.5 | 0 | depth |")
-    assert lines[4] == "| m | 0.5 | 0 | Torch-Pruning, uniform | 0.4999 | 1,234 |  | 50.00 | 60.00 |"
+    assert lines[4] == "| m | 0.5 | 0 | Torch-Pruning, uniform | 0.4999 | 1,234 | 50.00 | 60.00 |"
+    assert lines[-1].startswith("Dense, m: 90.00 %. 4 epochs each. ")
     assert tables_uvc.mechanisms().splitlines()[2] == "| m | 0.5 | 0 | 0 % | 25 % | 25 % | 50 % | 2 |"
     assert tables_uvc.speed().splitlines()[3] == "| m | 8 | 0.5 | 18.0 | 1.80x | 2.00x | 0.90 |"

@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import mixrank
 from mixrank import InputError
@@ -19,7 +21,6 @@ from mixrank.uvc.data import TensorData, seeded
 from mixrank.uvc.objective import check_labels, objective
 from mixrank.uvc.options import UVCOptions
 from mixrank.uvc.run import compress_uvc_
-from mixrank.uvc.shrink import KeptBlock
 
 OPTIONS = UVCOptions(epochs=5, learning_rate=1e-3, ema=0.9)
 
@@ -129,6 +130,12 @@ def test_a_state_of_another_run_is_refused(model, data, tmp_path):
     compress_uvc_(copy.deepcopy(model), data, options=options, state=state)
     with pytest.raises(InputError, match=r"is the state of another run: its budget was 0\.5, now it is 0\.4"):
         compress_uvc_(copy.deepcopy(model), data, options=dataclasses.replace(options, budget=0.4), state=state)
+    torn = load_file(state)
+    del torn["search.gates"]
+    with safe_open(state, "pt") as file:
+        save_file({**torn}, tmp_path / "torn.state", metadata=file.metadata())
+    with pytest.raises(InputError, match=r"torn\.state is not the whole state of such a run: 'gates'"):
+        compress_uvc_(copy.deepcopy(model), data, options=options, state=tmp_path / "torn.state")
     state.write_bytes(b"nonsense")
     with pytest.raises(InputError, match="is not the state of such a run"):
         compress_uvc_(copy.deepcopy(model), data, options=options, state=state)
@@ -140,21 +147,6 @@ def test_gates_that_are_pulled_hard_drop_blocks_and_the_rest_fills_the_budget(mo
     assert result.removed.blocks > 0
     assert len(result.blocks) == len(model.blocks) < 4
     assert 0.99 * 0.6 <= result.macs_after / result.macs_before <= 0.6
-
-
-def test_what_was_chosen_elsewhere_is_trained_and_nothing_is_searched(model, data, images, validation, tmp_path):
-    kept = [None, *(KeptBlock((tuple(range(16)), (), (0, 3)), tuple(range(0, 192, 2))) for _ in range(3))]
-    result = compress_uvc_(copy.deepcopy(model), data, options=OPTIONS, kept=kept, validation=validation)
-    assert [(block["index"], block["columns"], block["neurons"]) for block in result.blocks] == [
-        (index, [16, 2], 96) for index in (1, 2, 3)
-    ]
-    assert not any("target" in entry for entry in result.history)
-    assert result.history[0]["step"] == 0
-    assert result.after > 95
-    state = tmp_path / "run.state"
-    compress_uvc_(copy.deepcopy(model), data, options=OPTIONS, kept=kept, state=state)
-    with pytest.raises(InputError, match="is the state of another run: its kept was"):
-        compress_uvc_(copy.deepcopy(model), data, options=OPTIONS, state=state)
 
 
 def test_without_distillation_validation_average_and_warm_up(model, data):

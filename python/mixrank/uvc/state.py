@@ -1,4 +1,4 @@
-"""The state of a run of unified compression in one file, from which it goes on at the epoch that it had reached."""
+"""The state of a training in one file, from which it goes on at the epoch that it had reached."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
 from mixrank.files import check_same_run, write_tensors
-from mixrank.uvc.options import UVCOptions
+from mixrank.uvc.options import FinetuneOptions
 from mixrank.uvc.primal_dual import KINDS, PrimalDual
 from mixrank.uvc.shrink import KeptBlock
 
@@ -22,33 +23,30 @@ _KEY = "mixrank_uvc"
 
 @dataclass
 class Progress:
-    """Where a run stands, in terms of JSON.
+    """Where a training stands, in terms of JSON.
 
     Attributes:
         step: how many steps were made.
         seconds: time that they took.
-        history: see :class:`mixrank.uvc.options.UVCResult`.
-        before: top-1 of the dense model.
-        landed: top-1 when the groups had just been removed.
-        pressure: z.
-        kept: what stays of each block, once that is chosen.
+        history: see :class:`mixrank.uvc.options.FinetuneResult`.
+        before: top-1 at the start.
+        search: what else a search knows.
     """
 
-    step: int = 0
-    seconds: float = 0.0
-    history: list[dict] | None = None
-    before: float | None = None
-    landed: float | None = None
-    pressure: float = 0.0
-    kept: list[dict | None] | None = None
+    step: int
+    seconds: float
+    history: list[dict]
+    before: float | None
+    search: dict[str, Any]
 
 
-def key_of(model: nn.Module, options: UVCOptions, steps: int, dtype: torch.dtype | None) -> dict:
+def key_of(model: nn.Module, options: FinetuneOptions, steps: int, dtype: torch.dtype | None) -> dict:
     """What makes a run the same run: its options, its length, and the weights that it starts with."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return asdict(options) | {"steps": steps, "dtype": str(dtype), "weights": digest.hexdigest()}
+    kind = {"kind": type(options).__name__, "steps": steps, "dtype": str(dtype)}
+    return kind | asdict(options) | {"weights": digest.hexdigest()}
 
 
 def save_state(path: Path, key: dict, progress: Progress, tensors: dict[str, Tensor]) -> None:
