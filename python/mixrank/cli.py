@@ -1,4 +1,4 @@
-"""The command line: ``mixrank compress | sweep | compensate | quantize | evaluate | inspect | report | bench | demo``.
+"""The command line: ``mixrank compress | sweep | compensate | uvc | quantize | evaluate | inspect | report | ...``.
 
 Only arguments are declared here. What a command does lives in its own module and is imported when the command
 runs, so that ``mixrank --help`` does not wait for timm and matplotlib.
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mixrank import cli_bench, cli_compensate, cli_compress, cli_sweep
+from mixrank import cli_bench, cli_compensate, cli_compress, cli_sweep, cli_uvc
 from mixrank.cli_help import IMAGES_HELP, JSON_HELP, LABELS_HELP, LIMIT_HELP, QUIET_HELP, ROOT_HELP, STRICT_HELP
 from mixrank.errors import InputError
 
@@ -144,6 +144,7 @@ def report(
 
 app.command(epilog=cli_sweep.EPILOG)(cli_sweep.sweep)
 app.command(epilog=cli_compensate.EPILOG)(cli_compensate.compensate)
+app.command(epilog=cli_uvc.EPILOG)(cli_uvc.uvc)
 app.command(epilog=cli_bench.EPILOG)(cli_bench.bench)
 
 

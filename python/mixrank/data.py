@@ -128,7 +128,7 @@ def open_images(
     if limit is not None and limit < len(names):
         indices = sorted(random.Random(seed).sample(indices, limit))
     names, targets = [names[i] for i in indices], None if targets is None else [targets[i] for i in indices]
-    samples = _Samples(dataset, prepare, indices, names, targets, own_labels=named)
+    samples = DecodedImages(dataset, prepare, indices, names, targets, own_labels=named)
     return ImageSource(source, prepare, strict, samples=samples, count=len(indices), classes=classes)
 
 
@@ -181,7 +181,7 @@ def _list(dataset: Any, named: bool) -> tuple[list[str], list[int] | None, list[
     return names, [int(target) for target in targets], sorted(classes, key=classes.get)
 
 
-class _Sample(NamedTuple):
+class Decoded(NamedTuple):
     """One image, or the reason why there is none."""
 
     image: Tensor | None
@@ -190,7 +190,7 @@ class _Sample(NamedTuple):
     reason: str = ""
 
 
-def _sample(item: Any, prepare: Prepare, name: str, view: tuple[int, int] = (0, 0)) -> _Sample:
+def _sample(item: Any, prepare: Prepare, name: str, view: tuple[int, int] = (0, 0)) -> Decoded:
     """Decode and prepare a view of an image; ``item`` starts with image and label, or is the error of reading it."""
     label = None
     try:
@@ -198,13 +198,13 @@ def _sample(item: Any, prepare: Prepare, name: str, view: tuple[int, int] = (0, 
             raise item
         image, label = item[:2]
         label = int(label) if hasattr(label, "__index__") and label >= 0 else None
-        return _Sample(prepare(image, *view), label, name)
+        return Decoded(prepare(image, *view), label, name)
     except Exception as error:  # decoders meet broken bytes with nearly any exception
         text = str(error).strip().splitlines()
-        return _Sample(None, label, name, text[0] if text else type(error).__name__)
+        return Decoded(None, label, name, text[0] if text else type(error).__name__)
 
 
-def _collate(samples: list[_Sample]) -> tuple[Batch | None, list[tuple[str, str]]]:
+def collate(samples: list[Decoded]) -> tuple[Batch | None, list[tuple[str, str]]]:
     """One batch of those that decoded, and name and reason of the others."""
     good = [sample for sample in samples if sample.image is not None]
     bad = [(sample.name, sample.reason) for sample in samples if sample.image is None]
@@ -215,7 +215,7 @@ def _collate(samples: list[_Sample]) -> tuple[Batch | None, list[tuple[str, str]
     return Batch(torch.stack([sample.image for sample in good]), indices, [sample.name for sample in good]), bad
 
 
-class _Samples(Dataset):
+class DecodedImages(Dataset):
     """Some images of a data set with an index, decoded when asked for."""
 
     def __init__(self, dataset, prepare, indices, names, labels, own_labels) -> None:
@@ -227,14 +227,18 @@ class _Samples(Dataset):
     def __len__(self) -> int:
         return len(self.indices) * self.prepare.views
 
-    def __getitem__(self, number: int) -> _Sample:
+    def __getitem__(self, number: int) -> Decoded:
         position, view = divmod(number, self.prepare.views)
         sample = self._get(position, view)
         if not self.labelled:
             return sample._replace(label=None)
         return sample if self.labels is None else sample._replace(label=self.labels[position])
 
-    def _get(self, position: int, view: int = 0) -> _Sample:
+    def prepared_by(self, prepare: Prepare) -> DecodedImages:
+        """The same images prepared otherwise."""
+        return DecodedImages(self.read, prepare, self.indices, self.names, self.labels, own_labels=self.labelled)
+
+    def _get(self, position: int, view: int = 0) -> Decoded:
         try:
             item = self.read[self.indices[position]]
         except Exception as error:  # as for decoders: archives and data sets raise what they like
@@ -250,12 +254,13 @@ class ImageSource:
         labelled: whether the images have labels; of a stream, which cannot be looked into, always True.
         classes: the names of the subfolders that the labels count, or None where the labels come from elsewhere.
         skipped: name and reason of each image that did not decode, filled while loading.
+        samples: the images one by one; None of a stream.
     """
 
     def __init__(self, source, prepare, strict, *, count, samples=None, stream=None, classes=None, limit=None) -> None:
         self.source, self.classes, self.names = source, classes, [] if samples is None else samples.names
         self._prepare, self._strict, self._count, self._limit = prepare, strict, count, limit
-        self._samples, self._stream = samples, stream
+        self.samples, self._stream = samples, stream
         self._skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -273,7 +278,7 @@ class ImageSource:
 
     @property
     def labelled(self) -> bool:
-        return self._samples is None or self._samples.labelled
+        return self.samples is None or self.samples.labelled
 
     def batches(self, batch_size: int, workers: int | None = None) -> Batches:
         """Return the images in batches, as an iterable that can be gone through again.
@@ -304,14 +309,14 @@ class ImageSource:
         return workers
 
     def _read(self, batch_size: int, workers: int) -> Iterator[tuple[Batch | None, list[tuple[str, str]]]]:
-        if self._samples is not None:
+        if self.samples is not None:
             # A generator of its own: otherwise each pass takes a number from the caller's random stream.
-            options = {"collate_fn": _collate, "num_workers": workers, "generator": torch.Generator()}
-            yield from DataLoader(self._samples, batch_size, **options)
+            options = {"collate_fn": collate, "num_workers": workers, "generator": torch.Generator()}
+            yield from DataLoader(self.samples, batch_size, **options)
             return
         items = enumerate(itertools.islice(self._stream, self._limit))
         while some := list(itertools.islice(items, batch_size)):
-            yield _collate([_sample(item, self._prepare, f"image {number}") for number, item in some])
+            yield collate([_sample(item, self._prepare, f"image {number}") for number, item in some])
 
 
 class Batches:

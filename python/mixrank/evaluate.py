@@ -141,6 +141,11 @@ def _check_labels(labels: Tensor, names: list[str], classes: int, folders: list[
     if len(outside):
         first = int(outside[0])
         raise InputError(f"{names[first]} has the label {int(labels[first])}, but the model has {classes} classes")
+    check_folders(folders, classes)
+
+
+def check_folders(folders: list[str] | None, classes: int) -> None:
+    """Raise InputError where folders give the labels, but not one for each class of the model."""
     # Counting the folders of a few classes from 0 would give a wrong accuracy that looks like a right one.
     if folders is not None and len(folders) != classes:
         raise InputError(

@@ -69,6 +69,14 @@ class Prepare:
 
     def __call__(self, image: Any, index: int = 0, view: int = 0) -> Tensor:
         """Prepare a view of an image: 0 is the plain one, another one is drawn by the image's index."""
+        image = self._decoded(image)
+        if view == 0:
+            return self.transform(image)
+        with _seeded(hash((self.seed, index, view)) % 2**63):
+            return self.random(image)
+
+    def _decoded(self, image: Any) -> Any:
+        """The PIL image in the model's mode; what was opened is closed."""
         from PIL import Image
 
         with warnings.catch_warnings(), image:
@@ -79,11 +87,34 @@ class Prepare:
             # The transform scales the short edge up: an image one pixel high would become gigabytes.
             if max(width, height) / min(width, height) * self.short_edge**2 > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"{width} x {height} pixels is too narrow")
-            image = image.convert(self.mode)
-            if view == 0:
-                return self.transform(image)
-            with _seeded(hash((self.seed, index, view)) % 2**63):
-                return self.random(image)
+            return image.convert(self.mode)
+
+
+class TrainingViews(Prepare):
+    """From a PIL image, or an open file, to a random view of it by the global random numbers.
+
+    Args:
+        preprocessing: as for :class:`Prepare`.
+        views: further arguments of ``timm.data.create_transform``, such as ``scale``, ``color_jitter``,
+            ``auto_augment`` and ``re_prob``.
+
+    Raises:
+        InputError: timm refuses them.
+    """
+
+    def __init__(self, preprocessing: dict, views: dict[str, Any]) -> None:
+        from timm.data import create_transform
+
+        super().__init__(preprocessing)
+        plain = {key: preprocessing[key] for key in ("input_size", "interpolation", "mean", "std")}
+        try:
+            self.random = create_transform(**plain, is_training=True, **views)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"timm has no training views with {views}: {error}") from error
+
+    def __call__(self, image: Any, index: int = 0, view: int = 0) -> Tensor:
+        """Draw a view."""
+        return self.random(self._decoded(image))
 
 
 @contextlib.contextmanager

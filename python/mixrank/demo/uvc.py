@@ -10,7 +10,6 @@ decide nothing. An interrupted run goes on where it was when it is started again
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import pathlib
 
 import torch
@@ -22,6 +21,7 @@ from mixrank.demo.run import batches, load_model
 from mixrank.demo.train import CALIBRATION_IMAGES, augment, normalise, read_fashion_mnist
 from mixrank.errors import InputError
 from mixrank.files import check_writable
+from mixrank.run_uvc import shares
 from mixrank.uvc.data import TensorData
 from mixrank.uvc.options import UVCOptions, UVCResult
 from mixrank.uvc.run import compress_uvc_
@@ -54,18 +54,12 @@ def compress(
 
 def summary(result: UVCResult) -> str:
     """What a run did, in a few lines."""
-    removed = result.macs_before - result.macs_after
-    parts = ", ".join(
-        f"{name} {100 * macs / removed:.0f} %" for name, macs in dataclasses.asdict(result.removed).items()
-    )
     return (
-        f"multiply-adds  {result.macs_before / 1e6:.1f} M to {result.macs_after / 1e6:.1f} M "
-        f"({result.macs_after / result.macs_before:.4f})\n"
-        f"taken along by {parts}\n"
-        f"blocks         {len(result.blocks)} remain\n"
-        f"top-1          {result.before:.2f} %, {result.landed:.2f} % when the groups were removed, "
+        f"{shares(result)}\n"
+        f"blocks  {len(result.blocks)} remain\n"
+        f"top-1   {result.before:.2f} %, {result.landed:.2f} % when the groups were removed, "
         f"{result.after:.2f} % after training\n"
-        f"time           {result.seconds / 60:.1f} minutes, {result.steps} steps"
+        f"time    {result.seconds / 60:.1f} minutes, {result.steps} steps"
     )
 
 

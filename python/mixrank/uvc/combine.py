@@ -1,0 +1,156 @@
+"""One budget for both systems: parts of the model are removed, then the ranks of what stays are lowered."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mixrank.compress import compress
+from mixrank.errors import InputError
+from mixrank.models import count_macs
+from mixrank.nn_pivoted import put_back_, unpivot_
+from mixrank.result import CompressionResult
+from mixrank.uvc.data import TrainingData
+from mixrank.uvc.finetune import become, finetune_
+from mixrank.uvc.options import FinetuneOptions, FinetuneResult, UVCOptions, UVCResult
+from mixrank.uvc.run import compress_uvc_
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedOptions:
+    """How one budget is divided.
+
+    Attributes:
+        power: of the budget that is left when parts have been removed: from a budget b, ``b ** power`` of the
+            multiply-adds stay, of which the ranks then take the rest; above 0 and below 1.
+        last: share of the epochs in which the model of low ranks is trained, above 0 and below 1.
+        learning_rate: the highest of these.
+    """
+
+    power: float = 0.5
+    last: float = 0.3
+    learning_rate: float = 1e-4
+
+    def check(self, budget: float) -> None:
+        """Raise InputError unless every option lies in its range."""
+        for name in ("power", "last"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} must be above 0 and below 1, but it was {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate must be above 0, but it was {self.learning_rate}")
+        if not 0 < budget < 1:
+            raise InputError(f"budget must be above 0 and below 1, but it was {budget}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedResult:
+    """What both did.
+
+    Attributes:
+        macs_before: multiply-adds of one image.
+        macs_after: the same at the end.
+        pruned: the removal.
+        ranks: how the ranks were lowered.
+        macs_by_ranks: multiply-adds that went with them.
+        trained: the training after it.
+    """
+
+    macs_before: int
+    macs_after: int
+    pruned: UVCResult
+    ranks: CompressionResult
+    macs_by_ranks: int
+    trained: FinetuneResult
+
+    def to_json(self) -> dict:
+        """Return the result in terms of JSON."""
+        own = {name: getattr(self, name) for name in ("macs_before", "macs_after", "macs_by_ranks")}
+        parts = {name: getattr(self, name).to_json() for name in ("pruned", "ranks", "trained")}
+        return own | parts | {"removed": asdict(self.pruned.removed) | {"ranks": self.macs_by_ranks}}
+
+
+def compress_combined_(
+    model: nn.Module,
+    data: TrainingData,
+    images: Iterable,
+    *,
+    options: UVCOptions | None = None,
+    combined: CombinedOptions | None = None,
+    validation: Iterable | None = None,
+    dtype: torch.dtype | None = None,
+    state: Path | str | None = None,
+    log: Callable[[dict], None] | None = None,
+    progress: bool = False,
+) -> CombinedResult:
+    """Compress a trained vision transformer in place by both systems under one budget of multiply-adds.
+
+    Args:
+        model: as for :func:`mixrank.uvc.run.compress_uvc_`.
+        data: images and labels by epochs, for all of the training.
+        images: batches of images without labels to lower the ranks by, as for :func:`mixrank.compress`; a list or a
+            loader. Under ``torchrun`` the same in every process.
+        options: ``budget`` is that of the whole, ``epochs`` are all there are.
+        combined: how the budget and the epochs are divided.
+        validation: as for :func:`mixrank.uvc.run.compress_uvc_`.
+        dtype: run the models under autocast in this dtype; weights stay in fp32.
+        state: a file in which the run is kept, with :func:`states_of` a second one beside it; where they exist the run
+            goes on and ends with the same bits, on the same machine and number of threads.
+        log: is called with each entry of both histories as it is made.
+        progress: show progress bars with the time left.
+
+    Raises:
+        InputError: as :func:`mixrank.uvc.run.compress_uvc_` and :func:`mixrank.compress`. The model is then as it was.
+
+    Example:
+        >>> import timm, torch
+        >>> from mixrank.uvc.data import TensorData
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+        >>> images, labels = torch.randn(12, 3, 32, 32), torch.arange(12) % 3
+        >>> data = TensorData(images, labels, batch_size=4)
+        >>> result = compress_combined_(model, data, [images], options=UVCOptions(budget=0.4, epochs=3))
+        >>> result.macs_after <= 0.4 * result.macs_before
+        True
+    """
+    options, combined = options or UVCOptions(), combined or CombinedOptions()
+    options.check()
+    combined.check(options.budget)
+    first, second = (None, None) if state is None else states_of(Path(state))
+    before, small = count_macs(model), copy.deepcopy(model)
+    running = {"validation": validation, "dtype": dtype, "progress": progress}
+    searching = replace(options, budget=options.budget**combined.power, epochs=options.epochs * (1 - combined.last))
+    pruned = compress_uvc_(small, data, options=searching, state=first, log=log, **running)
+    between = count_macs(small)
+    ranks = compress(
+        small, images, max_macs=int(options.budget * before), seed=options.seed, dtype=dtype, progress=progress
+    )
+    after = count_macs(small)
+    pivoted = unpivot_(small)
+    training = {field.name: getattr(options, field.name) for field in fields(FinetuneOptions)}
+    training |= {"epochs": options.epochs * combined.last, "learning_rate": combined.learning_rate}
+
+    def later(entry: dict) -> None:
+        log(entry | {"step": pruned.steps + entry["step"]})
+
+    running |= {"state": second, "log": log and later}
+    trained = finetune_(small, data, options=FinetuneOptions(**training), teacher=model, **running)
+    put_back_(small, pivoted, trained=True)
+    become(model, small)
+    return CombinedResult(
+        macs_before=before,
+        macs_after=after,
+        pruned=pruned,
+        ranks=ranks,
+        macs_by_ranks=between - after,
+        trained=trained,
+    )
+
+
+def states_of(state: Path) -> tuple[Path, Path]:
+    """The files in which a run is kept: of the removal, and of the training after the ranks were lowered."""
+    return state, state.with_name(f"{state.name}.ranks")
