@@ -38,18 +38,20 @@ def accuracy() -> str:
     rows = read(vit_b16_int8.OUT)
     if not rows:
         return NO_RUN
-    full = next(row["bytes"] for row in rows if row["model"] == "dense" and row["in_8_bits"] == "fp32")
+    full = next(
+        row["bytes"] for row in rows if (row["model"], row["in_8_bits"]) == (vit_b16_int8.DENSE, vit_b16_int8.PLAIN)
+    )
     lines = [
         (
             row["model"],
-            "nothing" if row["in_8_bits"] == "fp32" else row["in_8_bits"],
+            "nothing" if row["in_8_bits"] == vit_b16_int8.PLAIN else row["in_8_bits"],
             f"{row['bytes'] / 1e6:.1f}",
             f"{100 * row['bytes'] / full:.1f}",
             f"{row['top1']:.1f}",
             f"{row['agreement']:.1f}",
-            f"{row['divergence']:.4f}",
+            f"{row['kl']:.4f}",
         )
-        for row in rows
+        for row in {(row["model"], row["in_8_bits"]): row for row in rows}.values()
     ]
     header = ("model", "in 8 bits", "MB", "% of dense fp32", "top-1, %", "agreement with fp32, %", "mean KL divergence")
     return table(header, lines) + f"\nOf {rows[-1]['images']} images. " + conditions(rows[-1])

@@ -7,7 +7,7 @@ from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
 NO_RUN = "No run has been recorded yet.\n"
-KINDS = ("blocks", "heads", "columns", "neurons")
+KINDS = ("blocks", "heads", "columns", "neurons", "ranks")
 
 
 def methods() -> str:
@@ -42,18 +42,18 @@ def methods() -> str:
 
 
 def mechanisms() -> str:
-    """What took the multiply-adds along, of ours."""
-    rows = [row for row in read(uvc.OUT) if row["kind"] == "method" and row["method"] == uvc.OURS]
+    """What took the multiply-adds along, of ours alone and with lower ranks."""
+    rows = [row for row in read(uvc.OUT) if row["kind"] == "method" and "removed" in row["result"]]
     if not rows:
         return NO_RUN
-    latest = {(row["model"], row["budget"], row["seed"]): row for row in rows}
+    latest = {(row["model"], -row["budget"], row["method"], row["seed"]): row for row in rows}
     lines = []
-    for (model, budget, seed), row in sorted(latest.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
+    for (model, budget, method, seed), row in sorted(latest.items()):
         removed = row["result"]["removed"]
         total = sum(removed.values())
-        shares = (f"{100 * removed[kind] / total:.0f} %" for kind in KINDS)
-        lines.append((model, budget, seed, *shares, len(row["result"]["blocks"])))
-    return table(("model", "budget", "seed", *KINDS, "blocks that stay"), lines) + "\n" + conditions(rows[-1])
+        shares = (f"{100 * removed.get(kind, 0) / total:.0f} %" for kind in KINDS)
+        lines.append((model, -budget, method, seed, *shares))
+    return table(("model", "budget", "method", "seed", *KINDS), lines) + "\n" + conditions(rows[-1])
 
 
 def speed() -> str:

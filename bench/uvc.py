@@ -30,6 +30,7 @@ from mixrank.demo.train import CALIBRATION_IMAGES, augment, normalise, read_fash
 from mixrank.demo.uvc import BATCH, EPOCHS
 from mixrank.evaluate import compare_speed
 from mixrank.models import count_macs, count_parameters, create_model
+from mixrank.uvc.combine import CombinedOptions, compress_combined_, lower_ranks_
 from mixrank.uvc.data import TensorData
 from mixrank.uvc.finetune import finetune_
 from mixrank.uvc.landing import kept_by, land, macs_of
@@ -105,6 +106,9 @@ CHOICES: dict[str, Callable[[nn.Module, float, int], Chosen] | None] = {
     "depth": depth,
 }
 PRUNERS = {"Torch-Pruning, bottleneck": True, "Torch-Pruning, uniform": False}
+LOW_RANK = "mixed-rank alone"
+COMBINED = {f"both, power {power:g}": CombinedOptions(power=power) for power in (0.25, 0.5, 0.75)}
+METHODS = (*CHOICES, *PRUNERS, LOW_RANK, *COMBINED)
 
 
 def load(assets: Path, args: dict[str, Any]) -> nn.Module:
@@ -123,15 +127,23 @@ def measure(dense: nn.Module, data: Path, method: str, options: UVCOptions, mode
     )
     model, full = copy.deepcopy(dense), count_macs(dense)
     common = {"validation": batches(test_images, test_labels), "dtype": torch.bfloat16, "progress": True}
+    # The teacher is the dense model in all of them, which often is not what the training starts with.
+    training_alone = {"options": of_the_same(options), "teacher": dense} | common
     if method == OURS:
         found = compress_uvc_(model, training, options=options, **common).to_json()
+    elif method in COMBINED:
+        unlabelled = batches(images[used:])
+        both = compress_combined_(model, training, unlabelled, options=options, combined=COMBINED[method], **common)
+        found = both.trained.to_json() | {"landed": both.trained.before, "removed": both.to_json()["removed"]}
+    elif method == LOW_RANK:
+        _, trained = lower_ranks_(model, training, batches(images[used:]), int(options.budget * full), **training_alone)
+        found = trained.to_json() | {"landed": trained.before}
     else:
         if method in PRUNERS:
             prune_to_(model, count_macs, options.budget, "budget", RATIOS, bottleneck=PRUNERS[method])
         else:
             shrink_(model, CHOICES[method](model, options.budget, options.seed))
-        # The teacher is the dense model in all of them, which here is not what the training starts with.
-        found = finetune_(model, training, options=of_the_same(options), teacher=dense, **common).to_json()
+        found = finetune_(model, training, **training_alone).to_json()
         found["landed"] = found.pop("before")
     if models is not None and method == OURS:
         mixrank.save(model, models / _file(options.budget))
@@ -168,7 +180,7 @@ def main() -> None:
     parser.add_argument("--args", type=json.loads, default={}, help="of the dense model, as JSON")
     parser.add_argument("--models", type=Path, help="a folder that keeps our models")
     parser.add_argument("--budget", type=float, action="append", help="only this budget (repeatable)")
-    parser.add_argument("--method", choices=(*CHOICES, *PRUNERS), action="append", help="only this one (repeatable)")
+    parser.add_argument("--method", choices=METHODS, action="append", help="only this one (repeatable)")
     parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", type=json.loads, default={}, help="further ones of UVCOptions, as JSON")
@@ -187,7 +199,7 @@ def main() -> None:
         if row["kind"] == "method"
     }
     for budget in args.budget or BUDGETS:
-        for method in args.method or (*CHOICES, *PRUNERS):
+        for method in args.method or METHODS:
             if (name, method, budget, args.seed, args.epochs) in done:
                 continue
             row = {"kind": "method", "model": name, "method": method, "budget": budget, "seed": args.seed}

@@ -72,7 +72,7 @@ def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
     common = {"model": "m", "environment": environment}
 
     def method(name: str, after: float) -> dict:
-        result = {"before": 90.0, "landed": 50.0, "after": after, "removed": removed, "blocks": [{}, {}]}
+        result = {"before": 90.0, "landed": 50.0, "after": after} | ({"removed": removed} if name == uvc.OURS else {})
         row = {"kind": "method", "method": name, "budget": 0.5, "seed": 0, "epochs": 4.0, "share": 0.4999}
         return row | common | {"parameters": 1234, "result": result}
 
@@ -87,5 +87,5 @@ def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
     assert lines[3].startswith("| m | 0.5 | 0 | depth |")
     assert lines[4] == "| m | 0.5 | 0 | Torch-Pruning, uniform | 0.4999 | 1,234 | 50.00 | 60.00 |"
     assert lines[-1].startswith("Dense, m: 90.00 %. 4 epochs each. ")
-    assert tables_uvc.mechanisms().splitlines()[2] == "| m | 0.5 | 0 | 0 % | 25 % | 25 % | 50 % | 2 |"
+    assert tables_uvc.mechanisms().splitlines()[2] == "| m | 0.5 | unified | 0 | 0 % | 25 % | 25 % | 50 % | 0 % |"
     assert tables_uvc.speed().splitlines()[3] == "| m | 8 | 0.5 | 18.0 | 1.80x | 2.00x | 0.90 |"

@@ -126,20 +126,15 @@ def compress_combined_(
     searching = replace(options, budget=options.budget**combined.power, epochs=options.epochs * (1 - combined.last))
     pruned = compress_uvc_(small, data, options=searching, state=first, log=log, **running)
     between = count_macs(small)
-    ranks = compress(
-        small, images, max_macs=int(options.budget * before), seed=options.seed, dtype=dtype, progress=progress
-    )
-    after = count_macs(small)
-    pivoted = unpivot_(small)
-    training = {field.name: getattr(options, field.name) for field in fields(FinetuneOptions)}
-    training |= {"epochs": options.epochs * combined.last, "learning_rate": combined.learning_rate}
 
     def later(entry: dict) -> None:
         log(entry | {"step": pruned.steps + entry["step"]})
 
-    running |= {"state": second, "log": log and later}
-    trained = finetune_(small, data, options=FinetuneOptions(**training), teacher=model, **running)
-    put_back_(small, pivoted, trained=True)
+    training = {field.name: getattr(options, field.name) for field in fields(FinetuneOptions)}
+    training |= {"epochs": options.epochs * combined.last, "learning_rate": combined.learning_rate}
+    running |= {"options": FinetuneOptions(**training), "teacher": model, "state": second, "log": log and later}
+    ranks, trained = lower_ranks_(small, data, images, int(options.budget * before), **running)
+    after = count_macs(small)
     become(model, small)
     return CombinedResult(
         macs_before=before,
@@ -149,6 +144,53 @@ def compress_combined_(
         macs_by_ranks=between - after,
         trained=trained,
     )
+
+
+def lower_ranks_(
+    model: nn.Module,
+    data: TrainingData,
+    images: Iterable,
+    max_macs: int,
+    *,
+    options: FinetuneOptions | None = None,
+    teacher: nn.Module | None = None,
+    validation: Iterable | None = None,
+    dtype: torch.dtype | None = None,
+    state: Path | str | None = None,
+    log: Callable[[dict], None] | None = None,
+    progress: bool = False,
+) -> tuple[CompressionResult, FinetuneResult]:
+    """Lower the ranks of a model in place, by the defaults of :func:`mixrank.compress`, and train what that leaves.
+
+    Args:
+        model: as for :func:`mixrank.compress`.
+        data: images and labels by epochs.
+        images: batches of images without labels to lower the ranks by.
+        max_macs: multiply-adds of one image that may remain.
+        options: of the training, and so is all that follows.
+        teacher: as for :func:`mixrank.uvc.finetune.finetune_`; None: the model as it comes.
+        validation: as there.
+        dtype: run the model under autocast in this dtype.
+        state: as there; the ranks are lowered anew, to the same bits.
+        log: as there.
+        progress: show progress bars with the time left.
+
+    Returns:
+        How the ranks were lowered, and what the training did.
+
+    Raises:
+        InputError: as both of these functions. The model is then as it was.
+    """
+    options, small = options or FinetuneOptions(), copy.deepcopy(model)
+    running = {"dtype": dtype, "progress": progress}
+    ranks = compress(small, images, max_macs=max_macs, seed=options.seed, **running)
+    # The pivoted form is worse conditioned than the factors that it is made from: these are trained.
+    pivoted = unpivot_(small)
+    running |= {"options": options, "teacher": model if teacher is None else teacher, "state": state, "log": log}
+    trained = finetune_(small, data, validation=validation, **running)
+    put_back_(small, pivoted, trained=True)
+    become(model, small)
+    return ranks, trained
 
 
 def states_of(state: Path) -> tuple[Path, Path]:
