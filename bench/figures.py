@@ -5,16 +5,14 @@ A figure carries in its metadata what it was drawn from; it is out of date when 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixrank_bench import tables_ops, tables_peers
+from mixrank_bench import figures_uvc, tables_ops, tables_peers
 from mixrank_bench.ceilings import Ceilings
+from mixrank_bench.drawing import OTHERS, OURS_COLOUR, STYLE, Drawing, fingerprint, panels
 from mixrank_bench.measures import Measure, geometric_mean, measures
 
 if TYPE_CHECKING:
@@ -22,10 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = Path("docs") / "images"
-# The palette of Okabe and Ito, which the colour-blind can tell apart.
 DTYPE_COLOURS = {"float32": "#0072B2", "bfloat16": "#D55E00"}
-OURS_COLOUR = "#D55E00"
-OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 GROUP_COLOURS = {"factors": "#0072B2", "add": "#E69F00", "dense": "#009E73", "gram": "#CC79A7"}
 MARKERS = {
     "lowrank_linear": "o",
@@ -33,39 +28,13 @@ MARKERS = {
     "gram_accumulate_": "^",
     "cross_gram_accumulate_": "D",
 }
-STYLE = {
-    "svg.hashsalt": "mixrank",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure.
-
-    Attributes:
-        text: what it shows.
-        source: what it is drawn from, in a word; None where there are no results yet.
-        draw: makes it.
-    """
-
-    text: str
-    source: Callable[[], str | None]
-    draw: Callable[[], Figure]
-
-
-def links() -> str:
-    """The figures of the operators as images in markdown."""
-    if not tables_ops.rows():
+def links(*names: str) -> str:
+    """Some figures as images in markdown."""
+    if any(FIGURES[name].source() is None for name in names):
         return tables_ops.NO_RUN
-    return "\n\n".join(f"![{FIGURES[name].text}](images/{name}.svg)" for name in ("roofline", "speedups")) + "\n"
+    return "\n\n".join(f"![{FIGURES[name].text}](images/{name}.svg)" for name in names) + "\n"
 
 
 def write(root: Path) -> None:
@@ -107,13 +76,12 @@ def _of_operators(draw: Callable[[list[Measure]], Figure]) -> Figure:
 
 
 def _front_source() -> str | None:
-    points = tables_peers.front()
-    return hashlib.sha256(json.dumps(points).encode()).hexdigest() if points else None
+    return fingerprint(tables_peers.front())
 
 
 def front() -> Figure:
     """Top-1 against the parameters that remain: every method a line, ours the thick one."""
-    figure, (axis,) = _panels(1, 1, (6.4, 3.8))
+    figure, (axis,) = panels(1, 1, (6.4, 3.8))
     points = tables_peers.front()
     dense = points["dense"][0][1]
     axis.axhline(dense, color="#222222", lw=1, ls=":")
@@ -130,9 +98,9 @@ def front() -> Figure:
 
 def roofline(found: list[Measure]) -> Figure:
     """Operations per second against operations per byte, one panel for each number of threads."""
-    panels = {one.row["threads"]: one.ceilings for one in found}
-    figure, axes = _panels(1, len(panels), (5.2, 4.0))
-    for axis, (threads, limits) in zip(axes, sorted(panels.items()), strict=True):
+    found_limits = {one.row["threads"]: one.ceilings for one in found}
+    figure, axes = panels(1, len(found_limits), (5.2, 4.0))
+    for axis, (threads, limits) in zip(axes, sorted(found_limits.items()), strict=True):
         chosen = [one for one in found if one.row["threads"] == threads]
         for one in chosen:
             row = one.row
@@ -181,7 +149,7 @@ def speed_ups(found: list[Measure]) -> Figure:
                 by_dtype.setdefault(one.row["dtype"], {}).setdefault((group, peer), []).append(ratio)
     dtypes = [dtype for dtype in DTYPE_COLOURS if any(dtype in by_dtype for by_dtype in gathered.values())]
     bars = [max(map(len, by_dtype.values())) for by_dtype in gathered.values()]
-    figure, axes = _panels(len(gathered), len(dtypes), (6.0, 0.5), heights=bars)
+    figure, axes = panels(len(gathered), len(dtypes), (6.0, 0.5), heights=bars)
     for index, (op, by_dtype) in enumerate(gathered.items()):
         for column, dtype in enumerate(dtypes):
             _ratios(axes[index * len(dtypes) + column], by_dtype.get(dtype, {}), f"{op}, {dtype}")
@@ -207,17 +175,6 @@ def _ratios(axis: Axes, peers: dict[tuple[str, str], list[float]], title: str) -
     axis.set_xlim(low, high * (high / low) ** 0.1)
 
 
-def _panels(
-    rows: int, columns: int, size: tuple[float, float], heights: list[int] | None = None
-) -> tuple[Figure, list[Axes]]:
-    """A figure with panels in rows: ``size`` is that of a panel, or of one unit of the row's height."""
-    from matplotlib.figure import Figure
-
-    units = [height + 1 for height in heights] if heights else [1] * rows
-    figure = Figure(figsize=(size[0] * columns, size[1] * sum(units) / (2 if heights else 1)), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False, height_ratios=units).flat)
-
-
 def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
@@ -236,4 +193,4 @@ FIGURES: dict[str, Drawing] = {
     "front": Drawing(
         "Top-1 of a ViT-B/16 against the parameters that remain, by method, without training", _front_source, front
     ),
-}
+} | figures_uvc.FIGURES

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mixrank_bench import (
@@ -48,7 +49,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "machine": tables_ops.machine,
         "steadiness": tables_ops.steadiness,
         "gpu": tables_gpu_results.gpu,
-        "figures": figures.links,
+        "figures": partial(figures.links, "roofline", "speedups"),
         "summary": tables_ops.summary,
         "ceiling": tables_ops.ceiling,
         "bars": tables_ops.bar_lines,
@@ -71,6 +72,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "uvc-methods": tables_uvc.methods,
         "uvc-mechanisms": tables_uvc.mechanisms,
         "uvc-speed": tables_uvc.speed,
+        "uvc-figures": partial(figures.links, "uvc_front", "uvc_run"),
     },
     "docs/kernels/triton.md": {"triton-resources": tables_triton.triton_resources},
 }

@@ -14,7 +14,7 @@ from mixrank.uvc.landing import macs_of
 from mixrank.uvc.primal_dual import Groups
 from mixrank.uvc.shrink import shrink_
 from mixrank.uvc.structure import parts_of, structure_of
-from mixrank_bench import tables_uvc, uvc
+from mixrank_bench import figures_uvc, tables_uvc, uvc
 from mixrank_bench.accuracy_peers.structured import prune_to_
 
 
@@ -89,3 +89,26 @@ def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
     assert lines[-1].startswith("Dense, m: 90.00 %. 4 epochs each. ")
     assert tables_uvc.mechanisms().splitlines()[2] == "| m | 0.5 | unified | 0 | 0 % | 25 % | 25 % | 50 % | 0 % |"
     assert tables_uvc.speed().splitlines()[3] == "| m | 8 | 0.5 | 18.0 | 1.80x | 2.00x | 0.90 |"
+
+
+def test_the_figures_show_a_search_and_the_front(tmp_path, monkeypatch):
+    monkeypatch.setattr(uvc, "OUT", tmp_path / "rows.jsonl")
+    drawings = figures_uvc.FIGURES
+    assert [drawing.source() for drawing in drawings.values()] == [None, None]
+
+    def entry(step: int, share: float) -> dict:
+        told = {"step": step, "target": share, "remaining": share, "pressure": 1 - share, "keep": [share, 1.0]}
+        return told | {"multipliers": {kind: [0.0, 1.0] for kind in ("heads", "columns", "neurons")}}
+
+    def row(method: str, budget: float, seed: int, parameters: int, top1: float) -> dict:
+        history = [entry(0, 1.0), entry(5, budget), {"step": 6, "landed": budget, "top1": 1.0}]
+        named = {"kind": "method", "model": "m", "method": method, "budget": budget, "seed": seed}
+        return named | {"parameters": parameters, "result": {"after": top1, "history": history}}
+
+    rows = [row(uvc.OURS, 0.7, 0, 70, 89.0), row(uvc.OURS, 0.5, 0, 50, 88.0), row(uvc.OURS, 0.5, 1, 52, 87.0)]
+    rows.append(row("depth", 0.5, 0, 51, 80.0))
+    uvc.OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert figures_uvc.fronts() == {"m": {uvc.OURS: [(51, 87.5), (70, 89.0)], "depth": [(51, 80.0)]}}
+    for drawing in drawings.values():
+        assert len(drawing.source()) == 64
+        drawing.draw().savefig(tmp_path / "figure.svg")

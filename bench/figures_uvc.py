@@ -1,0 +1,92 @@
+"""The figures of docs/uvc.md: a run over its steps, and accuracy against size of both systems."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mixrank_bench import uvc
+from mixrank_bench.drawing import OTHERS, OURS_COLOUR, Drawing, fingerprint, panels
+from mixrank_bench.environment import read
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DRAWN = 0.5
+"""The budget of the run that is drawn."""
+
+
+def _run() -> list[dict[str, Any]]:
+    """The updates of the newest run of ours at that budget."""
+    rows = [row for row in read(uvc.OUT) if row["kind"] == "method"]
+    ours = [row for row in rows if (row["method"], row["budget"]) == (uvc.OURS, DRAWN)]
+    return [entry for entry in ours[-1]["result"]["history"] if "target" in entry] if ours else []
+
+
+def run() -> Figure:
+    """What remains and its target, the multipliers, and the gates of the blocks, over the steps of a search."""
+    entries = _run()
+    steps = [entry["step"] for entry in entries]
+    figure, (left, middle, right) = panels(1, 3, (3.6, 2.9))
+    left.plot(steps, [entry["target"] for entry in entries], color="#222222", ls=":", label="target")
+    left.plot(steps, [entry["remaining"] for entry in entries], color=OURS_COLOUR, label="R")
+    left.set(xlabel="step", title="share of the multiply-adds", ylim=(0, 1.05))
+    left.legend(frameon=False)
+    middle.plot(steps, [entry["pressure"] for entry in entries], color=OURS_COLOUR, label="budget (z)")
+    for kind, colour in zip(("heads", "columns", "neurons"), OTHERS, strict=False):
+        means = [sum(entry["multipliers"][kind]) / len(entry["multipliers"][kind]) for entry in entries]
+        middle.plot(steps, means, color=colour, label=kind)
+    middle.set(xlabel="step", title="multipliers, mean over the blocks")
+    middle.legend(frameon=False)
+    blocks = len(entries[0]["keep"])
+    for block in range(blocks):
+        shade = 0.25 + 0.75 * block / max(1, blocks - 1)
+        right.plot(steps, [entry["keep"][block] for entry in entries], color=OTHERS[0], alpha=shade, label=f"{block}")
+    right.set(xlabel="step", title="probability that a block is kept", ylim=(0, 1.05))
+    right.legend(frameon=False, title="block", fontsize=6, ncols=2)
+    return figure
+
+
+def fronts() -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """By model and method, by the size: parameters and top-1 of the newest rows of each budget, mean of the seeds."""
+    latest = {
+        (row["model"], row["method"], row["budget"], row["seed"]): row
+        for row in read(uvc.OUT)
+        if row["kind"] == "method"
+    }
+    grouped: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for (model, method, budget, _), row in latest.items():
+        grouped.setdefault((model, method, budget), []).append(row)
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for (model, method, _), rows in grouped.items():
+        parameters = round(sum(row["parameters"] for row in rows) / len(rows))
+        top1 = sum(row["result"]["after"] for row in rows) / len(rows)
+        found.setdefault(model, {}).setdefault(method, []).append((parameters, top1))
+    return {model: {name: sorted(points) for name, points in methods.items()} for model, methods in found.items()}
+
+
+def front() -> Figure:
+    """Top-1 against the parameters that remain, by method, after equal trainings."""
+    found = fronts()
+    figure, axes = panels(1, len(found), (5.6, 3.6))
+    for axis, (model, methods) in zip(axes, found.items(), strict=True):
+        others = [name for name in methods if name != uvc.OURS]
+        for name, points in methods.items():
+            ours = name == uvc.OURS
+            colour = OURS_COLOUR if ours else OTHERS[others.index(name) % len(OTHERS)]
+            style = {"lw": 2.4, "zorder": 3} if ours else {"lw": 1.2, "ls": "--" if name in uvc.COMBINED else "-"}
+            axis.plot([x / 1e6 for x, _ in points], [y for _, y in points], "o", color=colour, label=name, **style)
+        axis.set(xlabel="parameters that remain, millions", ylabel="top-1, %", title=model)
+        axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+FIGURES: dict[str, Drawing] = {
+    "uvc_run": Drawing(
+        "A search at budget 0.5 over its steps: what remains, multipliers, gates", lambda: fingerprint(_run()), run
+    ),
+    "uvc_front": Drawing(
+        "Top-1 against the parameters that remain, by method, after equal trainings",
+        lambda: fingerprint(fronts()),
+        front,
+    ),
+}
