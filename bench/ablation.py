@@ -175,7 +175,7 @@ def fashion(assets: Path) -> Subject:
 
 
 def _subject(model: nn.Module, images: Tensor, **others: Any) -> Subject:
-    apart = held_out_images(0, len(images), HELD_OUT, 1)
+    apart = held_out_images(range(len(images)), HELD_OUT, 1)
     return Subject(model.eval(), images[~apart], images[apart], **others)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mixrank.errors import InputError
+from mixrank.processes import add_up_, gathered
 from mixrank.stats import LayerStats, output_frame
 from mixrank.weighting import Weighting
 from mixrank_kernels import ops
@@ -148,6 +149,12 @@ class Accumulator:
         broken = ~observed.isfinite().flatten(1).all(1)
         return self.names[int(broken.nonzero()[0])] if broken.any() else "the sum over all images so far"
 
+    def add_up(self) -> None:
+        """Take the sums over all processes."""
+        counts = torch.tensor([self.rows, self.tokens], dtype=torch.float64, device=self.gram.device)
+        add_up_([self.gram, self.total, counts, *([] if self.gradient is None else [self.gradient])])
+        self.rows, self.tokens = counts[0].item(), int(counts[1])
+
     def finish(self, images: int) -> LayerStats:
         """Return the sums over some images, those of outputs with the bias taken out."""
         gram, total = self.gram, self.total
@@ -241,6 +248,12 @@ class Part:
         for accumulator in self.accumulators:
             accumulator.flush()
         self.images += len(names)
+
+    def add_up(self) -> None:
+        """Take the sums and the number of images over all processes."""
+        for accumulator in self.accumulators:
+            accumulator.add_up()
+        self.images = sum(gathered(self.images))
 
     def finish(self, views: int) -> dict[str, LayerStats]:
         """The statistics by layer name, of the layers that were called; an image came in ``views`` views."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mixrank.accumulate import Measure, Part, groups_of
-from mixrank.data import as_batch
+from mixrank.data import Batch, as_batch
 from mixrank.errors import InputError
 from mixrank.gradients import backward
 from mixrank.models import compressible_linears
+from mixrank.processes import are_several, gathered, is_first
 from mixrank.progress import track
 from mixrank.stats import CalibrationStats
 from mixrank.weighting import Weighting
@@ -22,13 +23,30 @@ CHUNK = 8  # images whose activations are held at once where gradients have to f
 DEFAULT_HELD_OUT = 0.2
 
 
-def held_out_images(first: int, count: int, share: float, views: int) -> Tensor:
-    """Which of ``count`` views from number ``first`` on are of images that are held out.
+def held_out_before(images: Tensor, share: float) -> Tensor:
+    """How many of the first images are held out, for each of some counts: they are evenly spread."""
+    return (images * share + 1e-9).floor()
 
-    They are evenly spread over the images, whatever the batches are, and all views of an image stay together.
+
+def held_out_images(numbers: Sequence[int], share: float, views: int) -> Tensor:
+    """Which of the views with these numbers are of images that are held out; all views of an image stay together."""
+    image = torch.tensor(numbers, dtype=torch.float64).div(views, rounding_mode="floor")
+    return held_out_before(image + 1, share) > held_out_before(image, share)
+
+
+def numbers_of(batch: Batch, first: int) -> Sequence[int]:
+    """The places of a batch's images in their source; ``first`` counts the images that came before.
+
+    Raises:
+        InputError: several processes share the images, and the batch does not tell.
     """
-    image = torch.arange(first, first + count, dtype=torch.float64).div(views, rounding_mode="floor")
-    return ((image + 1) * share + 1e-9).floor() > (image * share + 1e-9).floor()
+    if batch.numbers is not None:
+        return batch.numbers
+    if are_several():
+        raise InputError(
+            "batches of several processes must tell the numbers of their images, as those of open_images do"
+        )
+    return range(first, first + len(batch.images))
 
 
 def check_calibration(
@@ -68,7 +86,8 @@ def calibrate(
         model: a model whose linear layers :func:`mixrank.models.compressible_linears` finds.
         batches: :class:`mixrank.data.Batch` objects, image tensors ``[B, C, H, W]``, or tuples and lists that begin
             with one. Labels are not used. An attribute ``views`` says how many views of each image follow each other,
-            one ``held_out`` which share was expected to be held out.
+            one ``held_out`` which share was expected to be held out. Where several processes share the images
+            (:mod:`mixrank.processes`), those of this one; all of them return the sums over all.
         held_out: share of the images, in [0, 1), whose statistics are kept apart, to tell errors on images that the
             factors were not made from. They are spread evenly, and the same ones whatever the batches are. None: a
             fifth, or none of fewer than five images.
@@ -113,7 +132,7 @@ def calibrate(
         autocast = torch.autocast(parameter.device.type, dtype, enabled=dtype is not None)
         # What is made in inference mode cannot take part in a backward pass.
         with torch.inference_mode(not measure.backward), torch.no_grad(), autocast:
-            for item in track(batches, "calibrating", enabled=progress):
+            for item in track(batches, "calibrating", enabled=progress and is_first()):
                 first = sum(part.images for part in parts)
                 batch = as_batch(item, first)
                 inputs = batch.images.to(parameter.device, parameter.dtype)
@@ -122,7 +141,8 @@ def calibrate(
                     for part in parts:
                         part.arrange(groups)
                     sizes.add(inputs.shape[1:])
-                apart = held_out_images(first, len(inputs), share, views)
+                places = numbers_of(batch, first)
+                apart = held_out_images(places, share, views)
                 for part, chosen in zip(parts, (~apart, apart), strict=False):
                     for index in chosen.nonzero().flatten().split(CHUNK if measure.backward else max(1, len(inputs))):
                         if len(index):
@@ -130,11 +150,12 @@ def calibrate(
                             names = [batch.names[i] for i in index.tolist()]
                             forward = partial(model, images)
                             if measure.backward:
-                                numbers = (index + first).tolist()
+                                numbers = [places[i] for i in index.tolist()]
                                 forward = partial(backward, model, images, numbers, names, draws, seed)
                             part.run(forward, names)
     finally:
         model.train(training)
+    _over_processes(parts)
     seconds = time.perf_counter() - started
     total = sum(part.images for part in parts)
     if total == 0:
@@ -142,6 +163,19 @@ def calibrate(
     if held_out and any(part.images == 0 for part in parts):
         raise InputError(f"held_out={held_out} needs more images, but there were {-(-total // views)}")
     return _finish(linears, [part for part in parts if part.images], views, seconds)
+
+
+def _over_processes(parts: list[Part]) -> None:
+    """Sums over the images of all processes, where several share them; each of them has seen some."""
+    if not are_several():
+        return
+    known = gathered([[list(each.layers) for each in part.accumulators] for part in parts])
+    if not all(any(part) for part in known):
+        raise InputError(f"{len(known)} processes need at least as many batches of images: take smaller ones")
+    if any(other != known[0] for other in known):
+        raise InputError("processes must see images of the same sizes, but layers shared inputs in some of them only")
+    for part in parts:
+        part.add_up()
 
 
 def _once(model: nn.Module, image: Tensor) -> object:

@@ -16,9 +16,12 @@ from typer.core import TyperGroup
 from mixrank import cli_bench, cli_compensate, cli_compress, cli_sweep, cli_uvc
 from mixrank.cli_help import IMAGES_HELP, JSON_HELP, LABELS_HELP, LIMIT_HELP, QUIET_HELP, ROOT_HELP, STRICT_HELP
 from mixrank.errors import InputError
+from mixrank.launch import started_processes
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+SHARED = ("compress", "uvc")
+"""The commands whose work several processes share."""
 
 
 class Commands(TyperGroup):
@@ -33,6 +36,12 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             print("interrupted: files that were not complete have been left unwritten", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        if started_processes() > 1 and found[0] not in SHARED:
+            raise InputError(f"mixrank {found[0]} works in one process: torchrun is for {' and '.join(SHARED)}")
+        return found
 
 
 app = typer.Typer(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mixrank.cli_help import (
+    DEVICE_HELP,
     EVAL_HELP,
     IMAGES_HELP,
     JSON_HELP,
@@ -221,6 +222,7 @@ def compress(
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.", rich_help_panel="Output")] = None,
     limit: Annotated[int | None, typer.Option(help=LIMIT_HELP, rich_help_panel="Calibration")] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one batch.")] = 32,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[
         Precision, typer.Option(help="Precision of the model; the sums are float64.", rich_help_panel="Calibration")
     ] = Precision.float32,
@@ -231,7 +233,8 @@ def compress(
     """Make a timm model smaller, with a few hundred unlabelled images, and train it afterwards only if asked to.
 
     With --steps or --minutes the compressed model is kept as OUT.compressed (a checkpoint) and the training as
-    OUT.state until --out is written, so that --resume can go on with the training.
+    OUT.state until --out is written, so that --resume can go on with the training. Under torchrun (torchrun
+    --nproc-per-node 2 -m mixrank compress ...) processes share the images and the layers, and one writes.
     """
     options = dict(locals())
     from mixrank.run_compress import CompressOptions, run

@@ -42,6 +42,25 @@ def check_budgets(name: str, *keeps: float) -> None:
             raise InputError(f"{name} must be above 0 and at most 1, got {keep:g}")
 
 
+def check_device(name: str) -> None:
+    """``--device`` names one that there is."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu or cuda, got {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU that PyTorch can use")
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that ``--device`` stands for."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
 def model_arguments(text: str | None) -> dict[str, Any]:
     """``--model-args`` as a dictionary."""
     try:

@@ -9,6 +9,7 @@ import typer
 
 from mixrank.cli_compress import Precision
 from mixrank.cli_help import (
+    DEVICE_HELP,
     JSON_HELP,
     LABELS_HELP,
     LIMIT_HELP,
@@ -77,9 +78,7 @@ def uvc(
     workers: Annotated[
         int, typer.Option(help="Processes that decode training images.", rich_help_panel="Training")
     ] = 2,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.", rich_help_panel="Training")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel="Training")] = "auto",
     dtype: Annotated[
         Precision, typer.Option(help="Precision of the forward passes.", rich_help_panel="Training")
     ] = Precision.float32,

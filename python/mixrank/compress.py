@@ -18,6 +18,7 @@ from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_st
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.plan import Plan
+from mixrank.processes import are_several
 from mixrank.result import CompressionResult, layer_reports, notes
 from mixrank.sample import Sample
 from mixrank.sensitivity import measure_sensitivity
@@ -248,6 +249,8 @@ def check_sequential(
 ) -> None:
     """Raise InputError for what sequential calibration cannot do."""
     check_ridge(ridge)
+    if are_several():
+        raise InputError("sequential=True works in one process, as each block needs all images through the one before")
     if images is None:
         raise InputError("sequential=True needs calibration images, but there were none")
     if factors == "fisher" or shrink == "auto" or weighting != "none":

@@ -34,11 +34,14 @@ class Batch(NamedTuple):
         images: [B, C, H, W], floating point.
         labels: [B] int64, or None where the images have none.
         names: B names for messages: file names where there are files.
+        numbers: B places in the source, from 0 on, images that do not decode included, views counted; None: as they
+            come.
     """
 
     images: Tensor
     labels: Tensor | None
     names: list[str]
+    numbers: list[int] | None = None
 
 
 def as_batch(item: Any, index: int = 0) -> Batch:
@@ -187,10 +190,11 @@ class Decoded(NamedTuple):
     image: Tensor | None
     label: int | None
     name: str
+    number: int
     reason: str = ""
 
 
-def _sample(item: Any, prepare: Prepare, name: str, view: tuple[int, int] = (0, 0)) -> Decoded:
+def _sample(item: Any, prepare: Prepare, name: str, number: int, view: tuple[int, int] = (0, 0)) -> Decoded:
     """Decode and prepare a view of an image; ``item`` starts with image and label, or is the error of reading it."""
     label = None
     try:
@@ -198,10 +202,10 @@ def _sample(item: Any, prepare: Prepare, name: str, view: tuple[int, int] = (0, 
             raise item
         image, label = item[:2]
         label = int(label) if hasattr(label, "__index__") and label >= 0 else None
-        return Decoded(prepare(image, *view), label, name)
+        return Decoded(prepare(image, *view), label, name, number)
     except Exception as error:  # decoders meet broken bytes with nearly any exception
         text = str(error).strip().splitlines()
-        return Decoded(None, label, name, text[0] if text else type(error).__name__)
+        return Decoded(None, label, name, number, text[0] if text else type(error).__name__)
 
 
 def collate(samples: list[Decoded]) -> tuple[Batch | None, list[tuple[str, str]]]:
@@ -212,7 +216,8 @@ def collate(samples: list[Decoded]) -> tuple[Batch | None, list[tuple[str, str]]
         return None, bad
     labels = [sample.label for sample in good]
     indices = None if None in labels else torch.tensor(labels, dtype=torch.int64)
-    return Batch(torch.stack([sample.image for sample in good]), indices, [sample.name for sample in good]), bad
+    names, numbers = [sample.name for sample in good], [sample.number for sample in good]
+    return Batch(torch.stack([sample.image for sample in good]), indices, names, numbers), bad
 
 
 class DecodedImages(Dataset):
@@ -222,14 +227,14 @@ class DecodedImages(Dataset):
         # Not timm's data set itself, which replaces an image that does not decode by the next one.
         self.read = getattr(dataset, "reader", dataset)
         self.prepare, self.indices, self.names, self.labels = prepare, indices, names, labels
-        self.labelled = labels is not None or (own_labels and self._get(0).label is not None)
+        self.labelled = labels is not None or (own_labels and self._get(0, 0).label is not None)
 
     def __len__(self) -> int:
         return len(self.indices) * self.prepare.views
 
     def __getitem__(self, number: int) -> Decoded:
         position, view = divmod(number, self.prepare.views)
-        sample = self._get(position, view)
+        sample = self._get(number, position, view)
         if not self.labelled:
             return sample._replace(label=None)
         return sample if self.labels is None else sample._replace(label=self.labels[position])
@@ -238,12 +243,12 @@ class DecodedImages(Dataset):
         """The same images prepared otherwise."""
         return DecodedImages(self.read, prepare, self.indices, self.names, self.labels, own_labels=self.labelled)
 
-    def _get(self, position: int, view: int = 0) -> Decoded:
+    def _get(self, number: int, position: int, view: int = 0) -> Decoded:
         try:
             item = self.read[self.indices[position]]
         except Exception as error:  # as for decoders: archives and data sets raise what they like
             item = error
-        return _sample(item, self.prepare, self.names[position], (self.indices[position], view))
+        return _sample(item, self.prepare, self.names[position], number, (self.indices[position], view))
 
 
 class ImageSource:
@@ -280,12 +285,13 @@ class ImageSource:
     def labelled(self) -> bool:
         return self.samples is None or self.samples.labelled
 
-    def batches(self, batch_size: int, workers: int | None = None) -> Batches:
+    def batches(self, batch_size: int, workers: int | None = None, part: tuple[int, int] = (0, 1)) -> Batches:
         """Return the images in batches, as an iterable that can be gone through again.
 
         Args:
             batch_size: images in a batch, before those that do not decode are taken out.
             workers: processes that decode; None chooses, 0 decodes in this process.
+            part: ``(i, n)``: every n-th batch from the i-th on, as :func:`mixrank.processes.place` divides them.
 
         Raises:
             InputError: an argument is outside its range; while iterating: no image decodes, or with ``strict`` one
@@ -295,7 +301,16 @@ class ImageSource:
             raise InputError(f"batch_size must be at least 1, but it was {batch_size}")
         if workers is not None and workers < 0:
             raise InputError(f"workers must be at least 0, but it was {workers}")
-        return Batches(self, batch_size, self._choose_workers(batch_size) if workers is None else workers)
+        if not 0 <= part[0] < part[1]:
+            raise InputError(f"part must be (i, n) with 0 <= i < n, but it was {part}")
+        if part[1] > 1 and self.samples is None:
+            raise InputError(f"{self.source} is a stream, which processes cannot share")
+        if len(self) <= part[0] * batch_size and part[1] > 1:
+            raise InputError(
+                f"batch_size={batch_size} makes fewer batches of {len(self)} images than the {part[1]} processes that "
+                "share them"
+            )
+        return Batches(self, batch_size, self._choose_workers(batch_size) if workers is None else workers, part)
 
     def _choose_workers(self, batch_size: int) -> int:
         workers = min(2, os.cpu_count() or 1)
@@ -308,25 +323,29 @@ class ImageSource:
             return 0
         return workers
 
-    def _read(self, batch_size: int, workers: int) -> Iterator[tuple[Batch | None, list[tuple[str, str]]]]:
+    def _read(
+        self, batch_size: int, workers: int, part: tuple[int, int]
+    ) -> Iterator[tuple[Batch | None, list[tuple[str, str]]]]:
         if self.samples is not None:
+            starts = range(part[0] * batch_size, len(self.samples), part[1] * batch_size)
+            chosen = [range(start, min(start + batch_size, len(self.samples))) for start in starts]
             # A generator of its own: otherwise each pass takes a number from the caller's random stream.
             options = {"collate_fn": collate, "num_workers": workers, "generator": torch.Generator()}
-            yield from DataLoader(self.samples, batch_size, **options)
+            yield from DataLoader(self.samples, batch_sampler=chosen, **options)
             return
         items = enumerate(itertools.islice(self._stream, self._limit))
         while some := list(itertools.islice(items, batch_size)):
-            yield collate([_sample(item, self._prepare, f"image {number}") for number, item in some])
+            yield collate([_sample(item, self._prepare, f"image {number}", number) for number, item in some])
 
 
 class Batches:
     """Batches of an :class:`ImageSource`; ``len()`` is the largest number there can be."""
 
-    def __init__(self, source: ImageSource, batch_size: int, workers: int) -> None:
-        self.source, self.batch_size, self.workers = source, batch_size, workers
+    def __init__(self, source: ImageSource, batch_size: int, workers: int, part: tuple[int, int]) -> None:
+        self.source, self.batch_size, self.workers, self.part = source, batch_size, workers, part
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
+        return len(range(self.part[0], -(-len(self.source) // self.batch_size), self.part[1]))
 
     @property
     def views(self) -> int:
@@ -342,7 +361,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         source, empty = self.source, True
-        for batch, bad in source._read(self.batch_size, self.workers):
+        for batch, bad in source._read(self.batch_size, self.workers, self.part):
             if bad and source._strict:
                 raise InputError(f"{source.source}: {bad[0][0]} does not decode: {bad[0][1]}")
             source._skipped |= dict(bad)

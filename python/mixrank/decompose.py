@@ -32,6 +32,7 @@ from mixrank.directions import Directions, Space
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
 from mixrank.nn import check_rank
+from mixrank.processes import divided, is_first
 from mixrank.progress import track
 from mixrank.stats import CalibrationStats, LayerStats
 
@@ -139,6 +140,12 @@ class Factorisation:
         check_rank(rank, self.shape.in_features, self.shape.out_features)
         errors = self.held_out_error if held_out else self.output_error
         return None if errors is None else errors[rank].item()
+
+    def placed_as(self, linear: nn.Linear) -> Factorisation:
+        """The same, whose factors are cast to the dtype and device of this layer."""
+        like, bias = linear.weight.detach().new_empty(0), None if linear.bias is None else linear.bias.detach()
+        trial = None if self.trial is None else self.trial.placed_as(linear)
+        return replace(self, like=like, bias=bias, trial=trial)
 
     def _outside(self, coordinates: Tensor) -> Tensor:
         return coordinates if self.frame is None else self.frame @ coordinates
@@ -250,7 +257,7 @@ def decompose(
     fisher_shrink: float = FISHER_SHRINK,
     progress: bool = False,
 ) -> dict[str, Factorisation]:
-    """Decompose every compressible layer of a model, in float64 on the CPU.
+    """Decompose every compressible layer of a model, in float64 on the CPU; several processes divide the layers.
 
     Args:
         model: the dense model; it is not changed.
@@ -275,22 +282,27 @@ def decompose(
         >>> down.shape, up.shape
         (torch.Size([16, 192]), torch.Size([768, 16]))
     """
-    result = {}
-    layers = compressible_linears(model)
+    idle = () if stats is None else stats.idle
+    layers = {name: linear for name, linear in compressible_linears(model).items() if name not in idle}
     strategy = {"factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink}
-    for name, linear in track(layers.items(), "decomposing", total=len(layers), enabled=progress):
+
+    def work(names: list[str]) -> dict[str, Factorisation]:
+        shown = progress and is_first()
+        return {name: made(name, layers[name]) for name in track(names, "decomposing", enabled=shown)}
+
+    def made(name: str, linear: nn.Linear) -> Factorisation:
         layer = apart = None
         if stats is not None:
-            if name in stats.idle:
-                continue
             if name not in stats:
                 raise InputError(f"the statistics have no layer {name}: they are of another model")
             layer, apart = stats[name], None if stats.held_out is None else stats.held_out[name]
         try:
-            result[name] = factorise(linear, layer, held_out=apart, **strategy)
+            return factorise(linear, layer, held_out=apart, **strategy)
         except InputError as error:
             raise InputError(f"layer {name}: {error}") from error
-    return result
+
+    costs = {name: min(one.weight.shape) ** 2 * max(one.weight.shape) for name, one in layers.items()}
+    return {name: found.placed_as(layers[name]) for name, found in divided(costs, work).items()}
 
 
 def _shares(energy: Tensor) -> Tensor:

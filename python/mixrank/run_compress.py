@@ -8,11 +8,22 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixrank.cli_input import check_budgets, check_outputs, check_positive, first_images, model_arguments
+from mixrank.cli_input import (
+    check_budgets,
+    check_device,
+    check_outputs,
+    check_positive,
+    chosen_device,
+    first_images,
+    model_arguments,
+)
 from mixrank.cli_output import Stopwatch, comparison_table, plain, versions, write_json
 from mixrank.errors import InputError
+from mixrank.launch import started_processes
+from mixrank.processes import gathered, is_first, joined, place
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from mixrank.compensate import CompensationOptions, CompensationResult
@@ -74,6 +85,7 @@ class CompressOptions:
     report: Path | None
     limit: int | None
     batch_size: int
+    device: str
     dtype: str
     strict: bool
     seed: int
@@ -89,6 +101,7 @@ class CompressOptions:
             check_positive(name, getattr(self, name))
         if self.augment < 0:
             raise InputError(f"--augment must be at least 0, got {self.augment}")
+        check_device(self.device)
         self.pull()
         if self.weights is not None and not self.weights.is_file():
             raise InputError(f"--weights {self.weights} does not exist or is not a file")
@@ -99,6 +112,8 @@ class CompressOptions:
             raise InputError(f"--minutes must be above 0, got {self.minutes:g}")
         if self.steps is not None and self.minutes is not None:
             raise InputError("at most one of --steps and --minutes can be given")
+        if self.trains and started_processes() > 1:
+            raise InputError("--steps and --minutes train in one process: use mixrank compensate after torchrun")
         if self.resume and not self.trains:
             raise InputError("--resume belongs to --steps or --minutes, which are missing")
         for path in (self.compressed, self.state):
@@ -155,6 +170,11 @@ class CompressOptions:
 def run(options: CompressOptions) -> None:
     """Compress, train if asked to, measure, write; ``out`` is not written unless everything before it worked."""
     options.check()
+    with joined(chosen_device(options.device)) as device:
+        _run(options, device)
+
+
+def _run(options: CompressOptions, device: torch.device) -> None:
     args, training = model_arguments(options.model_args), options.training()
 
     from mixrank import checkpoint
@@ -166,11 +186,15 @@ def run(options: CompressOptions) -> None:
     watch, progress = Stopwatch(), not options.quiet
     with watch.stage("load"):
         dense = create_model(options.model, pretrained=options.weights is None, weights=options.weights, args=args)
+        dense = dense.to(device)
         data_config = preprocessing(dense)
         opened = {"limit": options.limit, "seed": options.seed, "strict": options.strict, "root": options.data_root}
         opened["split"] = options.split
         calibration = open_images(options.images, data_config, augment=options.augment, **opened)
         evaluation = _open_evaluation(options, data_config)
+    if not is_first():
+        _compress(options, dense, calibration, watch)
+        return
     if training is not None and len(calibration) == 1:
         raise InputError(f"--steps and --minutes need at least 2 images, but --images {options.images} has 1")
 
@@ -270,14 +294,15 @@ def _compress(
 
     result = compress(
         model := copy.deepcopy(dense),
-        calibration.batches(options.batch_size),
+        calibration.batches(options.batch_size, part=place()),
         **options.budget(),
         **options.strategy(),
         weighting=Weighting(options.weighting, options.weighting_level),
         dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
         progress=not options.quiet,
     )
-    return model, result.to_json() | {"skipped": list(calibration.skipped)}
+    skipped = [image for part in gathered(list(calibration.skipped)) for image in part]
+    return model, result.to_json() | {"skipped": skipped}
 
 
 def _open_evaluation(options: CompressOptions, data_config: dict[str, Any]) -> ImageSource | None:

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mixrank.cli_input import check_budgets, check_outputs, check_positive, first_images, model_arguments
+from mixrank.cli_input import (
+    check_budgets,
+    check_device,
+    check_outputs,
+    check_positive,
+    chosen_device,
+    first_images,
+    model_arguments,
+)
 from mixrank.cli_output import comparison_table, versions, write_json
 from mixrank.errors import InputError
+from mixrank.processes import is_first, joined, place
 from mixrank.uvc.combine import CombinedResult, compress_combined_, states_of
 from mixrank.uvc.loader import LoaderData
-from mixrank.uvc.processes import is_first, joined, place
 from mixrank.uvc.recipe import Recipe, read_recipe
 from mixrank.uvc.run import compress_uvc_
 from mixrank.uvc.scalars import writer
@@ -79,27 +87,18 @@ class CommandOptions:
                 raise InputError(f"{path} does not exist or is not a file")
         if self.eval_labels is not None and self.eval_images is None:
             raise InputError("--eval-labels belongs to --eval-images, which is missing")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"--device must be auto, cpu or cuda, got {self.device}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: there is no GPU that PyTorch can use")
+        check_device(self.device)
         check_outputs({"--out": self.out, "--json": self.json}, self.weights, self.labels, self.eval_labels)
         for path in states_of(self.state):
             if path.exists() and not self.resume:
                 raise InputError(f"{path} is an interrupted run: go on with --resume, or delete it")
         return read_recipe(self.recipe, {name: getattr(self, name) for name in _GIVEN})
 
-    def place(self) -> torch.device:
-        """``--device``, chosen."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
-
 
 def run(options: CommandOptions) -> None:
     """Compress and write; ``out`` is not written unless everything before it worked."""
     recipe = options.check()
-    with joined(options.place()) as device:
+    with joined(chosen_device(options.device)) as device:
         _run(options, recipe, device)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import length_hint
 
 import torch
 from torch import Tensor
 
-from mixrank.calibrate import DEFAULT_HELD_OUT, held_out_images
+from mixrank.calibrate import DEFAULT_HELD_OUT, held_out_before, held_out_images, numbers_of
 from mixrank.data import Batch, as_batch
 from mixrank.errors import InputError
+from mixrank.processes import gathered
 
 
 class Sample:
@@ -37,30 +38,39 @@ class Sample:
         self._kept: list[Tensor] = []
 
     def __iter__(self) -> Iterator:
-        source, first, count = random.Random(self.seed), 0, 0
-        self._kept = []
-        chosen = not self.share  # whether what is kept is what is wanted, not the first images for want of better
+        source, first, drawn = random.Random(self.seed), 0, 0
+        kept: dict[int, tuple[int, Tensor]] = {}  # by place: which of the wanted images it is, and the image
+        spare: dict[int, Tensor] = {}  # by number: the first images, for want of better
         for item in self.batches:
-            images = as_batch(item, first).images
-            wanted = self._wanted(first, len(images))
-            first += len(images)
-            if not chosen and wanted.any():
-                chosen, self._kept = True, []
-            elif not chosen:
-                self._kept += [_copy(image) for image in images[: self.size - len(self._kept)]]
-            for image in images[wanted.to(images.device)]:
-                place = count if count < self.size else source.randrange(count + 1)
+            batch = as_batch(item, first)
+            numbers = numbers_of(batch, first)
+            first += len(batch.images)
+            for image, number, order in zip(batch.images, numbers, self._orders(numbers), strict=True):
+                if order is None:
+                    if not kept and len(spare) < self.size:
+                        spare[number] = _copy(image)
+                    continue
+                place = self.size
+                while drawn <= order:  # what other processes see is drawn for here too
+                    place = drawn if drawn < self.size else source.randrange(drawn + 1)
+                    drawn += 1
                 if place < self.size:
-                    self._kept[place : place + 1] = [_copy(image)]
-                count += 1
+                    kept[place] = order, _copy(image)
             yield item
+        self._kept = _merged(gathered(kept)) or _merged(gathered({n: (n, image) for n, image in spare.items()}))
+        del self._kept[self.size :]
 
-    def _wanted(self, first: int, count: int) -> Tensor:
-        """Which of the next images may be kept: of those held out the plain view, or without such images any."""
+    def _orders(self, numbers: Sequence[int]) -> list[int | None]:
+        """Which of those that may be kept each is: of images held out the plain view, or without such images any."""
         if not self.share:
-            return torch.ones(count, dtype=torch.bool)
-        plain = torch.arange(first, first + count) % self.views == 0
-        return held_out_images(first, count, self.share, self.views) & plain
+            return list(numbers)
+        wanted = held_out_images(numbers, self.share, self.views).tolist()
+        images = torch.tensor(numbers, dtype=torch.float64).div(self.views, rounding_mode="floor")
+        before = held_out_before(images, self.share).int().tolist()
+        return [
+            order if held and number % self.views == 0 else None
+            for order, held, number in zip(before, wanted, numbers, strict=True)
+        ]
 
     def __length_hint__(self) -> int:
         return length_hint(self.batches)
@@ -76,6 +86,16 @@ class Sample:
         if len(sizes) > 1:
             raise InputError(f"sensitivity needs images of one size, but there were {sorted(sizes)}")
         return torch.stack(self._kept)
+
+
+def _merged(parts: list[dict[int, tuple[int, Tensor]]]) -> list[Tensor]:
+    """Of each place the last image that any process put there."""
+    last: dict[int, tuple[int, Tensor]] = {}
+    for part in parts:
+        for place, (order, image) in part.items():
+            if place not in last or order > last[place][0]:
+                last[place] = order, image
+    return [last[place][1] for place in sorted(last)]
 
 
 def _copy(image: Tensor) -> Tensor:
@@ -101,7 +121,7 @@ class Apart:
         self._kept, self._count = [], 0
         for item in self.batches:
             batch = as_batch(item, self._count)
-            apart = held_out_images(self._count, len(batch.images), self.share, 1)
+            apart = held_out_images(range(self._count, self._count + len(batch.images)), self.share, 1)
             self._count += len(batch.images)
             for chosen in (apart, ~apart):
                 if chosen.any():

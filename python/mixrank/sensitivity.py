@@ -25,6 +25,7 @@ from mixrank.decompose import Factorisation
 from mixrank.errors import InputError
 from mixrank.fidelity import compare
 from mixrank.nn import MixedRankLinear
+from mixrank.processes import divided, is_first
 from mixrank.progress import track
 
 
@@ -53,6 +54,7 @@ def measure_sensitivity(
     """Replace some layers, one at a time, and measure the divergence of the logits.
 
     One pass through the model for each layer, from the layer's block on: what the blocks before it return is kept.
+    Several processes divide the layers.
 
     Args:
         model: the dense model, in any mode; it is as it was afterwards.
@@ -79,10 +81,12 @@ def measure_sensitivity(
     try:
         with torch.inference_mode(), torch.autocast(parameter.device.type, dtype, enabled=dtype is not None):
             replay = _Replay(model, batches)
-            return {
-                name: Sensitivity(rank, replay.divergence(name, factorisations[name], rank))
-                for name, rank in track(ranks.items(), "measuring layers", total=len(ranks), enabled=progress)
-            }
+
+            def work(names: list[str]) -> dict[str, Sensitivity]:
+                shown = track(names, "measuring layers", enabled=progress and is_first())
+                return {n: Sensitivity(ranks[n], replay.divergence(n, factorisations[n], ranks[n])) for n in shown}
+
+            return divided({name: replay.cost(name) for name in ranks}, work)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -109,11 +113,18 @@ class _Replay:
             self.outputs.append(outputs)
         self.logits = torch.cat(logits).float()
 
+    def cost(self, name: str) -> int:
+        """How many blocks a layer's own pass goes through."""
+        return len(self.blocks) - len(self._earlier(name))
+
+    def _earlier(self, name: str) -> list[str]:
+        """The blocks before a layer's own."""
+        names = list(self.blocks)
+        return names[: names.index(block_of(name, names))]
+
     def divergence(self, name: str, factorisation: Factorisation, rank: int) -> float:
         """Mean KL of the logits with one layer replaced."""
-        linear = self.model.get_submodule(name)
-        names = list(self.blocks)
-        earlier = names[: names.index(block_of(name, names))]
+        linear, earlier = self.model.get_submodule(name), self._earlier(name)
         factors = (factorisation.trial or factorisation).factors(rank)
         self.model.set_submodule(name, MixedRankLinear.from_factors(*factors).eval())
         try:

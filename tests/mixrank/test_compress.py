@@ -210,7 +210,7 @@ def test_a_sample_is_of_the_images_that_are_held_out(views):
     number = torch.arange(20.0)
     batches = Batches(number[:, None, None, None].repeat_interleave(views, 0).split(7))
     batches.views = views
-    apart = number[held_out_images(0, 20, 0.25, 1)]
+    apart = number[held_out_images(range(20), 0.25, 1)]
     for size, expected in ((3, None), (9, apart)):
         sample = Sample(batches, size, 0, 0.25)
         list(sample)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from mixrank.errors import InputError
 from mixrank.evaluate import evaluate
+from mixrank.processes import is_first, mean, shared
 from mixrank.progress import track
 from mixrank.uvc.data import TrainingData, seeded
 from mixrank.uvc.objective import check_labels, objective
 from mixrank.uvc.options import FinetuneOptions, FinetuneResult
-from mixrank.uvc.processes import is_first, mean, shared
 from mixrank.uvc.state import Progress, key_of, load_state, moments_of, save_state, set_moments
 
 _RISE = 0.05  # share of the steps in which the learning rate rises

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.models import count_macs
+from mixrank.processes import shared
 from mixrank.uvc.data import TrainingData
 from mixrank.uvc.finetune import Training, become
 from mixrank.uvc.gates import Gates, gated
 from mixrank.uvc.landing import contributions, land, macs_of
 from mixrank.uvc.options import UVCOptions, UVCResult
 from mixrank.uvc.primal_dual import Groups, PrimalDual, Rates
-from mixrank.uvc.processes import shared
 from mixrank.uvc.shrink import KeptBlock, remaining_blocks, shrink_
 from mixrank.uvc.state import kept_from_json, kept_to_json, variables_of
 from mixrank.uvc.structure import parts_of, structure_of
