@@ -25,6 +25,7 @@ from mixrank_bench import (
     tables_ops,
     tables_peers,
     tables_pivoted,
+    tables_scale,
     tables_triton,
     tables_uvc,
     tables_vit,
@@ -68,6 +69,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
     },
     "docs/kernels/int8.md": {"int8-speed": tables_int8.speed, "int8-accuracy": tables_int8.accuracy},
     "docs/kernels/pivoted.md": {"pivoted-speed": tables_pivoted.speed},
+    "docs/scale.md": {"scale-measured": tables_scale.measured, "scale-large": tables_scale.large},
     "docs/uvc.md": {
         "uvc-methods": tables_uvc.methods,
         "uvc-mechanisms": tables_uvc.mechanisms,
