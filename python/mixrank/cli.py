@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mixrank import cli_bench, cli_compensate, cli_compress, cli_sweep, cli_uvc
+from mixrank import cli_bench, cli_compensate, cli_compress, cli_export, cli_sweep, cli_uvc
 from mixrank.cli_help import IMAGES_HELP, JSON_HELP, LABELS_HELP, LIMIT_HELP, QUIET_HELP, ROOT_HELP, STRICT_HELP
 from mixrank.errors import InputError
 from mixrank.launch import started_processes
@@ -154,6 +154,7 @@ def report(
 app.command(epilog=cli_sweep.EPILOG)(cli_sweep.sweep)
 app.command(epilog=cli_compensate.EPILOG)(cli_compensate.compensate)
 app.command(epilog=cli_uvc.EPILOG)(cli_uvc.uvc)
+app.command(epilog=cli_export.EPILOG)(cli_export.export)
 app.command(epilog=cli_bench.EPILOG)(cli_bench.bench)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,6 @@ from mixrank.cli_output import Stopwatch, comparison_table, versions, write_json
 from mixrank.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mixrank.checkpoint import Header
     from mixrank.evaluate import Evaluation
 
@@ -50,6 +47,7 @@ def run(options: EvaluateOptions) -> None:
     from mixrank.data import open_images
     from mixrank.evaluate import compare_speed, evaluate, summarise
     from mixrank.models import create_model, model_spec, preprocessing
+    from mixrank.plain import merged
 
     watch = Stopwatch()
     with watch.stage("load"):
@@ -75,19 +73,6 @@ def run(options: EvaluateOptions) -> None:
     dense = summarise(create_model(spec.architecture, args=spec.args), None, speed["dense"]).to_json()
     compressed = summarise(model, score, speed["compressed"]).to_json()
     _write(options, header, dense, compressed, score, list(source.skipped), speed, watch)
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """A copy of the model with every factored or quantised layer multiplied out to a plain ``nn.Linear``."""
-    from mixrank.nn import LowRankLinear, SplitLinear
-    from mixrank.quantize import INT8_LAYERS
-
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, (LowRankLinear, SplitLinear, *INT8_LAYERS)):
-                setattr(module, name, child.merge())
-    return model
 
 
 def _write(

@@ -1,0 +1,107 @@
+"""Compressed models as plain PyTorch: factors multiplied out, or kept as products that any runtime has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixrank.errors import InputError
+from mixrank.nn import LowRankLinear, MixedRankLinear, SplitLinear
+from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
+from mixrank.nn_pivoted import PivotedLinear
+from mixrank.quantize import INT8_LAYERS
+from mixrank_kernels import reference
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of the model with every factored or quantised layer multiplied out to a plain ``nn.Linear``."""
+    return _replaced(model, lambda layer: layer.merge(), (LowRankLinear, SplitLinear, *INT8_LAYERS))
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy of the model that needs nothing but PyTorch to run: two products for a layer of low rank.
+
+    Weights of 8 bits stay so, and are widened when they are used.
+
+    Raises:
+        InputError: a layer has no such form.
+    """
+    return _replaced(model, _plain, (LowRankLinear, *INT8_LAYERS))
+
+
+def _replaced(model: nn.Module, make: Callable[[nn.Module], nn.Module], kinds: tuple[type, ...]) -> nn.Module:
+    if isinstance(model, kinds):
+        return make(model)
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, kinds):
+                setattr(module, name, make(child))
+    return model
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    match layer:
+        case MixedRankLinear():
+            made = nn.Sequential(_linear(layer.down, None), _linear(layer.up, layer.bias))
+        case PivotedLinear():
+            made = _Pivoted(_linear(layer.down, None), _linear(layer.coefficients, None), layer.index, layer.bias)
+        case Int8Linear():
+            made = _Int8(layer.codes, layer.scale, layer.bias, layer.dynamic)
+        case Int8MixedRankLinear():
+            first = _Int8(layer.down_codes, layer.down_scale, None, layer.dynamic)
+            made = nn.Sequential(first, _Int8(layer.up_codes, layer.up_scale, layer.bias, layer.dynamic))
+        case Int8PivotedLinear():
+            first = _Int8(layer.down_codes, layer.down_scale, None, layer.dynamic)
+            second = _Int8(layer.coefficients_codes, layer.coefficients_scale, None, layer.dynamic)
+            made = _Pivoted(first, second, layer.index, layer.bias)
+        case _:
+            raise InputError(f"{type(layer).__name__} has no form in plain PyTorch")
+    return made.train(layer.training)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+class _Pivoted(nn.Module):
+    """Some outputs from the input, the others from these, then all in their order."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, index: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.register_buffer("order", index.long().argsort())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        hidden = self.first(x)
+        y = torch.cat([hidden, self.second(hidden)], dim=-1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+
+class _Int8(nn.Module):
+    """8-bit codes times one scale for each output; ``dynamic``: of an input rounded to 256 steps for each row."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool) -> None:
+        super().__init__()
+        self.dynamic = dynamic
+        self.register_buffer("codes", codes.detach().clone())
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        weight = self.codes.float() * self.scale[:, None]
+        wide = x.float()
+        if self.dynamic:
+            codes, step = reference.quantise_rows(wide)
+            wide = codes * step
+        y = F.linear(wide, weight)
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
