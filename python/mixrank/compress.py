@@ -14,9 +14,10 @@ from mixrank.allocate import ENERGIES, NEAR, allocate, check_budget, ranks_to_me
 from mixrank.apply import apply_, put_
 from mixrank.automatic import classifies
 from mixrank.calibrate import calibrate, check_calibration
+from mixrank.coverage import describe, left_alone
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
-from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
+from mixrank.models import compressible_linears, count_parameters, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.plan import Plan
 from mixrank.processes import are_several
 from mixrank.result import CompressionResult, layer_reports, notes
@@ -27,6 +28,8 @@ from mixrank.weighting import Weighting
 
 SENSITIVITY_IMAGES = 48
 SENSITIVITY_ROUNDS = 2
+LEFT_ALONE = 0.2
+"""The share of parameters outside the layers to compress above which a note tells."""
 # What did best on two real models by images held out, see docs/accuracy.md.
 SHRINK = 0.3
 FORM = "pivoted"
@@ -138,6 +141,9 @@ def compress(
         check_calibration(model, **measuring)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in compressible_linears(model).items()}
         check_budget(model, shapes, **allocation)
+        alone = left_alone(model)
+        if sum(module.parameters for module in alone) > LEFT_ALONE * count_parameters(model):
+            remarks.append(describe(alone, model))
         check_energy(energy, ranks, calibrated=calibrated, held_out=apart)
         twice = ranks == "mixed" and energy != "weight"
         if undecided:
@@ -182,7 +188,7 @@ def compress(
             model.set_submodule(name, fused[name])
         hide_qkv_(model, exposed)
         raise
-    return CompressionResult(plan, reports, count, timed.seconds, remarks + notes(reports, stats))
+    return CompressionResult(plan, reports, count, timed.seconds, remarks + notes(reports, stats), alone)
 
 
 class Timer:

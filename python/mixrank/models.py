@@ -354,9 +354,11 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None:
         channels = first.in_channels
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
-        height, width = size
+    for owner in (getattr(model, "patch_embed", None), getattr(model, "stem", None), model):
+        size = getattr(owner, "img_size", None)
+        if size is not None:
+            height, width = size
+            break
     return int(channels), int(height), int(width)
 
 

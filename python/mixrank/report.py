@@ -76,6 +76,7 @@ def _checked_context(data: dict[str, Any]) -> dict[str, Any]:
         "command": _command_line(data),
         "facts": _facts(data),
         "skipped": _skipped(data.get("images", {})),
+        "notes": [str(note) for note in data.get("notes") or []],
     }
     if swept:
         from mixrank import report_figures
@@ -202,6 +203,10 @@ def _facts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
             for name, value in (data.get("images") or {}).items()
         },
         "Model arguments": data["model"].get("args") or {},
+        "Left as they are": {
+            module["name"] or "the model itself": f"{module['parameters']:,} parameters: {module['reason']}"
+            for module in data.get("left_alone") or []
+        },
     }
     return {title: {name: _plain(value) for name, value in table.items()} for title, table in facts.items() if table}
 

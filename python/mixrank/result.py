@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from mixrank.coverage import LeftAlone
 from mixrank.decompose import Factorisation
 from mixrank.plan import Plan
 from mixrank.stats import CalibrationStats
@@ -59,7 +60,8 @@ class CompressionResult:
         images: number of calibration images, those held out included; further views of an image do not count.
         seconds: wall-clock seconds of the steps ``calibrate``, ``decompose``, ``allocate`` and ``apply`` (or
             ``sequential``).
-        notes: sentences that the user should read: layers that were never called, too few images.
+        notes: sentences that the user should read: layers that were never called, too few images, what stays dense.
+        left_alone: the modules with matrices that are no layers to compress.
     """
 
     plan: Plan
@@ -67,6 +69,7 @@ class CompressionResult:
     images: int
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    left_alone: list[LeftAlone] = field(default_factory=list)
 
     def to_json(self) -> dict:
         """Return the result in terms of JSON."""
@@ -76,6 +79,7 @@ class CompressionResult:
             "images": self.images,
             "seconds": self.seconds,
             "notes": self.notes,
+            "left_alone": [asdict(module) for module in self.left_alone],
         }
 
 

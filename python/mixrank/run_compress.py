@@ -250,6 +250,7 @@ def _run(options: CompressOptions, device: torch.device) -> None:
         "layers": made["layers"],
         "images": images,
         "notes": made["notes"],
+        "left_alone": made["left_alone"],
         "options": dataclasses.asdict(options),
         "speed": {side: dataclasses.asdict(values) for side, values in speed.items()},
         "times": watch.seconds | made["seconds"],

@@ -1,0 +1,50 @@
+"""What of a model compression does not touch, by name: nothing is passed over in silence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mixrank.models import compressible_linears, count_parameters, skipped_linears
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A module whose own matrices stay as they are.
+
+    Attributes:
+        name: of the module in the model, empty for the model itself.
+        reason: why, as the end of a sentence.
+        parameters: numbers in its own weights, those of modules inside it not counted.
+    """
+
+    name: str
+    reason: str
+    parameters: int
+
+
+def left_alone(model: nn.Module) -> list[LeftAlone]:
+    """The modules with weights of two dimensions or more that are no layers to compress, in the order of the model.
+
+    Vectors (biases, norms, layer scales) are not told.
+    """
+    wanted, skipped = compressible_linears(model), skipped_linears(model)
+    found, seen = [], set()
+    for name, module in model.named_modules():
+        own = {id(weight): weight for weight in module.parameters(recurse=False) if weight.squeeze().dim() > 1}
+        count = sum(weight.numel() for key, weight in own.items() if key not in seen)
+        seen |= own.keys()
+        if count and name not in wanted:
+            found.append(LeftAlone(name, skipped.get(name, f"it is a {type(module).__name__}"), count))
+    return found
+
+
+def describe(found: list[LeftAlone], model: nn.Module) -> str:
+    """The largest of them in a sentence."""
+    largest = sorted(found, key=lambda one: -one.parameters)[:3]
+    share = 100 * sum(one.parameters for one in found) / count_parameters(model)
+    named = ", ".join(f"{one.name or 'the model itself'} ({one.reason})" for one in largest)
+    return f"{share:.1f} % of the parameters stay as they are, {len(found)} modules: {named}" + (
+        ", ..." if len(found) > len(largest) else ""
+    )

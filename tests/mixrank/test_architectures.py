@@ -1,0 +1,83 @@
+"""Families of timm, from a model to a compiled checkpoint: what is compressed, and that the rest is told by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import mixrank
+from mixrank.coverage import left_alone
+from mixrank.models import compressible_linears, count_macs, count_parameters, create_model, preprocessing
+
+CLASSES = {"num_classes": 7}
+FAMILIES = {
+    "ViT": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}),
+    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 2}),
+    "DeiT-III": ("deit3_small_patch16_224", {"img_size": 32, "depth": 1}),
+    "Swin": ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": [1, 1], "num_heads": [3, 6]}),
+    "Swin v2": ("swinv2_tiny_window8_256", {"img_size": 64, "depths": [1, 1], "num_heads": [3, 6]}),
+    "BEiT": ("beit_base_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 192, "num_heads": 3}),
+    "EVA-02": ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 1}),
+    "CaiT": ("cait_xxs24_224", {"img_size": 32, "depth": 1}),
+    "XCiT": ("xcit_nano_12_p16_224", {"img_size": 32, "depth": 1}),
+    "CLIP": ("vit_base_patch16_clip_224", {"img_size": 32, "depth": 1, "embed_dim": 192, "num_heads": 3}),
+    "SigLIP": ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 1, "embed_dim": 192, "num_heads": 3}),
+    "DINOv2": ("vit_small_patch14_dinov2", {"img_size": 28, "depth": 1}),
+    "DINOv2 giant's SwiGLU": (
+        "vit_giant_patch14_dinov2",
+        {"img_size": 28, "depth": 1, "embed_dim": 192, "num_heads": 3},
+    ),
+    "MaxViT": ("maxvit_rmlp_pico_rw_256", {"img_size": 64}),
+    "ConvNeXt": ("convnext_atto", {"depths": [1, 1, 1, 1], "conv_mlp": False}),
+    "MLP-Mixer": ("mixer_s32_224", {"img_size": 64}),
+}
+CONVOLUTIONAL = ("MaxViT", "ConvNeXt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_compressed_saved_loaded_and_compiled(name, tmp_path):
+    torch.manual_seed(0)
+    architecture, args = FAMILIES[name]
+    dense = create_model(architecture, args=args | CLASSES)
+    channels, height, width = preprocessing(dense)["input_size"]
+    images = torch.randn(8, channels, min(height, 96), min(width, 96))
+    model = copy.deepcopy(dense)
+    result = mixrank.compress(model, [images], keep=0.85 if name in CONVOLUTIONAL else 0.7, sensitivity_images=2)
+    factored = [layer for layer in result.layers if layer.rank is not None]
+    assert factored
+    assert count_parameters(model) < count_parameters(dense)
+    assert count_macs(model) < count_macs(dense)
+    told = {layer.name for layer in result.layers} | {module.name for module in result.left_alone}
+    owners = {
+        module
+        for module, layer in dense.named_modules()
+        if any(weight.squeeze().dim() > 1 for weight in layer.parameters(recurse=False))
+    }
+    assert owners <= told
+    mixrank.save(model, tmp_path / "model.safetensors")
+    loaded = mixrank.load(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(loaded(images), expected)
+        compiled = torch.compile(loaded, backend="aot_eager", fullgraph=name not in CONVOLUTIONAL)
+        assert torch.allclose(compiled(images), expected, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_what_stays_is_told_by_name_and_reason():
+    model = create_model("convnext_atto", args={"depths": [1, 1, 1, 1], "conv_mlp": False, "num_classes": 7})
+    found = {module.name: module for module in left_alone(model)}
+    assert found["stem.0"].reason == "it is a Conv2d"
+    assert found["stem.0"].parameters == model.stem[0].weight.numel()
+    assert found["head.fc"].reason == "it is the classifier"
+    assert not found.keys() & compressible_linears(model).keys()
+    result = mixrank.compress(model, [torch.randn(6, 3, 64, 64)], keep=0.9, energy="weight")
+    assert result.left_alone == list(found.values())
+    assert any("% of the parameters stay as they are" in note and "it is a Conv2d" in note for note in result.notes)
+    vit = create_model("vit_tiny_patch16_224", args={"img_size": 32, "depth": 2, "num_classes": 7})
+    assert [module.name for module in left_alone(vit)] == ["", "patch_embed.proj", "head"]
+    result = mixrank.compress(vit, [torch.randn(6, 3, 32, 32)], keep=0.9, energy="weight")
+    assert not any("stay as they are" in note for note in result.notes)  # a few percent need no note
