@@ -28,6 +28,12 @@ def _follow_the_choice() -> None:
         _ = backend._forced[-1]
 
 
+def _absent(op: str, **tensors: Tensor | None) -> None:
+    # The dispatcher takes None for a tensor, and whatever serves it would trip over that in words of its own.
+    name = next(name for name, tensor in tensors.items() if tensor is None)
+    raise RuntimeError(f"{op}: {name} must be a tensor, but it was None")
+
+
 def lowrank_linear(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
 ) -> Tensor:
@@ -59,6 +65,8 @@ def lowrank_linear(
         >>> lowrank_linear(x, down, up)[0, 0].item()
         24.0
     """
+    if x is None or down is None or up is None:
+        _absent("lowrank_linear", x=x, down=down, up=up)
     _follow_the_choice()
     return _lowrank_linear(x, down, up, bias, packed)
 
@@ -112,6 +120,8 @@ def lowrank_residual_linear(
         >>> lowrank_residual_linear(x, down, up, crow=crow, col=col, values=values)[0, 0].item()
         112.0
     """
+    if x is None or down is None or up is None:
+        _absent("lowrank_residual_linear", x=x, down=down, up=up)
     _follow_the_choice()
     return _lowrank_residual_linear(x, down, up, bias, residual_down, residual_up, crow, col, values, packed)
 
@@ -155,6 +165,8 @@ def pivoted_linear(
         >>> pivoted_linear(x, down, coefficients, torch.tensor([0, 2, 1]))
         tensor([[ 8., 16.,  8.]])
     """
+    if x is None or down is None or coefficients is None or index is None:
+        _absent("pivoted_linear", x=x, down=down, coefficients=coefficients, index=index)
     _follow_the_choice()
     return _pivoted_linear(x, down, coefficients, index, bias, packed)
 
@@ -186,6 +198,8 @@ def gram_accumulate_(
         >>> gram[0, 3].item()
         10.0
     """
+    if gram is None or x is None:
+        _absent("gram_accumulate_", gram=gram, x=x)
     _follow_the_choice()
     _gram_accumulate_(gram, x, row_weight, column_sum)
 
@@ -212,6 +226,8 @@ def cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
         >>> cross[0, 2].item()
         10.0
     """
+    if cross is None or x is None or z is None:
+        _absent("cross_gram_accumulate_", cross=cross, x=x, z=z)
     _follow_the_choice()
     _cross_gram_accumulate_(cross, x, z)
 
@@ -253,6 +269,8 @@ def int8_linear(
         >>> round(int8_linear(x, weight, scale)[0, 0].item(), 3)
         8.0
     """
+    if x is None or weight is None or scale is None:
+        _absent("int8_linear", x=x, weight=weight, scale=scale)
     return _int8_linear(x, weight, scale, bias, dynamic, packed)
 
 
@@ -296,4 +314,6 @@ def int8_lowrank_linear(
         >>> round(int8_lowrank_linear(x, down, torch.ones(3), up, torch.ones(5))[0, 0].item(), 3)
         24.0
     """
+    if x is None or down is None or down_scale is None or up is None or up_scale is None:
+        _absent("int8_lowrank_linear", x=x, down=down, down_scale=down_scale, up=up, up_scale=up_scale)
     return _int8_lowrank_linear(x, down, down_scale, up, up_scale, bias, dynamic, index, packed)

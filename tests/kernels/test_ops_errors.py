@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from mixrank_kernels import _checks, backend, ops
-from mixrank_kernels._schema import SCHEMAS, overload
+from mixrank_kernels._samples import sample_inputs
+from mixrank_kernels._schema import INT8_SCHEMAS, SCHEMAS, overload
 
 LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
@@ -320,3 +323,14 @@ def test_neighbours_in_one_buffer_do_not_overlap(implementation, op):
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_the_good_arguments_are_good(op):
     getattr(ops, op)(**good_arguments(op))
+
+
+@pytest.mark.parametrize("op", [*SCHEMAS, *INT8_SCHEMAS])
+def test_none_for_a_tensor_is_told_by_name(op):
+    call, given = getattr(ops, op), sample_inputs(op)[0].arguments()
+    parameters = inspect.signature(call).parameters
+    names = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    assert len(names) > 1
+    for name in names:
+        with pytest.raises(RuntimeError, match=f"^{op}: {name} must be a tensor, but it was None$"):
+            call(**(given | {name: None}))
