@@ -15,9 +15,10 @@ from typer.core import TyperGroup
 
 from mixrank import cli_bench, cli_compensate, cli_compress, cli_export, cli_sweep, cli_uvc
 from mixrank.cli_help import IMAGES_HELP, JSON_HELP, LABELS_HELP, LIMIT_HELP, QUIET_HELP, ROOT_HELP, STRICT_HELP
-from mixrank.errors import InputError
+from mixrank.errors import InputError, is_out_of_memory
 from mixrank.launch import started_processes
 
+OUT_OF_MEMORY = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 SHARED = ("compress", "uvc")
@@ -36,6 +37,11 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             print("interrupted: files that were not complete have been left unwritten", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print("error: out of memory: give a smaller --batch-size, or a larger machine", file=sys.stderr)
+            raise typer.Exit(OUT_OF_MEMORY) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         found = super().resolve_command(ctx, args)

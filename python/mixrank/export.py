@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mixrank.errors import InputError
+from mixrank.errors import InputError, is_out_of_memory
 from mixrank.files import write_tensors
 from mixrank.models import meta_model, model_spec, preprocessing
 from mixrank.plain import merged, plain
@@ -184,6 +184,8 @@ def _told(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # exporters raise what they like
+        if is_out_of_memory(error):
+            raise
         first = str(error).strip().splitlines()
         raise InputError(f"{what} cannot export the model: {first[0] if first else type(error).__name__}") from error
 

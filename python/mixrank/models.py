@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mixrank.errors import InputError
+from mixrank.errors import InputError, is_out_of_memory
 from mixrank.nn import LowRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 
@@ -97,6 +97,8 @@ def _build(spec: ModelSpec, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(spec.architecture, pretrained=pretrained, **spec.args)
     except Exception as error:  # whatever the model's constructor or the download happens to trip over
+        if is_out_of_memory(error):
+            raise
         if pretrained:
             raise InputError(
                 f"the pretrained weights of {spec.architecture} cannot be had ({_first_line(error)}); "

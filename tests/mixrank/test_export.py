@@ -64,7 +64,7 @@ MODELS = {
     "int8 weights": lambda: quantised("pivoted", dynamic=False),
     "pruned": pruned,
 }
-WHOLE = ("factors", "split", "int8 pivoted", "pruned")
+WHOLE = ("split", "int8 pivoted", "pruned")
 """Those that are exported here; the others are made of the same parts."""
 
 
