@@ -117,7 +117,20 @@ def compensation() -> str:
     for (keep, _, seed), row in sorted(latest.items(), reverse=True):
         before, after, training = row["before"], row["after"], row["training"]
         cells = (f"{before[name]:.{digits}f} → {after[name]:.{digits}f}" for name, digits in FIDELITY)
-        spent = f"{training['seconds'] / 60:.0f}"
-        lines.append((keep, *cells, spent, training["steps"], training["best_step"], seed))
-    header = ("keep", "top-1, %", "agreement, %", "KL, nats", "minutes", "steps", "best step", "seed")
+        spent = f"{training['seconds'] / 60:.0f} x {row['environment']['threads']}"
+        options = training["options"]
+        chosen = (f"{options['learning_rate']:g}", f"{100 * options.get('mix', 0):.0f} %")
+        lines.append((keep, *cells, spent, *chosen, training["steps"], training["best_step"], seed))
+    header = (
+        "keep",
+        "top-1, %",
+        "agreement, %",
+        "KL, nats",
+        "minutes x threads",
+        "rate",
+        "mixed",
+        "steps",
+        "best",
+        "seed",
+    )
     return table(header, lines) + "\n" + conditions(rows[-1])
