@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mixrank.report_uvc import draw_search
 from mixrank_bench import uvc
 from mixrank_bench.drawing import OTHERS, OURS_COLOUR, Drawing, fingerprint, panels
 from mixrank_bench.environment import read
@@ -24,25 +25,8 @@ def _run() -> list[dict[str, Any]]:
 
 def run() -> Figure:
     """What remains and its target, the multipliers, and the gates of the blocks, over the steps of a search."""
-    entries = _run()
-    steps = [entry["step"] for entry in entries]
-    figure, (left, middle, right) = panels(1, 3, (3.6, 2.9))
-    left.plot(steps, [entry["target"] for entry in entries], color="#222222", ls=":", label="target")
-    left.plot(steps, [entry["remaining"] for entry in entries], color=OURS_COLOUR, label="R")
-    left.set(xlabel="step", title="share of the multiply-adds", ylim=(0, 1.05))
-    left.legend(frameon=False)
-    middle.plot(steps, [entry["pressure"] for entry in entries], color=OURS_COLOUR, label="budget (z)")
-    for kind, colour in zip(("heads", "columns", "neurons"), OTHERS, strict=False):
-        means = [sum(entry["multipliers"][kind]) / len(entry["multipliers"][kind]) for entry in entries]
-        middle.plot(steps, means, color=colour, label=kind)
-    middle.set(xlabel="step", title="multipliers, mean over the blocks")
-    middle.legend(frameon=False)
-    blocks = len(entries[0]["keep"])
-    for block in range(blocks):
-        shade = 0.25 + 0.75 * block / max(1, blocks - 1)
-        right.plot(steps, [entry["keep"][block] for entry in entries], color=OTHERS[0], alpha=shade, label=f"{block}")
-    right.set(xlabel="step", title="probability that a block is kept", ylim=(0, 1.05))
-    right.legend(frameon=False, title="block", fontsize=6, ncols=2)
+    figure, axes = panels(1, 3, (3.6, 2.9))
+    draw_search(axes, _run(), OURS_COLOUR, OTHERS, "#222222")
     return figure
 
 

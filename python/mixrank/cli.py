@@ -143,7 +143,7 @@ def inspect(
 @app.command(epilog="Example: mixrank report deit_small_50.json --out deit_small_50.html")
 def report(
     result: Annotated[
-        Path, typer.Argument(help="What --json of compress, sweep, compensate or demo wrote.", show_default=False)
+        Path, typer.Argument(help="What --json of compress, sweep, compensate, uvc or demo wrote.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")],
 ) -> None:

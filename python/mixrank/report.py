@@ -22,7 +22,7 @@ def write_report(path: str | Path, data: dict[str, Any]) -> None:
 
     Args:
         path: the file to write; it is whole afterwards, or what it was before.
-        data: what ``--json`` of ``mixrank compress``, ``compensate``, ``evaluate`` or ``sweep`` wrote, or what
+        data: what ``--json`` of ``mixrank compress``, ``compensate``, ``uvc``, ``evaluate`` or ``sweep`` wrote, or what
             ``mixrank demo`` did: a list ``results`` with one entry for each budget.
 
     Raises:
@@ -52,7 +52,7 @@ def _context(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            "the data is not a result of mixrank compress, sweep, compensate, evaluate or demo: "
+            "the data is not a result of mixrank compress, sweep, compensate, uvc, evaluate or demo: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -71,6 +71,7 @@ def _checked_context(data: dict[str, Any]) -> dict[str, Any]:
         "chosen": results[(len(results) - 1) // 2],
         "front": None,
         "compensation": _compensation(data.get("compensation")),
+        "pruning": _pruning(data),
         "rows": _rows(dense, results),
         "speed": _speed_note(data),
         "command": _command_line(data),
@@ -99,11 +100,23 @@ def _compensation(result: dict[str, Any] | None) -> dict[str, Any] | None:
     return result | {"figure": Markup(report_figures.compensation(result, "compensation"))}
 
 
+def _pruning(data: dict[str, Any]) -> dict[str, Any] | None:
+    """What unified compression removed."""
+    if data.get("command") != "uvc":
+        return None
+    from mixrank import report_uvc
+
+    found = report_uvc.section(data["result"])
+    return found | {"figure": found["figure"] and Markup(found["figure"])}
+
+
 def _result(entry: dict[str, Any], index: int, dense: dict[str, Any], *, brief: bool) -> dict[str, Any]:
     """One budget: its summary, its layers, and its plots; ``brief``: of these only the ranks."""
     from mixrank import report_figures
 
-    plan = entry["plan"] or {"layers": []}  # a dense model of 8-bit weights has none
+    # A dense model of 8-bit weights has none, and a pruned one only with lower ranks.
+    plan = (entry["result"].get("ranks") or {}).get("plan") if entry.get("command") == "uvc" else entry["plan"]
+    plan = plan or {"layers": []}
     curves = {layer["name"]: layer for layer in entry.get("layers") or []}
     layers = [curves.get(layer["name"], {}) | {key: layer[key] for key in LAYER_KEYS} for layer in plan["layers"]]
     compressed = {key: entry["compressed"][key] for key in SUMMARY_KEYS}

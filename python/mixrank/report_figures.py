@@ -81,7 +81,8 @@ def _grouped(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return groups
 
 
-def _figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+    """A figure of some inches with its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -109,18 +110,19 @@ def _svg(figure: Figure, prefix: str, description: str) -> str:
     return svg
 
 
-def _draw(draw: Any, data: Any, prefix: str, description: str) -> str:
+def draw(figure: Any, data: Any, prefix: str, description: str) -> str:
+    """What ``figure`` makes of ``data`` as SVG; ``prefix`` is that of its ids, ``description`` what it shows."""
     with matplotlib.rc_context(STYLE):
-        return _svg(draw(data), prefix, description)
+        return _svg(figure(data), prefix, description)
 
 
 def front(variants: Sequence[dict[str, Any]], prefix: str) -> str:
     """Accuracy against size, and speed, of the dense model and of each budget."""
-    return _draw(_front, variants, prefix, "Top-1 accuracy against parameters, and images per second, for each budget")
+    return draw(_front, variants, prefix, "Top-1 accuracy against parameters, and images per second, for each budget")
 
 
 def _front(variants: Sequence[dict[str, Any]]) -> Figure:
-    figure, (accuracy, speed) = _figure(10.5, 3.4, ncols=2)
+    figure, (accuracy, speed) = new_figure(10.5, 3.4, ncols=2)
     colours = [MUTED] + [SERIES[0]] * (len(variants) - 1)
     sizes = [variant["parameters"] / 1e6 for variant in variants]
     accuracy.set_title("Accuracy against size")
@@ -156,7 +158,7 @@ def _front(variants: Sequence[dict[str, Any]]) -> Figure:
 def sweep(dense: dict[str, Any], rows: Sequence[dict[str, Any]], prefix: str) -> str:
     """Accuracy (where it was measured), agreement and divergence against size: one curve for each strategy."""
     description = "Accuracy, agreement with the dense model and divergence from it against parameters, by strategy"
-    return _draw(sweep_figure, (dense, rows), prefix, description)
+    return draw(sweep_figure, (dense, rows), prefix, description)
 
 
 def sweep_figure(data: tuple[dict[str, Any], Sequence[dict[str, Any]]]) -> Figure:
@@ -171,7 +173,7 @@ def sweep_figure(data: tuple[dict[str, Any], Sequence[dict[str, Any]]]) -> Figur
     ]
     if dense["top1"] is not None:
         panels.insert(0, ("top-1 (%)", "compressed", "top1"))
-    figure, axes = _figure(10.5, 3.9, ncols=len(panels), squeeze=False)
+    figure, axes = new_figure(10.5, 3.9, ncols=len(panels), squeeze=False)
     for axis, (label, part, key) in zip(axes[0], panels, strict=True):
         for index, name in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
             points = [(row["compressed"]["parameters"] / 1e6, row[part][key]) for row in groups[name]]
@@ -200,13 +202,13 @@ def _logarithmic(axis: Axes) -> None:
 
 def compensation(result: dict[str, Any], prefix: str) -> str:
     """Divergence and agreement on the held-out images along a training; the step that was kept is ringed."""
-    return _draw(compensation_figure, result, prefix, "Divergence and agreement on held-out images along the training")
+    return draw(compensation_figure, result, prefix, "Divergence and agreement on held-out images along the training")
 
 
 def compensation_figure(result: dict[str, Any]) -> Figure:
     """The figure of :func:`compensation`."""
     looks = [{"step": 0, **result["before"]}, *result["history"]]
-    figure, axes = _figure(10.5, 3.2, ncols=2)
+    figure, axes = new_figure(10.5, 3.2, ncols=2)
     labels = {"divergence": "divergence from the dense model (nats)", "agreement": "agreement with the dense model (%)"}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         axis.plot([look["step"] for look in looks], [look[key] for look in looks], color=SERIES[0], marker="o")
@@ -223,7 +225,7 @@ def compensation_figure(result: dict[str, Any]) -> Figure:
 
 def energy(layers: Sequence[dict[str, Any]], prefix: str) -> str:
     """Energy kept against rank: one column for each kind of layer, one line for each layer."""
-    return _draw(
+    return draw(
         _energy, layers, prefix, "Share of output energy and of weight energy kept, against rank, by layer kind"
     )
 
@@ -232,7 +234,9 @@ def _energy(layers: Sequence[dict[str, Any]]) -> Figure:
     groups = _grouped(layers)
     rows = [("output_energy_kept", "output energy kept (%)"), ("weight_energy_kept", "weight energy kept (%)")]
     rows = [row for row in rows if any(layer.get(row[0]) for layer in layers)]
-    figure, axes = _figure(10.5, 2.5 * len(rows) + 0.3, nrows=len(rows), ncols=len(groups), squeeze=False, sharey=True)
+    figure, axes = new_figure(
+        10.5, 2.5 * len(rows) + 0.3, nrows=len(rows), ncols=len(groups), squeeze=False, sharey=True
+    )
     figure.suptitle("Energy kept against rank", x=0.005, ha="left", fontsize=11, fontweight="bold")
     for line, (key, label) in zip(axes, rows, strict=True):
         line[0].set_ylabel(label)
@@ -263,11 +267,11 @@ def _energy_curves(axis: Axes, members: Sequence[dict[str, Any]], key: str) -> N
 
 def depth(layers: Sequence[dict[str, Any]], prefix: str) -> str:
     """The rank of each layer and the share of its parameters that remains, along the depth of the model."""
-    return _draw(_depth, layers, prefix, "Rank and share of parameters kept for each layer along the depth")
+    return draw(_depth, layers, prefix, "Rank and share of parameters kept for each layer along the depth")
 
 
 def _depth(layers: Sequence[dict[str, Any]]) -> Figure:
-    figure, (rank, share) = _figure(10.5, 3.4, ncols=2)
+    figure, (rank, share) = new_figure(10.5, 3.4, ncols=2)
     for (kind, members), colour, marker in zip(_grouped(layers).items(), SERIES, MARKERS, strict=False):
         places = list(range(len(members)))
         full = [min(layer["in_features"], layer["out_features"]) for layer in members]
@@ -294,14 +298,14 @@ def _depth(layers: Sequence[dict[str, Any]]) -> Figure:
 
 def parameters(plan: dict[str, Any], prefix: str) -> str:
     """Parameters of each layer before and after, as one bar each."""
-    return _draw(_parameters, plan, prefix, "Parameters kept and removed, for each layer and for the rest of the model")
+    return draw(_parameters, plan, prefix, "Parameters kept and removed, for each layer and for the rest of the model")
 
 
 def _parameters(plan: dict[str, Any]) -> Figure:
     layers = plan["layers"]
     kinds = kinds_of([layer["name"] for layer in layers])
     colours = dict(zip(dict.fromkeys(kinds), SERIES, strict=False))
-    figure, axis = _figure(10.5, 3.8)
+    figure, axis = new_figure(10.5, 3.8)
     after = [layer["parameters_after"] / 1e3 for layer in layers]
     removed = [max(0, layer["parameters_before"] - layer["parameters_after"]) / 1e3 for layer in layers]
     rest = (plan["parameters_before"] - sum(layer["parameters_before"] for layer in layers)) / 1e3
@@ -325,11 +329,11 @@ def _parameters(plan: dict[str, Any]) -> Figure:
 
 def error(layers: Sequence[dict[str, Any]], prefix: str) -> str:
     """The relative output error of each layer on the calibration images and, dashed, on images held out."""
-    return _draw(_error, layers, prefix, "Relative output error of each layer along the depth")
+    return draw(_error, layers, prefix, "Relative output error of each layer along the depth")
 
 
 def _error(layers: Sequence[dict[str, Any]]) -> Figure:
-    figure, axis = _figure(10.5, 3.2)
+    figure, axis = new_figure(10.5, 3.2)
     for (kind, members), colour, marker in zip(_grouped(layers).items(), SERIES, MARKERS, strict=False):
         for key, style, label in (("relative_error", "-", kind), ("held_out_error", "--", f"{kind}, held out")):
             errors = [layer.get(key) for layer in members]

@@ -52,6 +52,12 @@ def test_it_writes_a_model_within_the_budget_and_says_what_went(world, weights, 
     assert not {"seconds", "history"} & noted.keys()
     assert {path.name for path in tmp_path.iterdir()} == {"small.safetensors", "result.json", "events"}
 
+    page = tmp_path / "page.html"
+    assert world.invoke("report", str(data_file), "--out", str(page)).exit_code == 0
+    text = page.read_text()
+    assert text.count("<svg") == 1
+    assert f"All {len(found['blocks'])} blocks that remain" in text
+
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     told = EventAccumulator(str(events))
@@ -72,6 +78,9 @@ def test_then_mixed_rank_keeps_the_budget_and_tells_what_the_ranks_took(world, w
     assert found["macs_by_ranks"] == found["removed"]["ranks"] > 0
     assert 0.9 * 0.5 <= found["macs_after"] / found["macs_before"] <= 0.5
     assert count_macs(load(out)) == found["macs_after"]
+    page = tmp_path / "page.html"
+    assert world.invoke("report", str(data_file), "--out", str(page)).exit_code == 0
+    assert page.read_text().count("<svg") == 2  # the ranks, the parameters; so few steps have no update to draw
 
 
 def test_an_interrupted_run_goes_on_with_resume_and_writes_the_same_bytes(world, weights, tmp_path, monkeypatch):
