@@ -71,7 +71,11 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
     },
     "docs/kernels/int8.md": {"int8-speed": tables_int8.speed, "int8-accuracy": tables_int8.accuracy},
     "docs/kernels/pivoted.md": {"pivoted-speed": tables_pivoted.speed},
-    "docs/scale.md": {"scale-measured": tables_scale.measured, "scale-large": tables_scale.large},
+    "docs/scale.md": {
+        "scale-measured": tables_scale.measured,
+        "scale-large": tables_scale.large,
+        "memory": tables_scale.memory,
+    },
     "docs/uvc.md": {
         "uvc-methods": tables_uvc.methods,
         "uvc-mechanisms": tables_uvc.mechanisms,

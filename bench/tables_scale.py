@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixrank_bench import large as large_run
 from mixrank_bench import scale
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
@@ -39,6 +40,29 @@ def measured() -> str:
     header = ("processes", "step", "seconds", "predicted", "times as fast as one")
     last = rows[max(rows)]
     return table(header, lines) + f"\n{last['model']}, {last['images']} images. " + conditions(last)
+
+
+def memory() -> str:
+    """Minutes and resident memory of large models in one process."""
+    rows = {(row["model"], row["dtype"]): row for row in read(large_run.OUT)}
+    if not rows:
+        return NO_RUN
+    steps = ("calibrate", "decompose", "sensitivity")
+    lines = [
+        (
+            row["model"],
+            f"{row['parameters'] / 1e6:.0f}",
+            row["images"],
+            row["dtype"],
+            f"{row['peak_bytes'] / 2**30:.2f}",
+            *(f"{row['times'][step] / 60:.1f}" for step in steps),
+            f"{row['seconds'] / 60:.1f}",
+        )
+        for row in rows.values()
+    ]
+    minutes = (f"{step}, minutes" for step in steps)
+    header = ("model", "million parameters", "images", "dtype", "GiB at most", *minutes, "all, minutes")
+    return table(header, lines) + "\n" + conditions(list(rows.values())[-1])
 
 
 def large() -> str:

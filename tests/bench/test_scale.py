@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixrank.models import create_model
-from mixrank_bench import scale, tables_scale
+from mixrank_bench import large, scale, tables_scale
 from mixrank_bench.scale import Rates, Work, tokens_of
 
 
@@ -51,3 +51,26 @@ def test_rates_are_measured_and_the_tables_tell_both_runs(tmp_path, monkeypatch)
     assert tables_scale.large().count("\n| ") == len(tables_scale.GPUS) + 2
     assert tables_scale.large().splitlines()[0].startswith("An image: ")
     assert pytest.approx(1.8e9, rel=0.05) == sum(p.numel() for p in scale.hollow(tables_scale.LARGE).parameters())
+
+
+def test_the_memory_of_large_models_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(large, "OUT", tmp_path / "rows.jsonl")
+    assert tables_scale.memory() == tables_scale.NO_RUN
+    environment = {"cpu": "a", "threads": 1, "torch": "2", "timm": "1", "commit": "c", "date": "2026-01-01"}
+    row = {
+        "kind": "large",
+        "model": "m",
+        "images": 256,
+        "dtype": "float32",
+        "parameters": 304_000_000,
+        "seconds": 600.0,
+    }
+    row |= {"peak_bytes": 3 * 2**30, "times": {"calibrate": 60.0, "decompose": 120.0, "sensitivity": 30.0}}
+    large.OUT.write_text(json.dumps(row | {"environment": environment}) + "\n")
+    assert "| m | 304 | 256 | float32 | 3.00 | 1.0 | 2.0 | 0.5 | 10.0 |" in tables_scale.memory().splitlines()
+
+
+def test_a_large_run_has_its_weights_and_images(tmp_path):
+    assert large.make(tmp_path, "vit_tiny_patch16_224", 3) > 5e6
+    assert len(list((tmp_path / "images").iterdir())) == 3
+    assert (tmp_path / "weights.safetensors").stat().st_size > 2e7
