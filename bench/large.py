@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +58,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        parameters = make(folder, args.model, args.images)
+        # A program takes over the peak of the one that starts it, so this one stays small.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+            parameters = executor.submit(make, folder, args.model, args.images).result()
         command = [sys.executable, "-m", "mixrank", "compress", "--model", args.model, "--keep", "0.5"]
         command += ["--weights", str(folder / "weights.safetensors"), "--images", str(folder / "images")]
         command += ["--out", str(folder / "out.safetensors"), "--json", str(folder / "out.json"), "--dtype", args.dtype]
