@@ -29,7 +29,7 @@ class Unlabelled(Dataset):
 def main(keep: float = 0.6) -> mixrank.CompressionResult:
     """Returns what compression tells."""
     model = load_model()
-    loader = DataLoader(Unlabelled(load_images()["calibration_images"]), batch_size=64, num_workers=1)
+    loader = DataLoader(Unlabelled(load_images()["calibration_images"][:300]), batch_size=64, num_workers=1)
     # The loader is gone through once, a batch at a time; all images together need not fit into memory.
     result = mixrank.compress(model, loader, keep=keep)
     for layer in result.layers[:4]:

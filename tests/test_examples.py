@@ -45,7 +45,7 @@ def test_a_custom_model_is_built_again(tmp_path, capsys):
 @pytest.mark.slow
 def test_an_own_loader_calibrates():
     result = module_of("own_loader").main()
-    assert result.images == 1000
+    assert result.images == 300
     assert result.plan.keep <= 0.6
 
 
