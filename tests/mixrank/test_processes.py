@@ -92,7 +92,6 @@ def test_too_few_batches_and_what_one_process_does_are_refused(folder, tmp_path)
     for more, message in (
         (["--batch-size", "40"], "batch_size=40 makes fewer batches of 40 images than the 2 processes that share them"),
         (["--sequential", "--factors", "aware"], "sequential=True works in one process"),
-        (["--steps", "3"], "--steps and --minutes train in one process"),
     ):
         result = start(2, *command(folder, tmp_path / "out.safetensors", *more))
         assert result.returncode != 0
@@ -103,7 +102,7 @@ def test_too_few_batches_and_what_one_process_does_are_refused(folder, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_commands_do_not_work_in_several_processes(monkeypatch):
+def test_other_commands_do_not_work_in_several_processes(folder, monkeypatch):
     from typer.testing import CliRunner
 
     from mixrank.cli import app
@@ -112,6 +111,9 @@ def test_other_commands_do_not_work_in_several_processes(monkeypatch):
     result = CliRunner().invoke(app, ["inspect", "file.safetensors"])
     assert result.exit_code == 2
     assert "mixrank inspect works in one process: torchrun is for compress and uvc" in result.stderr
+    result = CliRunner().invoke(app, command(folder, folder / "out.safetensors", "--steps", "3"))
+    assert result.exit_code == 2
+    assert "--steps and --minutes train in one process" in result.stderr
 
 
 def test_the_parts_of_the_processes_are_all_images_once(folder):
