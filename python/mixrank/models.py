@@ -356,11 +356,9 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None:
         channels = first.in_channels
-    for owner in (getattr(model, "patch_embed", None), getattr(model, "stem", None), model):
-        size = getattr(owner, "img_size", None)
-        if size is not None:
-            height, width = size
-            break
+    owners = (getattr(model, "patch_embed", None), getattr(model, "stem", None), model)
+    sizes = (getattr(owner, "img_size", None) for owner in owners)
+    height, width = next((size for size in sizes if size is not None), (height, width))
     return int(channels), int(height), int(width)
 
 

@@ -20,7 +20,7 @@ from mixrank.cli_input import (
 from mixrank.cli_output import Stopwatch, comparison_table, plain, versions, write_json
 from mixrank.errors import InputError
 from mixrank.launch import started_processes
-from mixrank.processes import gathered, is_first, joined, place
+from mixrank.processes import are_several, gathered, is_first, joined, place
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mixrank.compensate import CompensationOptions, CompensationResult
     from mixrank.data import ImageSource
+    from mixrank.evaluate import Evaluation
 
 AUTOMATIC = ("auto", "oas")
 STRATEGY = (
@@ -199,12 +200,18 @@ def _run(options: CompressOptions, device: torch.device) -> None:
         raise InputError(f"--steps and --minutes need at least 2 images, but --images {options.images} has 1")
 
     dense_score = None
-    if evaluation is not None:
-        with watch.stage("evaluate_dense"):
-            dense_score = evaluate(dense, evaluation.batches(options.batch_size), progress=progress)
-        compare(dense_score.logits, dense_score.logits)  # what is no classifier is refused before the long work
 
+    def evaluate_dense() -> Evaluation:
+        with watch.stage("evaluate_dense"):
+            score = evaluate(dense, evaluation.batches(options.batch_size), progress=progress)
+        compare(score.logits, score.logits)
+        return score
+
+    if evaluation is not None and not are_several():
+        dense_score = evaluate_dense()  # what is no classifier is refused before the long work
     model, made = _compressed(options, dense, calibration, watch)
+    if evaluation is not None and dense_score is None:
+        dense_score = evaluate_dense()  # not before: the other processes would wait for it
     compensation = None
     if training is not None:
         from mixrank.cli_compensate import noted, train
@@ -282,7 +289,7 @@ def _compressed(
             f"{options.compressed} was compressed with another --{other[0].replace('_', '-')}: "
             "give the same options, or delete it"
         )
-    return checkpoint.load(options.compressed), metadata["made"]
+    return checkpoint.load(options.compressed, next(dense.parameters()).device), metadata["made"]
 
 
 def _compress(
