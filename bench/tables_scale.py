@@ -77,6 +77,9 @@ def large() -> str:
         lines.append((count, hours, f"{seconds['decompose'] / 3600:.2f}", f"{moved:.0f}"))
     header = ("GPUs", "calibrate, hours", "decompose, hours", "GB sent and received by each, once")
     return (
+        f"{LARGE_IMAGES:,} images; {ASSUMED.passes / 1e12:.0f} TFLOP/s forward and back, {ASSUMED.grams / 1e12:.0f} "
+        f"of Gram matrices, {ASSUMED.eigenvectors / 1e9:.0f} GFLOP/s of eigenvectors, "
+        f"{ASSUMED.network / 1e9:.0f} GB/s.\n\n"
         f"An image: {work.passes / 1e12:.1f} TFLOP forward and back, {work.grams / 1e12:.2f} TFLOP of Gram matrices. "
         f"Sums: {work.sums / 1e9:.0f} GB. Decompositions: {work.eigenvectors / 1e15:.1f} PFLOP in float64.\n\n"
         + table(header, lines)

@@ -30,7 +30,6 @@ _RESERVED_ARGS = (
 CLASSIFIER = "it is the classifier"
 """Why :func:`skipped_linears` leaves a classifier alone, which quantisation does not."""
 
-
 _REPLACEMENTS = (LowRankLinear, SplitLinear, Int8Linear, Int8MixedRankLinear, Int8PivotedLinear)
 
 
@@ -353,13 +352,11 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     """[C, H, W] of the model as it was built, where timm's configuration says how the architecture was trained."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = cfg.get("input_size", (3, 224, 224))
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is not None:
-        channels = first.in_channels
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    channels = next((first.in_channels for first in convolutions), channels)
     owners = (getattr(model, "patch_embed", None), getattr(model, "stem", None), model)
     sizes = (getattr(owner, "img_size", None) for owner in owners)
-    height, width = next((size for size in sizes if size is not None), (height, width))
-    return int(channels), int(height), int(width)
+    return tuple(map(int, (channels, *next((size for size in sizes if size is not None), (height, width)))))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -49,7 +49,7 @@ def test_rates_are_measured_and_the_tables_tell_both_runs(tmp_path, monkeypatch)
     assert "| 2 | apply | 1.0 | - | 1.00x |" in lines
     assert "| 2 | all | 20.0 | - | 2.00x |" in lines
     assert tables_scale.large().count("\n| ") == len(tables_scale.GPUS) + 2
-    assert tables_scale.large().splitlines()[0].startswith("An image: ")
+    assert tables_scale.large().splitlines()[2].startswith("An image: ")
     assert pytest.approx(1.8e9, rel=0.05) == sum(p.numel() for p in scale.hollow(tables_scale.LARGE).parameters())
 
 

@@ -50,6 +50,7 @@ def folder(tmp_path_factory):
 def command(folder: Path, out: Path, *more: str) -> list[str]:
     fixed = ["compress", "--model", ARCHITECTURE, "--model-args", json.dumps(MODEL_ARGS), "--device", "cpu"]
     fixed += ["--weights", str(folder / "weights.safetensors"), "--images", str(folder / "images"), "--keep", "0.6"]
+    fixed += ["--eval-images", str(folder / "images")]
     return [*fixed, "--out", str(out), "--batch-size", "4", "--quiet", *more]
 
 
@@ -85,6 +86,7 @@ def test_processes_make_the_plan_of_one_and_its_factors(folder, alone, processes
     assert found["images"]["calibration"] == 39
     assert len(found["images"]["calibration_skipped"]) == 1
     assert found["plan"] == expected["plan"]
+    assert found["fidelity"] == pytest.approx(expected["fidelity"], rel=1e-3)
 
 
 @pytest.mark.slow
