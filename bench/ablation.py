@@ -36,6 +36,7 @@ from mixrank.demo.run import batches, load_images
 from mixrank.fidelity import compare, logits_of
 from mixrank.models import create_model, split_qkv_
 from mixrank.plan import Plan
+from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
 from mixrank.sequential import compress_blocks_
 from mixrank.views import Views, gather
@@ -163,7 +164,7 @@ def vit_b16(folder: Path, scratch: Path) -> Subject:
     data.dequantize()
     model = data.model()
     images = gather(data.calibration(model), least=1)
-    return _subject(model, images, keep=0.4, batch_size=25, steps=32, dtype=torch.bfloat16)
+    return _subject(model, images, keep=0.4, batch_size=25, steps=32, dtype=fast_dtype())
 
 
 def fashion(assets: Path) -> Subject:

@@ -30,6 +30,7 @@ from mixrank.demo.train import CALIBRATION_IMAGES, augment, normalise, read_fash
 from mixrank.demo.uvc import BATCH, EPOCHS
 from mixrank.evaluate import compare_speed
 from mixrank.models import count_macs, count_parameters, create_model
+from mixrank.precision import fast_dtype
 from mixrank.uvc.combine import CombinedOptions, compress_combined_, lower_ranks_
 from mixrank.uvc.data import TensorData
 from mixrank.uvc.finetune import finetune_
@@ -126,7 +127,7 @@ def measure(dense: nn.Module, data: Path, method: str, options: UVCOptions, mode
         images[:used], labels[:used], BATCH, lambda x, generator: normalise(augment(x, generator)), seed=options.seed
     )
     model, full = copy.deepcopy(dense), count_macs(dense)
-    common = {"validation": batches(test_images, test_labels), "dtype": torch.bfloat16, "progress": True}
+    common = {"validation": batches(test_images, test_labels), "dtype": fast_dtype(), "progress": True}
     # The teacher is the dense model in all of them, which often is not what the training starts with.
     training_alone = {"options": of_the_same(options), "teacher": dense} | common
     if method == OURS:

@@ -39,6 +39,7 @@ from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.models import create_model, preprocessing, split_qkv_
+from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
 from mixrank.stats import CalibrationStats, LayerStats
 from mixrank_bench.environment import RESULTS, append, read
@@ -174,7 +175,7 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
         factorisations = decompose(base, stats, factors=factors, centre=centre, shrink=shrink)
         for strategy in group:
             allocation = {name: getattr(strategy, name) for name in ("keep", "ranks", "energy", "form")}
-            running = {"dtype": torch.bfloat16, "progress": True}
+            running = {"dtype": fast_dtype(), "progress": True}
             plan = plan_ranks(base, factorisations, sample, Timer(), allocation, running)
             model = apply_(copy.deepcopy(base), plan, factorisations)
             score = evaluate(model, test, progress=True)

@@ -23,13 +23,13 @@ import torch
 
 import mixrank
 from mixrank.compensate import CompensationOptions, compensate_
+from mixrank.precision import fast_dtype
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import Reference, compare, reference
 from mixrank_bench.vit_b16 import KEEPS, Data, checkpoint_of
 
 OUT = RESULTS / "vit_b16_compensation.jsonl"
 MINUTES = 60.0
-DTYPE = torch.bfloat16
 
 
 def trained_of(models: Path, keep: float) -> Path:
@@ -47,7 +47,7 @@ def measure(
     state = models / f"keep_{keep}_{minutes:g}_{options.seed}.state"
     images = (batch.images for batch in data.calibration(dense))
     result = compensate_(
-        model, dense, images, minutes=minutes, options=options, dtype=DTYPE, state=state, progress=True
+        model, dense, images, minutes=minutes, options=options, dtype=fast_dtype(), state=state, progress=True
     )
     after = compare(model, test)
     row = {"kind": "compensation", "keep": keep, "minutes": minutes, "seed": options.seed}

@@ -26,6 +26,7 @@ from torch import nn
 from mixrank.data import open_images
 from mixrank.errors import InputError
 from mixrank.models import count_parameters, preprocessing
+from mixrank.precision import fast_dtype
 from mixrank_bench import vit_b16
 from mixrank_bench.accuracy_peers import statistics
 from mixrank_bench.accuracy_peers.methods import METHODS
@@ -37,7 +38,7 @@ OUT = RESULTS / "vit_b16_peers.jsonl"
 KEEPS = (0.5, 0.4, 0.6)
 CALIBRATION_IMAGES = 512
 CALIBRATION_BATCH = 32
-CALIBRATION_DTYPE = torch.bfloat16
+CALIBRATION_DTYPE = fast_dtype()
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 

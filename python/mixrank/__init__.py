@@ -19,6 +19,7 @@ from mixrank.nn import MixedRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear
 from mixrank.plan import Plan
+from mixrank.precision import fast_dtype
 from mixrank.quantize import QuantizationResult, quantize_
 from mixrank.result import CompressionResult
 from mixrank.stats import CalibrationStats, LayerStats
@@ -54,6 +55,7 @@ __all__ = [
     "create_model",
     "decompose",
     "evaluate",
+    "fast_dtype",
     "load",
     "quantize_",
     "save",

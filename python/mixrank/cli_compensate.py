@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixrank.cli_input import check_outputs, check_positive
+from mixrank.cli_help import DTYPE_HELP
+from mixrank.cli_input import check_outputs, check_positive, chosen_dtype
 from mixrank.errors import InputError
+from mixrank.precision import Precision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +55,7 @@ def compensate(
     min_scale: Annotated[float, typer.Option(help="The least share of an image in a random view; 1: no views.")] = 0.5,
     mix: Annotated[float, typer.Option(help="The share of the views that are mixed with another one.")] = 0.0,
     held_out: Annotated[float, typer.Option(help="The share of the images that only choose the best step.")] = 0.1,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (faster on recent processors).")] = "float32",
+    dtype: Annotated[Precision, typer.Option(help=DTYPE_HELP)] = Precision.float32,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that was interrupted; it ends with the same bytes.")
     ] = False,
@@ -90,7 +92,7 @@ class _Options:
     min_scale: float
     mix: float
     held_out: float
-    dtype: str
+    dtype: Precision
     resume: bool
     data_root: Path | None
     split: str
@@ -113,8 +115,6 @@ class _Options:
         if (self.steps is None) == (self.minutes is None):
             raise InputError("exactly one of --steps and --minutes must be given")
         check_positive("limit", self.limit)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"--dtype must be float32 or bfloat16, got {self.dtype}")
         check_outputs({"--out": self.out, "--json": self.json}, self.file, self.weights)
         if self.state.exists() and not self.resume:
             raise InputError(f"{self.state} is an interrupted run: go on with --resume, or delete it")
@@ -175,8 +175,6 @@ def train(
 
     ``options`` of the command say ``steps``, ``minutes``, ``dtype``, ``state`` and ``quiet``.
     """
-    import torch
-
     from mixrank.compensate import compensate_
 
     _match(dense, model)
@@ -187,7 +185,7 @@ def train(
         steps=options.steps,
         minutes=options.minutes,
         options=training,
-        dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
+        dtype=chosen_dtype(options.dtype, next(model.parameters()).device),
         state=options.state,
         progress=not options.quiet,
     )

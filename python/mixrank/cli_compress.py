@@ -10,6 +10,7 @@ import typer
 
 from mixrank.cli_help import (
     DEVICE_HELP,
+    DTYPE_HELP,
     EVAL_HELP,
     IMAGES_HELP,
     JSON_HELP,
@@ -22,6 +23,7 @@ from mixrank.cli_help import (
     STRICT_HELP,
     WEIGHTS_HELP,
 )
+from mixrank.precision import Precision
 
 EPILOG = (
     "Example: mixrank compress --model deit_small_patch16_224 --images calibration/ --keep 0.5 "
@@ -60,11 +62,6 @@ class WeightingKind(StrEnum):
 class Form(StrEnum):
     factors = "factors"
     pivoted = "pivoted"
-
-
-class Precision(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 def compress(
@@ -223,9 +220,7 @@ def compress(
     limit: Annotated[int | None, typer.Option(help=LIMIT_HELP, rich_help_panel="Calibration")] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one batch.")] = 32,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    dtype: Annotated[
-        Precision, typer.Option(help="Precision of the model; the sums are float64.", rich_help_panel="Calibration")
-    ] = Precision.float32,
+    dtype: Annotated[Precision, typer.Option(help=DTYPE_HELP, rich_help_panel="Calibration")] = Precision.float32,
     strict: Annotated[bool, typer.Option("--strict", help=STRICT_HELP)] = False,
     seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help=QUIET_HELP)] = False,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixrank.errors import InputError
 from mixrank.files import check_writable
+from mixrank.precision import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,25 @@ def chosen_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def chosen_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast that ``--dtype`` stands for, None for none; says so where it is a slow choice."""
+    import torch
+
+    from mixrank.precision import fast_dtype, multiplies_bfloat16
+
+    if precision == Precision.auto:
+        return fast_dtype(device)
+    if precision == Precision.float32:
+        return None
+    if not multiplies_bfloat16(device):
+        print(
+            f"note: this {device.type.upper()} has no instructions for bfloat16, which makes it several times slower "
+            "than float32; --dtype auto chooses",
+            file=sys.stderr,
+        )
+    return torch.bfloat16
 
 
 def model_arguments(text: str | None) -> dict[str, Any]:

@@ -38,9 +38,18 @@ def versions() -> dict[str, Any]:
     """Libraries, interpreter and processor: what has to be known to compare two results."""
     import torch
 
+    from mixrank_kernels import backend
+
     found: dict[str, Any] = {"mixrank": _version("mixrank-kernels")}
     found |= {name: _version(name) for name in ("torch", "timm", "triton")}
-    return found | {"python": platform.python_version(), "cpu": cpu_name(), "threads": torch.get_num_threads()}
+    return (
+        found
+        | {"python": platform.python_version(), "cpu": cpu_name()}
+        | {
+            "isa": next(iter(backend.isas()), None),
+            "threads": torch.get_num_threads(),
+        }
+    )
 
 
 def _version(distribution: str) -> str | None:

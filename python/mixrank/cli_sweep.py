@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixrank.cli_help import (
+    DTYPE_HELP,
     EVAL_HELP,
     IMAGES_HELP,
     LABELS_HELP,
@@ -21,8 +22,9 @@ from mixrank.cli_help import (
     STRICT_HELP,
     WEIGHTS_HELP,
 )
-from mixrank.cli_input import check_budgets, check_outputs, check_positive, model_arguments
+from mixrank.cli_input import check_budgets, check_outputs, check_positive, chosen_dtype, model_arguments
 from mixrank.errors import InputError
+from mixrank.precision import Precision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +75,7 @@ def sweep(
     eval_split: Annotated[str, typer.Option(help="The part of a named data set to compare on.")] = "validation",
     limit: Annotated[int | None, typer.Option(help=LIMIT_HELP)] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one batch.")] = 32,
-    dtype: Annotated[str, typer.Option(help="Precision of the calibration: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[Precision, typer.Option(help=DTYPE_HELP)] = Precision.float32,
     strict: Annotated[bool, typer.Option("--strict", help=STRICT_HELP)] = False,
     seed: Annotated[int, typer.Option(help="Seed of all that is random.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help=QUIET_HELP)] = False,
@@ -108,7 +110,7 @@ class _Options:
     eval_split: str
     limit: int | None
     batch_size: int
-    dtype: str
+    dtype: Precision
     strict: bool
     seed: int
     quiet: bool
@@ -118,8 +120,6 @@ class _Options:
         check_budgets("--keep", *self.keep)
         for name in ("limit", "batch_size", "sensitivity_images"):
             check_positive(name, getattr(self, name))
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"--dtype must be float32 or bfloat16, got {self.dtype}")
         if self.weights is not None and not self.weights.is_file():
             raise InputError(f"--weights {self.weights} does not exist or is not a file")
         if self.labels is not None and self.eval_images is None:
@@ -140,8 +140,6 @@ class _Options:
 def _run(options: _Options) -> None:
     options.check()
     args = model_arguments(options.model_args)
-
-    import torch
 
     from mixrank.cli_output import Stopwatch, versions, write_json
     from mixrank.data import open_images
@@ -193,7 +191,7 @@ def _run(options: _Options) -> None:
             held_out=0.2 if options.held_out is None else options.held_out,
             sensitivity_images=options.sensitivity_images,
             seed=options.seed,
-            dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
+            dtype=chosen_dtype(options.dtype, next(model.parameters()).device),
             done=done,
             on_row=keep_rows,
             progress=not options.quiet,

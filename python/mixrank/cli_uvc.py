@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mixrank.cli_compress import Precision
 from mixrank.cli_help import (
     DEVICE_HELP,
+    DTYPE_HELP,
     JSON_HELP,
     LABELS_HELP,
     LIMIT_HELP,
@@ -20,6 +20,7 @@ from mixrank.cli_help import (
     STRICT_HELP,
     WEIGHTS_HELP,
 )
+from mixrank.precision import Precision
 
 EPILOG = (
     "Example: mixrank uvc --model deit_small_patch16_224 --images train/ --budget 0.5 --epochs 30 "
@@ -79,9 +80,7 @@ def uvc(
         int, typer.Option(help="Processes that decode training images.", rich_help_panel="Training")
     ] = 2,
     device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel="Training")] = "auto",
-    dtype: Annotated[
-        Precision, typer.Option(help="Precision of the forward passes.", rich_help_panel="Training")
-    ] = Precision.float32,
+    dtype: Annotated[Precision, typer.Option(help=DTYPE_HELP, rich_help_panel="Training")] = Precision.float32,
     resume: Annotated[
         bool,
         typer.Option(

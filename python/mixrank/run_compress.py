@@ -14,12 +14,14 @@ from mixrank.cli_input import (
     check_outputs,
     check_positive,
     chosen_device,
+    chosen_dtype,
     first_images,
     model_arguments,
 )
 from mixrank.cli_output import Stopwatch, comparison_table, plain, versions, write_json
 from mixrank.errors import InputError
 from mixrank.launch import started_processes
+from mixrank.precision import Precision
 from mixrank.processes import are_several, gathered, is_first, joined, place
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ class CompressOptions:
     limit: int | None
     batch_size: int
     device: str
-    dtype: str
+    dtype: Precision
     strict: bool
     seed: int
     quiet: bool
@@ -295,7 +297,6 @@ def _compressed(
 def _compress(
     options: CompressOptions, dense: nn.Module, calibration: ImageSource, watch: Stopwatch
 ) -> tuple[nn.Module, dict[str, Any]]:
-    import torch
 
     from mixrank.compress import compress
     from mixrank.weighting import Weighting
@@ -306,7 +307,7 @@ def _compress(
         **options.budget(),
         **options.strategy(),
         weighting=Weighting(options.weighting, options.weighting_level),
-        dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
+        dtype=chosen_dtype(options.dtype, next(dense.parameters()).device),
         progress=not options.quiet,
     )
     skipped = [image for part in gathered(list(calibration.skipped)) for image in part]

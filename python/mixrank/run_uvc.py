@@ -15,11 +15,13 @@ from mixrank.cli_input import (
     check_outputs,
     check_positive,
     chosen_device,
+    chosen_dtype,
     first_images,
     model_arguments,
 )
 from mixrank.cli_output import comparison_table, versions, write_json
 from mixrank.errors import InputError
+from mixrank.precision import Precision
 from mixrank.processes import is_first, joined, place
 from mixrank.uvc.combine import CombinedResult, compress_combined_, states_of
 from mixrank.uvc.loader import LoaderData
@@ -60,7 +62,7 @@ class CommandOptions:
     limit: int | None
     workers: int
     device: str
-    dtype: str
+    dtype: Precision
     resume: bool
     eval_images: str | None
     eval_labels: Path | None
@@ -131,7 +133,7 @@ def _run(options: CommandOptions, recipe: Recipe, device: torch.device) -> None:
     running = {
         "options": recipe.options,
         "validation": None if validation is None else validation.batches(_BATCH),
-        "dtype": torch.bfloat16 if options.dtype == "bfloat16" else None,
+        "dtype": chosen_dtype(options.dtype, device),
         "state": options.state,
         "log": log,
         "progress": not options.quiet and is_first(),

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from mixrank.demo import ARCHITECTURE, ASSETS, IMAGES, MEAN, MODEL_ARGS, STD, WEIGHTS
+from mixrank.precision import multiplies_bfloat16
 
 CALIBRATION_IMAGES, TEST_IMAGES = 1000, 2000
 
@@ -100,7 +101,7 @@ def train(
         chunks = order.split(batch)[: len(images) // batch]
         for chunk in chunks:
             x = normalise(augment(images[chunk], generator))
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels[chunk], label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)

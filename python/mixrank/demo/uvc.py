@@ -21,6 +21,7 @@ from mixrank.demo.run import batches, load_model
 from mixrank.demo.train import CALIBRATION_IMAGES, augment, normalise, read_fashion_mnist
 from mixrank.errors import InputError
 from mixrank.files import check_writable
+from mixrank.precision import fast_dtype
 from mixrank.run_uvc import shares
 from mixrank.uvc.data import TensorData
 from mixrank.uvc.options import UVCOptions, UVCResult
@@ -45,7 +46,7 @@ def compress(
         training,
         options=options,
         validation=batches(test_images, test_labels),
-        dtype=torch.bfloat16,
+        dtype=fast_dtype(),
         state=state,
         progress=progress,
     )

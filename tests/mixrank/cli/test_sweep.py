@@ -111,7 +111,6 @@ def test_other_weights_and_other_files_are_no_sweep_to_go_on_with(world, tmp_pat
         (["--held-out", "1"], "held_out must be above 0 and below 1"),
         (["--held-out", "0.3", "--eval-images", "photos"], "--held-out belongs to a sweep without --eval-images"),
         (["--labels", "labels.csv"], "--labels belongs to --eval-images"),
-        (["--dtype", "int8"], "--dtype must be float32 or bfloat16, got int8"),
         (["--limit", "4"], "needs more images, but there were 4"),
         (["--weights", "absent.pth"], "absent.pth"),
         (["--keep", "0.001"], "keep must be at least"),
