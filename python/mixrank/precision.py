@@ -38,7 +38,9 @@ def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype | None:
         bfloat16 where the device multiplies it, and None, the model's own precision, elsewhere.
 
     Example:
-        >>> fast_dtype("cpu") in (None, torch.bfloat16)
+        >>> import mixrank
+        >>> import torch
+        >>> mixrank.fast_dtype("cpu") in (None, torch.bfloat16)
         True
     """
     import torch
