@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import mixrank
-from mixrank.allocate import allocate
+from mixrank.allocate import allocate, plan_of
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
 from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, plan_ranks
@@ -199,6 +199,22 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
             print(f"{strategy}: top-1 {score.top1:.1f} %", file=sys.stderr, flush=True)
 
 
+def remake_models(data: Data, rows: list[dict[str, Any]], cache: Path | None, models: Path) -> None:
+    """The models of the defaults that have a row but no file in ``models``: from the ranks of the row."""
+    strategies = {Strategy(**row["strategy"]): row["ranks"] for row in rows if row["kind"] == "strategy"}
+    lost = {keep: strategies[defaults(keep)] for keep in KEEPS if defaults(keep) in strategies}
+    lost = {keep: ranks for keep, ranks in lost.items() if not checkpoint_of(models, keep).is_file()}
+    if not lost:
+        return
+    dense = data.model()
+    stats = cached_statistics(data, dense, cache)
+    made = defaults(KEEPS[0])
+    factorisations = decompose(dense, stats, factors=made.factors, centre=made.centre, shrink=made.shrink)
+    for keep, ranks in lost.items():
+        plan = plan_of(dense, factorisations, ranks, made.form)
+        mixrank.save(apply_(copy.deepcopy(dense), plan, factorisations), checkpoint_of(models, keep))
+
+
 def _decomposition(strategy: Strategy) -> tuple[bool, str, bool, float]:
     return strategy.split_qkv, strategy.factors, strategy.centre, strategy.shrink
 
@@ -299,9 +315,7 @@ def measure_speed(data: Data, out: Path) -> None:
     for row in rows:
         strategy = Strategy(**row["strategy"]) if row["kind"] == "strategy" else None
         if strategy is not None and strategy == defaults(strategy.keep):
-            plan = allocate(dense, factorisations, keep=strategy.keep, form=strategy.form)
-            layers = (dataclasses.replace(layer, rank=row["ranks"][layer.name]) for layer in plan.layers)
-            plans[speed_name(strategy.keep)] = dataclasses.replace(plan, layers=tuple(layers))
+            plans[speed_name(strategy.keep)] = plan_of(dense, factorisations, row["ranks"], strategy.form)
     if done >= plans.keys():
         return
     models = {"dense": dense}
@@ -336,6 +350,8 @@ def main() -> None:
         data.dequantize()
         if "strategies" in parts:
             wanted = [strategy for strategy in strategies() if _selected(strategy, args)]
+            if args.models is not None:
+                remake_models(data, read(args.out), args.cache, args.models)
             measure_strategies(data, args.out, wanted, args.cache, args.models)
         if "costs" in parts:
             measure_costs(data, args.out)

@@ -179,7 +179,7 @@ def allocate(
     options = {"ranks": ranks, "energy": energy, "form": form} | {
         name: value for name, value in (bounds | limits).items() if value is not None
     }
-    return _plan(model, shapes, chosen, form, options)
+    return plan_of(model, factorisations, {name: point.rank for name, point in chosen.items()}, form, options)
 
 
 def ranks_to_measure(model: nn.Module, factorisations: Mapping[str, Factorisation], plan: Plan) -> dict[str, int]:
@@ -380,12 +380,17 @@ def _uniform(
     return at(ordered[max(fitting - 1, 0)])
 
 
-def _plan(
-    model: nn.Module, shapes: Mapping[str, LayerShape], chosen: dict[str, Point], form: str, options: dict
+def plan_of(
+    model: nn.Module,
+    factorisations: Mapping[str, Factorisation],
+    ranks: Mapping[str, int | None],
+    form: str,
+    options: dict | None = None,
 ) -> Plan:
+    """The plan that gives each layer a rank, or None to stay dense; ``options`` are for the record."""
     layers = []
-    for name, shape in shapes.items():
-        rank = chosen[name].rank
+    for name, factorisation in factorisations.items():
+        shape, rank = factorisation.shape, ranks[name]
         bias = shape.bias if rank is None else shape.factored_bias
         before, after = sum(parameters(shape, None, form)), sum(parameters(shape, rank, form))
         sizes = (name, shape.in_features, shape.out_features)
@@ -393,4 +398,4 @@ def _plan(
     total = count_parameters(model)
     after = total - sum(layer.parameters_before - layer.parameters_after for layer in layers)
     split = tuple(name for name, module in model.named_modules() if isinstance(module, SplitLinear))
-    return Plan(tuple(layers), total, after, split, options)
+    return Plan(tuple(layers), total, after, split, options or {})
