@@ -8,8 +8,10 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp cs
 demo: .venv/installed
 	$(BIN)/mixrank demo --out demo-output
 
+# As many processes as processors, of one thread each: PROCESSES=0 runs all tests in one, for a debugger.
+PROCESSES ?= auto
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import timm
 import torch
@@ -11,6 +14,12 @@ from mixrank.models import compressible_linears
 
 
 def make_model(**args) -> nn.Module:
+    """A model of its own for each caller; the spectra are computed once."""
+    return copy.deepcopy(_made(**args))
+
+
+@functools.cache
+def _made(**args) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=7, **args).eval()
     for module in model.modules():
