@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from mixrank import calibrate, decompose
 from mixrank.models import compressible_linears
 
 
@@ -40,6 +41,13 @@ def images():
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def factorisations(images):
+    """What the small model's layers are decomposed to without options; not to be changed."""
+    model = make_model()
+    return decompose(model, calibrate(model, [images]))
 
 
 @pytest.fixture

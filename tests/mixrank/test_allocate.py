@@ -26,8 +26,7 @@ BUDGETS = [0.95, 0.7, 0.5, 0.3, 0.22]
 @pytest.mark.parametrize("ranks", ["mixed", "uniform"])
 @pytest.mark.parametrize("energy", ["weight", "output"])
 @pytest.mark.parametrize("keep", BUDGETS)
-def test_the_budget_is_never_exceeded_and_nearly_used(model, images, ranks, energy, keep, form):
-    factorisations = decompose(model, calibrate(model, [images]))
+def test_the_budget_is_never_exceeded_and_nearly_used(model, factorisations, ranks, energy, keep, form):
     plan = allocate(model, factorisations, keep=keep, ranks=ranks, energy=energy, form=form)
     total = count_parameters(model)
     assert plan.parameters_before == total
@@ -52,8 +51,7 @@ def test_the_budget_is_never_exceeded_and_nearly_used(model, images, ranks, ener
 
 
 @pytest.mark.parametrize("form", ["factors", "pivoted"])
-def test_budgets_in_bytes_and_macs(model, images, form):
-    factorisations = decompose(model, calibrate(model, [images]))
+def test_budgets_in_bytes_and_macs(model, factorisations, form):
     limit = int(0.55 * count_bytes(model))
     by_bytes = apply_(copy.deepcopy(model), allocate(model, factorisations, max_bytes=limit, form=form), factorisations)
     assert 0.98 * limit < count_bytes(by_bytes) <= limit
@@ -326,8 +324,7 @@ def test_a_layer_that_is_dense_can_get_a_rank_again(model):
         assert all(layer.rank is None for layer in again.layers)
 
 
-def test_sensitivity_has_to_be_measured_first_and_at_ranks_that_can_be_chosen(model, images):
-    factorisations = decompose(model, calibrate(model, [images]))
+def test_sensitivity_has_to_be_measured_first_and_at_ranks_that_can_be_chosen(model, factorisations):
     with pytest.raises(InputError, match="needs sensitivities: measure them at the ranks of an earlier plan"):
         allocate(model, factorisations, keep=0.5, energy="sensitivity")
     for near in ((0.0, 1.5), (1.2, 1.5), (0.5, 0.9), (float("nan"), 2.0)):
