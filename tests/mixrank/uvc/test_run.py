@@ -16,38 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import mixrank
 from mixrank import InputError
-from mixrank.models import count_macs, create_model
+from mixrank.models import count_macs
 from mixrank.uvc.data import TensorData, seeded
 from mixrank.uvc.objective import check_labels, objective
 from mixrank.uvc.options import UVCOptions
 from mixrank.uvc.run import compress_uvc_
 
 OPTIONS = UVCOptions(epochs=5, learning_rate=1e-3, ema=0.9)
-
-
-@pytest.fixture(scope="module")
-def images():
-    """Noisy images of three kinds, and their labels."""
-    source = torch.Generator().manual_seed(0)
-    kinds, labels = torch.randn(3, 3, 32, 32, generator=source), torch.arange(180) % 3
-    return kinds[labels] + torch.randn(180, 3, 32, 32, generator=source), labels
-
-
-@pytest.fixture
-def data(images):
-    return TensorData(images[0][:144], images[1][:144], batch_size=16)
-
-
-@pytest.fixture
-def validation(images):
-    return [(images[0][144:], images[1][144:])]
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    args = {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 3}
-    return create_model("vit_tiny_patch16_224", args=args)
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])

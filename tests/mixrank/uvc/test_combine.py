@@ -18,19 +18,6 @@ from mixrank.uvc.options import UVCOptions
 OPTIONS = UVCOptions(budget=0.4, epochs=6, learning_rate=1e-3, ema=0.9)
 
 
-@pytest.fixture(scope="module")
-def images():
-    """Noisy images of three kinds, and their labels."""
-    source = torch.Generator().manual_seed(0)
-    kinds, labels = torch.randn(3, 3, 32, 32, generator=source), torch.arange(180) % 3
-    return kinds[labels] + torch.randn(180, 3, 32, 32, generator=source), labels
-
-
-@pytest.fixture
-def data(images):
-    return TensorData(images[0][:144], images[1][:144], batch_size=16)
-
-
 @pytest.fixture
 def model():
     torch.manual_seed(0)

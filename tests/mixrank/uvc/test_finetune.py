@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mixrank import InputError, compress
-from mixrank.models import create_model
 from mixrank.nn import MixedRankLinear
 from mixrank.uvc.data import TensorData
 from mixrank.uvc.finetune import finetune_
@@ -18,31 +17,6 @@ from mixrank.uvc.run import compress_uvc_
 from mixrank.uvc.shrink import KeptBlock, remaining_blocks, shrink_
 
 OPTIONS = FinetuneOptions(epochs=5, learning_rate=1e-3, ema=0.9)
-
-
-@pytest.fixture(scope="module")
-def images():
-    """Noisy images of three kinds, and their labels."""
-    source = torch.Generator().manual_seed(0)
-    kinds, labels = torch.randn(3, 3, 32, 32, generator=source), torch.arange(180) % 3
-    return kinds[labels] + torch.randn(180, 3, 32, 32, generator=source), labels
-
-
-@pytest.fixture
-def data(images):
-    return TensorData(images[0][:144], images[1][:144], batch_size=16)
-
-
-@pytest.fixture
-def validation(images):
-    return [(images[0][144:], images[1][144:])]
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    args = {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 3}
-    return create_model("vit_tiny_patch16_224", args=args)
 
 
 def test_a_pruned_and_factored_model_is_trained_as_it_is(model, data, validation):
