@@ -14,6 +14,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixrank_bench import affinity
+from mixrank_kernels import backend
 
 Chain = list[tuple[Tensor, Tensor | None]]
 Program = list[Chain]
@@ -80,6 +82,8 @@ def zentorch(x: Tensor, program: Program) -> Callable[[], Tensor]:
 
 def onednn(x: Tensor, program: Program) -> Callable[[], Tensor]:
     """OneDNN as Inductor calls it: weights reordered beforehand for this number of rows, sums as a post-operation."""
+    if not reorders(x.dtype):
+        raise Unavailable(f"oneDNN has no product of {str(x.dtype).removeprefix('torch.')} for this processor")
     linear, add = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
     packed = [
         [(torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0]), bias) for weight, bias in chain]
@@ -99,6 +103,15 @@ def onednn(x: Tensor, program: Program) -> Callable[[], Tensor]:
         return total
 
     return call
+
+
+def reorders(dtype: torch.dtype) -> bool:
+    """Whether oneDNN reorders weights of a dtype on this processor: bfloat16 only where it has instructions for it."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(8, 8, dtype=dtype), 8)
+    except RuntimeError:
+        return False
+    return True
 
 
 def onnx_runtime(x: Tensor, program: Program) -> Callable[[], Tensor]:
@@ -180,7 +193,7 @@ def torch_int8(engine: str) -> Engine:
             layers = [torch.ops.quantized.linear_prepack(_quantised(weight), bias) for weight, bias in program[0]]
         finally:
             torch.backends.quantized.engine = before
-        linear = torch.ops.quantized.linear_dynamic
+        linear = partial(torch.ops.quantized.linear_dynamic, reduce_range=_in_seven_bits())
 
         def call() -> Tensor:
             hidden = x
@@ -191,6 +204,14 @@ def torch_int8(engine: str) -> Engine:
         return call
 
     return build
+
+
+def _in_seven_bits() -> bool:
+    """Whether one operand gives up a bit, since this processor adds pairs of 8-bit products in 16 bits, which overflow.
+
+    The libraries advise it there; PyTorch's own layers do it everywhere.
+    """
+    return "avx512vnni" not in backend.isas()
 
 
 def _quantised(weight: Tensor) -> Tensor:
@@ -208,7 +229,7 @@ def onnx_runtime_int8(x: Tensor, program: Program) -> Callable[[], Tensor]:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = os.path.join(folder, "int8.onnx")
         model = onnx.load_from_string(_onnx_model(x, program))
-        quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8, reduce_range=_in_seven_bits())
         content = Path(path).read_bytes()
     return _onnx_call(x, program, content)
 

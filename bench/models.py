@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 import mixrank
 from mixrank.models import count_parameters, preprocessing
+from mixrank_bench import engines
 from mixrank_bench.environment import RESULTS, append_all, busy, environment
 from mixrank_bench.memory import peak_megabytes, reset_peak
 from mixrank_bench.timing import Timing, interleaved
@@ -133,10 +134,12 @@ MODES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def variants(options: Options) -> list[Variant]:
-    """Everything that takes turns on one model."""
-    compressed = itertools.product(options.keeps, (mode for mode in options.modes if mode != "prepacked"))
-    return [Variant(None, mode) for mode in options.modes] + [Variant(keep, mode) for keep, mode in compressed]
+def variants(options: Options, dtype: str) -> list[Variant]:
+    """Everything that takes turns on one model, but for what this processor does not have."""
+    others = [mode for mode in options.modes if mode != "prepacked"]
+    dense = options.modes if engines.reorders(DTYPES[dtype]) else others
+    compressed = itertools.product(options.keeps, others)
+    return [Variant(None, mode) for mode in dense] + [Variant(keep, mode) for keep, mode in compressed]
 
 
 def images_of(model: nn.Module, batch: int) -> Tensor:
@@ -235,7 +238,7 @@ def measure(served: dict[float | None, Served], dtype: str, batch: int, options:
     """
     with contextlib.ExitStack() as stack:
         servers: dict[Variant, Server] = {}
-        for variant in variants(options):
+        for variant in variants(options, dtype):
             path = served[variant.keep].paths[dtype]
             server = Server(path, variant.mode, batch, options.threads, name=f"the process of {variant}, {dtype}")
             servers[variant] = stack.enter_context(server)

@@ -65,6 +65,12 @@ def test_a_variant_that_computes_something_else_is_named(group):
             peers.gate(case, field)
 
 
+def test_a_product_that_the_processor_does_not_have_is_absent(monkeypatch):
+    monkeypatch.setattr(engines, "reorders", lambda dtype: False)
+    field = peers.field(Case("lowrank_linear", "tiny", torch.bfloat16, 5, 48, 40, 8, 0.4), compiling=False)
+    assert field.absent["factors"]["oneDNN prepacked"] == "oneDNN has no product of bfloat16 for this processor"
+
+
 def test_a_peer_that_is_missing_says_why(monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     field = peers.field(Case("lowrank_linear", "tiny", torch.float32, 5, 48, 40, 8, 0.4), compiling=False)
