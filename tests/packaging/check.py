@@ -160,6 +160,8 @@ def install_faults(wheel: Path, requirements: list[str], work: Path) -> list[str
     empty.mkdir()
     packages.mkdir()
     call(sys.executable, "-m", "venv", venv, folder=empty)
+    # That which comes with an older Python's venv is too old for torch.
+    call(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", folder=empty)
     call(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel, folder=empty)
     [own] = (venv / "lib").glob("python*/site-packages")
     link_packages(needed(requirements), packages)
