@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import mixrank
 import mixrank_kernels
@@ -193,6 +194,40 @@ def example(value: Any) -> str:
     """The code of the examples of a docstring, without those that do not run."""
     tests = doctest.DocTestFinder(recurse=False).find(value, value.__name__, module=False)
     return "".join(one.source for test in tests for one in test.examples if not one.options.get(doctest.SKIP))
+
+
+def poor(x: Tensor, rank: int, bias: Tensor | None = None, like: Tensor | None = None) -> Tensor:  # noqa: D417
+    """Does something to x.
+
+    Args:
+        x: ``[M, K]``, float32.
+        width: how wide the thing is.
+        bias: yes.
+        like: some other tensor.
+
+    Example:
+        >>> poor(x, 2)  # doctest: +SKIP
+    """
+    if rank < 1:
+        raise ValueError("rank must be at least 1")
+
+    def unused() -> None:
+        raise TypeError
+
+    return x
+
+
+def test_what_a_docstring_lacks_is_named():
+    assert faults_of_function(poor) == [
+        "Args lacks rank",
+        "Args lacks bias",
+        "Args has width, which is no parameter",
+        "Args does not tell the shape of like",
+        "Args does not tell the dtype of like",
+        "Raises lacks ValueError",
+        "it does not tell what it returns",
+    ]
+    assert example(poor) == ""
 
 
 def test_the_operators_and_the_steps_are_among_the_public_names():
