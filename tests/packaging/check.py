@@ -170,7 +170,8 @@ def install_faults(wheel: Path, requirements: list[str], work: Path) -> list[str
     print(call(python, "-m", "pip", "check", folder=empty), end="")
     places = call(python, "-c", PROBE, folder=empty).splitlines()
     print(f"{len(places)} modules are imported from the new venv")
-    print(call(venv / "bin" / "mixrank", "bench", "--list", folder=empty).splitlines()[0])
+    cases = call(venv / "bin" / "mixrank", "bench", "--list", folder=empty).splitlines()
+    print(f"mixrank bench has {len(cases)} cases")
     print(call(venv / "bin" / "mixrank", "demo", "--out", work / "demo", folder=empty), end="")
     reports = sorted((work / "demo").rglob("*.html"))
     return [f"{place} is not in the new venv" for place in places if not Path(place).is_relative_to(own)] + (
