@@ -190,10 +190,12 @@ def main(dist: Path) -> int:
         names = set(archive.namelist())
         faults += wheel_faults(names, files)
         inside = {name.partition(".dist-info/")[2]: name for name in names if ".dist-info/" in name}
-        faults += metadata_faults({key: archive.read(name).decode() for key, name in inside.items()}, project)
+        contents = {key: archive.read(name).decode() for key, name in inside.items()}
+    faults += metadata_faults(contents, project)
+    requirements = HeaderParser().parsestr(contents["METADATA"]).get_all("Requires-Dist", [])
     if not faults:
         with tempfile.TemporaryDirectory() as folder:
-            faults = install_faults(wheel.resolve(), project["dependencies"], Path(folder).resolve())
+            faults = install_faults(wheel.resolve(), requirements, Path(folder).resolve())
     for fault in faults:
         print(fault, file=sys.stderr)
     if not faults:

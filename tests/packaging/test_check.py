@@ -23,6 +23,8 @@ def check() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def files(check: ModuleType) -> set[str]:
+    if not (check.ROOT / ".git").exists():
+        pytest.skip("what ships is what git knows, and this is a copy without git")
     return check.tracked()
 
 
