@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint package bench sanitize clean
 
 demo: .venv/installed
 	$(BIN)/mixrank demo --out demo-output
@@ -16,6 +16,12 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The sdist, a wheel made from it and from nothing else, and that wheel at work in a new venv outside the checkout.
+package: .venv/installed
+	rm -rf build/package
+	$(BIN)/python -m build --quiet --no-isolation --outdir build/package
+	$(BIN)/python tests/packaging/check.py build/package
 
 bench: .venv/installed
 	$(BIN)/mixrank bench

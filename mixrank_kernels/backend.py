@@ -58,12 +58,22 @@ class Explanation:
 
 
 def isas() -> tuple[str, ...]:
-    """Instruction sets of the C++ kernels that this machine can run, best first; empty without the extension."""
+    """Instruction sets of the C++ kernels that this machine can run, best first; empty without the extension.
+
+    Example:
+        >>> set(isas()) <= {"avx512bf16", "avx512vnni", "avx512", "avx2", "portable"}
+        True
+    """
     return tuple(_register.extension.supported_isas()) if _register.extension else ()
 
 
 def implementations() -> tuple[str, ...]:
-    """Names that :func:`use` knows, whether or not they can run here."""
+    """Names that :func:`use` knows, whether or not they can run here.
+
+    Example:
+        >>> implementations()[-1]
+        'reference'
+    """
     compiled = _register.extension.build_info()["isas"] if _register.extension else ()
     return ("cpu", *(_CPU_PREFIX + isa for isa in compiled), "cuda", "triton", "composite", "reference")
 
@@ -76,8 +86,15 @@ def available(device: str | torch.device = "cpu", op: str | None = None) -> tupl
         op: name of an operator: only implementations that have it, the one that serves it by default first. None:
             implementations that have any.
 
+    Returns:
+        Names that :func:`use` takes.
+
     Raises:
         ValueError: no operator has this name.
+
+    Example:
+        >>> "reference" in available("cpu", "lowrank_linear")
+        True
     """
     kind, wanted = torch.device(device).type, tuple(_OPERATORS) if op is None else (_known_operator(op),)
     names = [name for name in implementations() if any(_refusal(name, kind, one) is None for one in wanted)]
@@ -144,7 +161,10 @@ def explain(op: str, *args: Tensor | None) -> Explanation:
 
     Args:
         op: name of an operator, such as ``"lowrank_linear"``.
-        *args: the operator's arguments in their order.
+        *args: the operator's arguments in their order, of the shapes and dtypes that it takes.
+
+    Returns:
+        The name of the implementation, why it is that one, and why it is none of the others.
 
     Raises:
         ValueError: no operator has this name.

@@ -96,7 +96,7 @@ def lowrank_residual_linear(
         up: ``[N, R]``, the up projection; dtype and device of ``x``, any strides.
         bias: ``[N]`` or None; dtype and device of ``x``.
         residual_down: ``[Q, K]`` or None, the down projection of the residual; dtype and device of ``x``, any strides.
-        residual_up: ``[N, Q]``, its up projection; given exactly when ``residual_down`` is.
+        residual_up: ``[N, Q]``, its up projection, dtype of ``x``; given exactly when ``residual_down`` is.
         crow: ``[N / b + 1]`` or None; int32 or int64, contiguous. The blocks ``crow[i]`` to ``crow[i + 1] - 1`` are in
             the i-th row of blocks.
         col: ``[nnz]``, dtype of ``crow``, contiguous: the column of blocks that each block is in. Any order within a

@@ -70,13 +70,13 @@ def packed(
     """Return the factors in the layout of the CPU kernels, for the ``packed`` argument of the operators.
 
     Args:
-        down: ``[R, K]``, a weight as the operators take it, like all that follow.
-        up: ``[N, R]``.
-        residual_down: ``[Q, K]`` or None.
-        residual_up: ``[N, Q]``, given exactly when ``residual_down`` is.
-        crow: ``[N / b + 1]`` or None.
-        col: ``[nnz]``, given exactly when ``crow`` is.
-        values: ``[nnz, b, b]``, given exactly when ``crow`` is.
+        down: ``[R, K]``, float32, bfloat16, float16 or float64, on the CPU, any strides.
+        up: ``[N, R]``, dtype of ``down``, any strides.
+        residual_down: ``[Q, K]``, dtype of ``down``, any strides, or None.
+        residual_up: ``[N, Q]``, dtype of ``down``, given exactly when ``residual_down`` is.
+        crow: ``[N / b + 1]``, int32 or int64, contiguous, or None.
+        col: ``[nnz]``, dtype of ``crow``, contiguous, given exactly when ``crow`` is.
+        values: ``[nnz, b, b]``, dtype of ``down``, contiguous, given exactly when ``crow`` is.
 
     Returns:
         An opaque uint8 tensor, the same one until a weight changes; it takes about the memory of the weights once
@@ -105,9 +105,9 @@ def packed_pivots(down: Tensor, coefficients: Tensor, index: Tensor) -> Tensor |
     """Return the weights of :func:`mixrank_kernels.pivoted_linear` in the layout of the CPU kernels.
 
     Args:
-        down: ``[R, K]``, like the others as the operator takes it.
-        coefficients: ``[N - R, R]``.
-        index: ``[N]``.
+        down: ``[R, K]``, float32, bfloat16, float16 or float64, any strides.
+        coefficients: ``[N - R, R]``, dtype of ``down``, any strides.
+        index: ``[N]``, int16, int32 or int64, contiguous.
 
     Returns:
         As :func:`packed`.
@@ -143,7 +143,7 @@ def packed_int8(first: Tensor, second: Tensor | None = None, *, dynamic: bool) -
 
     Args:
         first: ``[N, K]`` int8, the ``weight`` of ``int8_linear``, or ``[R, K]``, the ``down`` of the other operator.
-        second: the ``up`` of ``int8_lowrank_linear``, or None.
+        second: ``[N, R]`` int8, the ``up`` of ``int8_lowrank_linear``, or None.
         dynamic: as the operator is going to be called.
 
     Returns:
@@ -176,10 +176,10 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = No
     each call.
 
     Args:
-        x: ``[..., K]``, like the other arguments with the dtypes and strides that the operator takes.
-        down: ``[R, K]``.
-        up: ``[N, R]``.
-        bias: ``[N]`` or None.
+        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
+        down: ``[R, K]``, dtype of ``x``, any strides.
+        up: ``[N, R]``, dtype of ``x``, any strides.
+        bias: ``[N]``, dtype of ``x``, or None.
 
     Returns:
         ``[..., N]``: what the operator gives. Where gradients are recorded or autocast is on, it is the operator
@@ -200,11 +200,11 @@ def pivoted_linear(x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor,
     """Apply :func:`mixrank_kernels.pivoted_linear` with the weights packed at run time, as :func:`lowrank_linear` does.
 
     Args:
-        x: ``[..., K]``, like the other arguments as the operator takes it.
-        down: ``[R, K]``.
-        coefficients: ``[N - R, R]``.
-        index: ``[N]``.
-        bias: ``[N]`` or None.
+        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
+        down: ``[R, K]``, dtype of ``x``, any strides.
+        coefficients: ``[N - R, R]``, dtype of ``x``, any strides.
+        index: ``[N]``, int16, int32 or int64, contiguous.
+        bias: ``[N]``, dtype of ``x``, or None.
 
     Returns:
         ``[..., N]``: what the operator gives.
@@ -223,7 +223,18 @@ def pivoted_linear(x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor,
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dynamic: bool = True) -> Tensor:
     """Apply :func:`mixrank_kernels.int8_linear` with the codes packed at run time, inside a compiled graph too.
 
-    Arguments, result and errors are those of the operator.
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16, any strides.
+        weight: ``[N, K]``, int8, contiguous.
+        scale: ``[N]``, float32, contiguous.
+        bias: ``[N]``, dtype of ``x``, or None.
+        dynamic: whether the rows of ``x`` are quantised too.
+
+    Returns:
+        ``[..., N]``: what the operator gives.
+
+    Raises:
+        RuntimeError: as for the operator.
 
     Example:
         >>> import torch
@@ -245,7 +256,21 @@ def int8_lowrank_linear(
 ) -> Tensor:
     """Apply :func:`mixrank_kernels.int8_lowrank_linear` with the codes packed at run time, as :func:`int8_linear`.
 
-    Arguments, result and errors are those of the operator.
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16, any strides.
+        down: ``[R, K]``, int8, contiguous.
+        down_scale: ``[R]``, float32, contiguous.
+        up: ``[N, R]``, int8, contiguous; ``[N - R, R]`` with ``index``.
+        up_scale: one for each row of ``up``, float32, contiguous.
+        bias: ``[N]``, dtype of ``x``, or None.
+        dynamic: whether the rows of ``x`` and of the intermediate are quantised too.
+        index: ``[N]``, int64, contiguous, every number from 0 to N - 1 once; or None.
+
+    Returns:
+        ``[..., N]``: what the operator gives.
+
+    Raises:
+        RuntimeError: as for the operator.
 
     Example:
         >>> import torch
@@ -257,19 +282,41 @@ def int8_lowrank_linear(
 
 
 def enable(enabled: bool) -> None:
-    """Turn packing on (as it is at the start) or off for the whole process; off also frees what is packed."""
+    """Turn packing on (as it is at the start) or off for the whole process; either frees what is packed.
+
+    Args:
+        enabled: whether :func:`packed` and its like pack from now on.
+
+    Example:
+        >>> enable(False)
+        >>> packed(torch.ones(2, 8), torch.ones(3, 2)) is None
+        True
+        >>> enable(True)
+    """
     global _enabled
     _enabled = enabled
     clear()
 
 
 def clear() -> None:
-    """Free all packed factors; they are made anew when they are asked for."""
+    """Free all packed factors; they are made anew when they are asked for.
+
+    Example:
+        >>> clear()
+        >>> nbytes()
+        0
+    """
     _entries.clear()
 
 
 def nbytes() -> int:
-    """Bytes that all packed factors of this process take."""
+    """Bytes that all packed factors of this process take.
+
+    Example:
+        >>> clear()
+        >>> nbytes()
+        0
+    """
     return sum(entry.packed.nbytes for entry in list(_entries.values()))
 
 

@@ -30,10 +30,19 @@ def apply_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisat
         factorisations: what :func:`mixrank.decompose.decompose` returned.
 
     Returns:
-        ``model``.
+        ``model`` itself, changed.
 
     Raises:
         InputError: the plan names a layer that the model or the factorisations do not have, or of another size.
+
+    Example:
+        >>> import timm
+        >>> from mixrank import allocate, decompose
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+        >>> factorisations = decompose(model, factors="svd")
+        >>> plan = allocate(model, factorisations, keep=0.6)
+        >>> apply_(model, plan, factorisations).mixrank_plan is plan
+        True
     """
     linears = compressible_linears(model)
     for layer in plan.layers:

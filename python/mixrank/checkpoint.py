@@ -98,6 +98,15 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
     Raises:
         InputError: how to build the model is not known, it was changed in other ways than the plan says, the metadata
             is not JSON, or the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> model = create_model("vit_tiny_patch16_224", args={"img_size": 32, "depth": 1})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, f"{folder}/model.safetensors")
+        ...     same = load(f"{folder}/model.safetensors")
+        >>> same.mixrank_spec == model.mixrank_spec
+        True
     """
     path = Path(path)
     plan = getattr(model, "mixrank_plan", None) if plan is None else plan
@@ -169,9 +178,21 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
         path: what :func:`save` wrote.
         device: where the model goes.
 
+    Returns:
+        The model, with the layers that its plan gives it.
+
     Raises:
         InputError: there is no such file, it is broken or not a checkpoint, it was written by a newer version, it does
             not fit what it says it is, or there is no such device.
+
+    Example:
+        >>> import tempfile
+        >>> model = create_model("vit_tiny_patch16_224", args={"img_size": 32, "depth": 1})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, f"{folder}/model.safetensors")
+        ...     same = load(f"{folder}/model.safetensors")
+        >>> same.mixrank_spec == model.mixrank_spec
+        True
     """
     from safetensors import SafetensorError, safe_open
 

@@ -65,6 +65,9 @@ def compensate_(
             ends with the same bits, on the same machine and number of threads.
         progress: show a progress bar with the time left.
 
+    Returns:
+        Fidelity before and after, the held-out errors along the way, and why the training ended.
+
     Raises:
         InputError: an option outside its range, not exactly one of ``steps`` and ``minutes``, no factored layer, too
             few images, parameters that are not fp32, a state of another run, a loss that is not finite. The model is

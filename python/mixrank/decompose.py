@@ -112,6 +112,9 @@ class Factorisation:
     def factors(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return ``down [R, K]``, ``up [N, R]`` and ``bias [N]`` or None, in the layer's dtype, for one rank.
 
+        Args:
+            rank: R, from 1 to min(N, K).
+
         Raises:
             InputError: the rank is below 1 or above min(N, K).
         """
@@ -128,7 +131,7 @@ class Factorisation:
         """Squared error of the layer's output over all calibration tokens, relative to the output's energy.
 
         Args:
-            rank: R.
+            rank: R, from 1 to min(N, K).
             held_out: over the tokens of the images held out instead.
 
         Returns:
@@ -142,7 +145,11 @@ class Factorisation:
         return None if errors is None else errors[rank].item()
 
     def placed_as(self, linear: nn.Linear) -> Factorisation:
-        """The same, whose factors are cast to the dtype and device of this layer."""
+        """The same, whose factors are cast to the dtype and device of this layer.
+
+        Args:
+            linear: the layer, weight ``[N, K]``; its bias becomes that of the factors.
+        """
         like, bias = linear.weight.detach().new_empty(0), None if linear.bias is None else linear.bias.detach()
         trial = None if self.trial is None else self.trial.placed_as(linear)
         return replace(self, like=like, bias=bias, trial=trial)

@@ -8,6 +8,14 @@ class InputError(ValueError):
 
     The text is one sentence that names what was given and what is needed; the command line prints it
     without a traceback and exits with status 2.
+
+    Example:
+        >>> import mixrank
+        >>> try:
+        ...     mixrank.MixedRankLinear(8, 16, rank=9)
+        ... except InputError as error:
+        ...     print(error)
+        rank must be from 1 to 8 for a layer of 8 inputs and 16 outputs, but it was 9
     """
 
 

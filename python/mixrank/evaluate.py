@@ -87,9 +87,18 @@ def evaluate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False
             model's device and floating dtype.
         progress: show a progress bar on standard error.
 
+    Returns:
+        Top-1 and top-5 where there are labels, the time it took, and the logits.
+
     Raises:
         InputError: there is no image; a label is outside the classes; the labels count subfolders, and there are not
             as many as classes; some images have labels and some none; an output is not finite or not [B, classes].
+
+    Example:
+        >>> import mixrank
+        >>> model = mixrank.create_model("vit_tiny_patch16_224", args={"img_size": 32, "depth": 1, "num_classes": 3})
+        >>> evaluate(model, [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))]).images
+        4
     """
     images, right1, right5, labelled, classes, seconds = 0, 0, 0, 0, 0, 0.0
     outputs: list[Tensor] = []

@@ -58,9 +58,16 @@ def create_model(
             (also under one key ``"model"`` or ``"state_dict"``).
         args: further arguments of ``timm.create_model`` in terms of JSON, such as ``{"num_classes": 10}``.
 
+    Returns:
+        The model; with random weights, where neither ``pretrained`` nor ``weights`` is given.
+
     Raises:
         InputError: the name is unknown, timm refuses the arguments, the download fails, or the file cannot be read
             or does not fit the model in every name and shape.
+
+    Example:
+        >>> create_model("vit_tiny_patch16_224", args={"img_size": 32, "depth": 1, "num_classes": 10}).num_classes
+        10
     """
     spec = check_spec(ModelSpec(architecture, args or {}))
     if pretrained and weights is not None:

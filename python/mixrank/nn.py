@@ -133,7 +133,7 @@ class MixedRankLinear(LowRankLinear):
         """Build the layer around given factors; they are used as they are, without a copy where possible.
 
         Args:
-            down: ``[R, K]``.
+            down: ``[R, K]``, a floating dtype.
             up: ``[N, R]``, dtype and device of ``down``.
             bias: ``[N]`` or None, dtype and device of ``down``.
 
@@ -195,6 +195,10 @@ class SplitLinear(nn.Module):
 
     Raises:
         InputError: no part, or parts with different ``in_features``.
+
+    Example:
+        >>> SplitLinear.from_linear(nn.Linear(8, 24), sections=3)(torch.ones(5, 8)).shape
+        torch.Size([5, 24])
     """
 
     def __init__(self, parts: list[nn.Module]) -> None:
@@ -206,7 +210,11 @@ class SplitLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, sections: int) -> SplitLinear:
-        """Cut the rows of a linear layer into ``sections`` equal parts; the parts share its memory.
+        """Cut the rows of a linear layer into equal parts, which share its memory.
+
+        Args:
+            linear: the layer, weight ``[N, K]``.
+            sections: how many parts, a divisor of N.
 
         Raises:
             InputError: ``out_features`` is not a multiple of ``sections``.
@@ -226,10 +234,12 @@ class SplitLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """K, that of every part."""
         return self.parts[0].in_features
 
     @property
     def out_features(self) -> int:
+        """N, over all parts."""
         return sum(part.out_features for part in self.parts)
 
     @property

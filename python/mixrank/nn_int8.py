@@ -126,7 +126,7 @@ class Int8Linear(_Int8Layer):
         Args:
             codes: ``[N, K]`` int8.
             scale: ``[N]`` float32.
-            bias: ``[N]`` or None.
+            bias: ``[N]`` or None, a floating dtype.
             dynamic: see the class.
 
         Raises:
@@ -220,7 +220,7 @@ class Int8MixedRankLinear(_Int8LowRankLayer):
             down_scale: ``[R]`` float32.
             up_codes: ``[N, R]`` int8.
             up_scale: ``[N]`` float32.
-            bias: ``[N]`` or None.
+            bias: ``[N]`` or None, a floating dtype.
             dynamic: see the class.
 
         Raises:
@@ -301,7 +301,7 @@ class Int8PivotedLinear(_Int8LowRankLayer):
             coefficients_codes: ``[N - R, R]`` int8.
             coefficients_scale: ``[N - R]`` float32.
             index: ``[N]``, as for :meth:`mixrank.PivotedLinear.from_pivots`.
-            bias: ``[N]`` or None.
+            bias: ``[N]`` or None, a floating dtype.
             dynamic: see the class.
 
         Raises:

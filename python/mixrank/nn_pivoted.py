@@ -76,7 +76,7 @@ class PivotedLinear(LowRankLinear):
         """Build the layer around a weight in the pivoted form; it is used as it is, without a copy where possible.
 
         Args:
-            down: ``[R, K]``.
+            down: ``[R, K]``, a floating dtype.
             coefficients: ``[N - R, R]``, dtype and device of ``down``.
             index: ``[N]``, an integer dtype, device of ``down``: the rows that ``down`` holds, then the others, rising
                 in both parts.
@@ -111,7 +111,7 @@ class PivotedLinear(LowRankLinear):
         """Build the layer with the weight ``up @ down``, the same up to rounding; the rows are chosen in float64.
 
         Args:
-            down: ``[R, K]``.
+            down: ``[R, K]``, a floating dtype.
             up: ``[N, R]``, dtype and device of ``down``.
             bias: ``[N]`` or None, dtype and device of ``down``.
 

@@ -89,6 +89,9 @@ class Plan:
     def from_json(cls, data: dict) -> Plan:
         """Read what :meth:`to_json` wrote.
 
+        Args:
+            data: what it returned, through JSON or not.
+
         Raises:
             InputError: a field is missing, unknown or of the wrong type.
         """

@@ -34,6 +34,9 @@ def multiplies_bfloat16(device: str | torch.device = "cpu") -> bool:
 def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype | None:
     """The ``dtype`` of :func:`mixrank.compress` and of the trainings that is the fastest on a device.
 
+    Args:
+        device: where the model runs.
+
     Returns:
         bfloat16 where the device multiplies it, and None, the model's own precision, elsewhere.
 

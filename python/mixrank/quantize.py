@@ -221,6 +221,13 @@ def quantize_(
     Raises:
         InputError: a name in ``skip`` or ``weight_only`` fits no layer, a weight is not finite, or there is no layer
             that can be quantised.
+
+    Example:
+        >>> import mixrank
+        >>> model = mixrank.create_model("vit_tiny_patch16_224", args={"img_size": 32, "depth": 1})
+        >>> result = quantize_(model)
+        >>> result.bytes_after < 0.5 * result.bytes_before
+        True
     """
     candidates, skipped = _candidates(model)
     patterns = {"skip": tuple(skip), "weight_only": tuple(weight_only)}

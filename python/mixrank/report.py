@@ -178,9 +178,10 @@ def _speed_note(data: dict[str, Any]) -> str | None:
     if "dense" not in speed:
         return None
     how = speed["dense"]
+    threads = f"{how['threads']} thread{'' if how['threads'] == 1 else 's'}"
     spread = ", ".join(f"{name} {values['low']:.0f} to {values['high']:.0f}" for name, values in speed.items())
     return (
-        f"Measured interleaved, {how['rounds']} rounds of batches of {how['batch']} on {how['threads']} threads; "
+        f"Measured interleaved, {how['rounds']} rounds of batches of {how['batch']} on {threads}; "
         f"the median is shown, the range is {spread} images/s."
     )
 

@@ -89,6 +89,16 @@ def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
     return figure, figure.subplots(**grid)
 
 
+def _legend(figure: Figure, axis: Axes) -> None:
+    """A legend below the figure, in rows of one length as far as that goes, to be read along them."""
+    entries = list(zip(*axis.get_legend_handles_labels(), strict=True))
+    rows = -(-len(entries) // 6)
+    columns = -(-len(entries) // rows)
+    # Matplotlib fills its columns one after another.
+    ordered = [entry for column in range(columns) for entry in entries[column::columns]]
+    figure.legend(*zip(*ordered, strict=True), loc="outside lower center", ncols=columns)
+
+
 def _svg(figure: Figure, prefix: str, description: str) -> str:
     """The figure as an element of an HTML page: no prolog, no metadata, no fixed size, ids of its own."""
     stream = io.StringIO()
@@ -186,7 +196,7 @@ def sweep_figure(data: tuple[dict[str, Any], Sequence[dict[str, Any]]]) -> Figur
         axes[0][0].axhline(dense["top1"], color=MUTED, linestyle=":", label="dense")
     if all(row["fidelity"]["divergence"] > 0 for row in rows):
         _logarithmic(axes[0][-1])
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    _legend(figure, axes[0][0])
     return figure
 
 
@@ -292,7 +302,7 @@ def _depth(layers: Sequence[dict[str, Any]]) -> Figure:
         axis.set_xlabel("layer of this kind, from the input")
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*rank.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    _legend(figure, rank)
     return figure
 
 
@@ -329,10 +339,11 @@ def _parameters(plan: dict[str, Any]) -> Figure:
 
 def error(layers: Sequence[dict[str, Any]], prefix: str) -> str:
     """The relative output error of each layer on the calibration images and, dashed, on images held out."""
-    return draw(_error, layers, prefix, "Relative output error of each layer along the depth")
+    return draw(error_figure, layers, prefix, "Relative output error of each layer along the depth")
 
 
-def _error(layers: Sequence[dict[str, Any]]) -> Figure:
+def error_figure(layers: Sequence[dict[str, Any]]) -> Figure:
+    """The figure of :func:`error`."""
     figure, axis = new_figure(10.5, 3.2)
     for (kind, members), colour, marker in zip(_grouped(layers).items(), SERIES, MARKERS, strict=False):
         for key, style, label in (("relative_error", "-", kind), ("held_out_error", "--", f"{kind}, held out")):
@@ -346,5 +357,7 @@ def _error(layers: Sequence[dict[str, Any]]) -> Figure:
     axis.set_ylabel("relative output error (%)")
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    # A column for each kind, with what was held out below it.
+    kinds = len({line.get_color() for line in axis.lines})
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=kinds)
     return figure

@@ -68,4 +68,4 @@ def draw_search(
         shade = 0.25 + 0.75 * block / max(1, blocks - 1)
         right.plot(steps, [entry["keep"][block] for entry in entries], color=ours, alpha=shade, label=f"{block}")
     right.set(xlabel="step", title="Probability that a block is kept", ylim=(0, 1.05))
-    right.legend(frameon=False, title="block", fontsize=6, ncols=2)
+    right.legend(frameon=False, title="block", fontsize=7.5, ncols=3, columnspacing=1, handlelength=1.5)

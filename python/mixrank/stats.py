@@ -21,6 +21,12 @@ class LayerStats:
         gradient: ``[min(N, K), min(N, K)]`` float64, the sum of outer products of the gradients of the loss with
             respect to the outputs, in the coordinates of :func:`output_frame`; None where it was not asked for.
         images: how many images the tokens are from; None where that is not known.
+
+    Example:
+        >>> x = torch.ones(10, 4, dtype=torch.float64)
+        >>> stats = LayerStats("input", gram=x.T @ x, total=x.sum(0), rows=10.0)
+        >>> (stats + stats).rows
+        20.0
     """
 
     side: str
@@ -45,7 +51,10 @@ class LayerStats:
 class CalibrationStats(Mapping[str, LayerStats]):
     """Statistics by layer name. Layers that receive the same input may share one object.
 
-    Attributes:
+    All but ``layers`` are attributes too.
+
+    Args:
+        layers: what the mapping holds.
         images: number of images that went in; further views of an image do not count.
         seconds: wall-clock time that calibration took.
         held_out: statistics of the images that were kept apart, or None.

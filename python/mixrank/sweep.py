@@ -83,6 +83,9 @@ class SweepRow:
     def from_json(cls, data: dict) -> SweepRow:
         """Read what :meth:`to_json` wrote.
 
+        Args:
+            data: what it returned, through JSON or not.
+
         Raises:
             InputError: a field is missing, unknown or of the wrong type.
         """

@@ -44,6 +44,10 @@ class Weighting:
 
     Raises:
         InputError: an unknown kind, or a level that is not above 0 or not wanted.
+
+    Example:
+        >>> Weighting("clip").value, Weighting("clip", 3).value
+        (2.0, 3)
     """
 
     kind: str = "none"
@@ -61,7 +65,11 @@ class Weighting:
 
     @classmethod
     def of(cls, weighting: str | Weighting) -> Weighting:
-        """A weighting from its kind alone, or itself."""
+        """A weighting from its kind alone, or itself.
+
+        Args:
+            weighting: a kind with its default level, or what is returned as it is.
+        """
         return weighting if isinstance(weighting, Weighting) else cls(weighting)
 
     @property
@@ -78,8 +86,8 @@ class Weighting:
         """The weights of one call's tokens; None: each counts 1.
 
         Args:
-            output: ``[..., N]``, the layer's output.
-            bias: ``[N]`` or None, what is taken off it.
+            output: ``[..., N]``, the layer's output, any floating dtype.
+            bias: ``[N]`` or None, what is taken off it, any floating dtype.
             images: B; the leading dimensions hold the images one after the other, or all tokens count as one image's.
             prefix: number of tokens before the patches, in outputs ``[B, T, N]``.
 

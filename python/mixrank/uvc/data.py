@@ -33,7 +33,7 @@ class TensorData:
 
     Args:
         images: ``[count, ...]`` of any dtype.
-        labels: ``[count]`` class indices.
+        labels: ``[count]`` class indices of any integer dtype.
         batch_size: images in a batch of one process; what is left over at the end of an epoch is passed over.
         prepare: images of a batch and a generator to what the model takes; None: fp32 as they are.
         seed: of the order, and of what ``prepare`` draws.
@@ -67,7 +67,11 @@ class TensorData:
         self.steps = len(images) // (batch_size * processes)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of this process; those of all processes together are a permutation of the images."""
+        """The batches of this process; those of all processes together are a permutation of the images.
+
+        Args:
+            number: of the epoch, from 0 on; the order is a function of it and of the seed.
+        """
         order = torch.randperm(len(self.images), generator=self._generator(number, 0))
         for step in range(self.steps):
             chosen = order[(step * self.processes + self.rank) * self.batch_size :][: self.batch_size]

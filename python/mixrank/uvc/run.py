@@ -60,6 +60,9 @@ def compress_uvc_(
         log: is called with each entry of the history as it is made.
         progress: show a progress bar with the time left.
 
+    Returns:
+        What went by which mechanism, the history of the search, and top-1 before and after.
+
     Raises:
         InputError: an option outside its range, a budget that cannot be reached (it says the least), an architecture
             that is not supported (it says what is missing), labels outside the classes, a state of another run, a

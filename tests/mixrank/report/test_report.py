@@ -10,129 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from mixrank.allocate import allocate
-from mixrank.compress import layer_reports
-from mixrank.decompose import decompose
 from mixrank.errors import InputError
 from mixrank.report import write_report
-from mixrank.report_figures import compensation_figure, kinds_of, sweep_figure
+from mixrank.report_figures import compensation_figure, error_figure, kinds_of, sweep_figure
 
 HOSTILE = "blocks.0.<script>alert(1)</script>.$\\frac{1$.\"&'qkv"
-
-
-class Blocks(nn.Module):
-    """Two blocks of linear layers with the names of a vision transformer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"qkv": (32, 96), "proj": (32, 32), "fc1": (32, 64), "fc2": (64, 32)}
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(2)
-        )
-
-
-def summary(parameters: int, top1: float | None, rate: float | None) -> dict[str, Any]:
-    return {
-        "top1": top1,
-        "parameters": parameters,
-        "bytes": 4 * parameters,
-        "macs": 50 * parameters,
-        "images_per_second": rate,
-    }
-
-
-def entry(keep: float) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model = Blocks()
-    factorisations = decompose(model, factors="svd")
-    plan = allocate(model, factorisations, keep=keep, step=4)
-    layers = [
-        report.__dict__
-        | {"relative_error": 0.1, "held_out_error": 0.1234, "output_energy_kept": report.weight_energy_kept}
-        for report in layer_reports(plan, factorisations)
-    ]
-    return {
-        "compressed": summary(plan.parameters_after, 80.0 + keep, 150.0),
-        "plan": plan.to_json(),
-        "layers": layers,
-    }
-
-
-@pytest.fixture(scope="module")
-def single() -> dict[str, Any]:
-    made = entry(0.6)
-    return {
-        "command": "compress",
-        "model": {"architecture": "some_vit", "args": {"img_size": 28}},
-        "dense": summary(made["plan"]["parameters_before"], 82.5, 100.0),
-        **made,
-        "options": {"model": "some_vit", "images": "a folder", "keep": 0.6, "centre": False, "strict": False},
-        "versions": {"torch": "2.11"},
-        "times": {"calibrate": 1.234},
-        "images": {"calibration": 12, "calibration_skipped": ["x.png: truncated"]},
-        "speed": {
-            name: {"images_per_second": rate, "low": rate - 5, "high": rate + 5, "rounds": 5, "batch": 8, "threads": 2}
-            for name, rate in (("dense", 100.0), ("compressed", 150.0))
-        },
-    }
-
-
-@pytest.fixture(scope="module")
-def several(single: dict[str, Any]) -> dict[str, Any]:
-    results = [entry(keep) | {"label": f"keep {keep:g}"} for keep in (0.7, 0.6, 0.5)]
-    return {key: value for key, value in single.items() if key not in ("compressed", "plan", "layers")} | {
-        "command": "demo",
-        "results": results,
-    }
-
-
-STRATEGIES = ("svd", "aware", "aware-pivoted")
-
-
-@pytest.fixture(scope="module")
-def swept(single: dict[str, Any]) -> dict[str, Any]:
-    """Three strategies at two budgets, as a sweep writes them."""
-    rows = []
-    for number, strategy in enumerate(STRATEGIES):
-        for keep in (0.6, 0.5):
-            made = entry(keep)
-            rows.append(
-                {
-                    "strategy": strategy,
-                    "keep": keep,
-                    "options": {},
-                    "compressed": made["compressed"] | {"images_per_second": None},
-                    "fidelity": {"divergence": 0.1 + number / 10, "agreement": 70 + 100 * keep / 3, "images": 9},
-                    "plan": made["plan"],
-                    "seconds": {"calibrate": 1.0, "evaluate": 2.0},
-                    "compressing": 1.0,
-                }
-            )
-    return {key: single[key] for key in ("model", "versions", "times")} | {
-        "command": "sweep",
-        "dense": single["dense"] | {"images_per_second": None},
-        "rows": rows,
-        "options": {"model": "some_vit", "keep": [0.6, 0.5], "strategy": None},
-        "images": {"calibration": 12, "evaluation": 9, "calibration_skipped": [], "evaluation_skipped": []},
-    }
-
-
-@pytest.fixture(scope="module")
-def trained(single: dict[str, Any]) -> dict[str, Any]:
-    """A training of six steps with three looks, the second of which was the best."""
-    looks = [(2, 0.5, 60.0), (4, 0.25, 80.0), (6, 0.3, 70.0)]
-    history = [{"step": step, "divergence": kl, "agreement": same, "loss": 1.0} for step, kl, same in looks]
-    fidelity = {"before": (1.0, 40.0), "after": (0.25, 80.0)}
-    result = {name: {"divergence": kl, "agreement": same, "images": 5} for name, (kl, same) in fidelity.items()} | {
-        "history": history,
-        "steps": 6,
-        "best_step": 4,
-    }
-    data = {key: value for key, value in single.items() if key not in ("layers", "speed")}
-    return data | {"command": "compensate", "options": {"file": "a.safetensors", "steps": 6}, "compensation": result}
 
 
 class Page(HTMLParser):
@@ -175,7 +58,7 @@ def written(path: Path, data: dict[str, Any]) -> str:
     return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["single", "several", "swept", "trained"])
+@pytest.mark.parametrize("name", ["single", "several", "swept", "trained", "pruned"])
 def test_page_needs_nothing_beside_it(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     text = written(tmp_path / "page.html", request.getfixturevalue(name))
     page = Page(text)
@@ -189,7 +72,7 @@ def test_page_needs_nothing_beside_it(name: str, tmp_path: Path, request: pytest
     assert references <= set(page.ids)
 
 
-@pytest.mark.parametrize("name", ["single", "several", "swept", "trained"])
+@pytest.mark.parametrize("name", ["single", "several", "swept", "trained", "pruned"])
 def test_every_colour_follows_the_page(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     text = written(tmp_path / "page.html", request.getfixturevalue(name))
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
@@ -231,18 +114,19 @@ def test_several_budgets_have_a_front(several: dict[str, Any], tmp_path: Path) -
 
 
 def test_a_sweep_has_one_curve_for_each_strategy_with_a_point_for_each_budget(swept: dict[str, Any]) -> None:
+    strategies = list(dict.fromkeys(row["strategy"] for row in swept["rows"]))
     axes = sweep_figure((swept["dense"], swept["rows"])).axes
     assert [axis.get_ylabel().split()[0] for axis in axes] == ["top-1", "agreement", "divergence"]
-    for axis, curves in zip(axes, (len(STRATEGIES) + 1, len(STRATEGIES), len(STRATEGIES)), strict=True):
+    for axis, curves in zip(axes, (len(strategies) + 1, len(strategies), len(strategies)), strict=True):
         assert len(axis.lines) == curves  # in the first also the dense model's accuracy
     for axis, key in ((axes[1], "agreement"), (axes[2], "divergence")):
-        for line, strategy in zip(axis.lines, STRATEGIES, strict=True):
+        for line, strategy in zip(axis.lines, strategies, strict=True):
             rows = [row for row in swept["rows"] if row["strategy"] == strategy][::-1]
             assert line.get_label() == strategy
             assert list(line.get_xdata()) == [row["compressed"]["parameters"] / 1e6 for row in rows]
             assert list(line.get_ydata()) == [row["fidelity"][key] for row in rows]
     unlabelled = sweep_figure((swept["dense"] | {"top1": None}, swept["rows"])).axes
-    assert [len(axis.lines) for axis in unlabelled] == [len(STRATEGIES)] * 2
+    assert [len(axis.lines) for axis in unlabelled] == [len(strategies)] * 2
 
 
 def test_a_sweep_of_many_strategies_gives_each_a_look_of_its_own(swept: dict[str, Any]) -> None:
@@ -255,7 +139,7 @@ def test_a_sweep_shows_every_row_and_its_ranks(swept: dict[str, Any], tmp_path: 
     text = written(tmp_path / "page.html", swept)
     assert text.count("<svg") == 1 + len(swept["rows"])
     for words in (
-        "6 compressed models by 3 strategies",
+        "12 compressed models by 6 strategies",
         "<td>aware-pivoted, keep 0.5</td>",
         "<td>86.67</td>",
         "<td>0.3</td>",
@@ -278,6 +162,16 @@ def test_a_training_is_drawn_from_its_start_with_the_best_step_ringed(trained: d
     assert text.count("<svg") == 3
     for words in ("Error compensation", "from 1\nto 0.25 nats", "Held-out error along the training"):
         assert words in text, words
+
+
+def test_legends_are_read_along_their_rows_and_have_a_column_for_each_kind(swept: dict, single: dict) -> None:
+    figure = sweep_figure((swept["dense"], swept["rows"]))
+    strategies = list(dict.fromkeys(row["strategy"] for row in swept["rows"]))
+    # Matplotlib lays out columns: four, of two entries each but for the last.
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[0::2] + texts[1::2] == [*strategies, "dense"]
+    kinds = [text.get_text() for text in error_figure(single["layers"]).legends[0].get_texts()]
+    assert kinds[:4] == ["qkv", "qkv, held out", "proj", "proj, held out"]
 
 
 def test_fidelity_is_shown_where_it_was_measured(single: dict[str, Any], tmp_path: Path) -> None:
