@@ -8,19 +8,30 @@ traced. Elsewhere they are products of the libraries.
 
 from __future__ import annotations
 
+from typing import Any, Protocol, cast
+
 import torch
 from torch import Tensor
 
-from mixrank_kernels._schema import overload
+from mixrank_kernels._schema import Arguments, overload
 from mixrank_kernels.reference import block_rows
 
 
-def save_lowrank_linear(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+class _Context(Protocol):
+    """What autograd hands from a forward to its backward pass; PyTorch's own types have tuples of one entry."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Any, ...]  # as they were saved: tensors, and None for the absent ones
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def save_lowrank_linear(ctx: _Context, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     """Keep what :func:`lowrank_linear` reads."""
     ctx.save_for_backward(*inputs[:3])
 
 
-def lowrank_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def lowrank_linear(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down, up and bias."""
     x, down, up = ctx.saved_tensors
     needed = _needed(ctx, 5)
@@ -37,20 +48,21 @@ def lowrank_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (x_grad, down_grad, up_grad, bias_grad, None)[: len(ctx.needs_input_grad)]
 
 
-def save_lowrank_residual_linear(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+def save_lowrank_residual_linear(ctx: _Context, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     """Keep what :func:`lowrank_residual_linear` reads."""
     x, down, up, _bias, residual_down, residual_up, crow, col, values, _packed = inputs
     ctx.save_for_backward(x, down, up, residual_down, residual_up, crow, col, values)
 
 
-def lowrank_residual_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def lowrank_residual_linear(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down, up, bias, residual_down, residual_up and values."""
     x, down, up, residual_down, residual_up, crow, col, values = ctx.saved_tensors
     needed = _needed(ctx, 10)
     by_triton = _served_by_triton(
         "lowrank_residual_linear", x, down, up, None, residual_down, residual_up, crow, col, values
     )
-    residual_grads, values_grad = (None, None), None
+    residual_grads: tuple[Tensor | None, Tensor | None] = (None, None)
+    values_grad = None
     if residual_down is not None:
         residual_grads = _factor_grads(by_triton, x, grad, residual_down, residual_up, needed[4:6])
     if needed[8]:
@@ -81,18 +93,22 @@ def _residual_input_grad(
     col: Tensor | None,
     values: Tensor | None,
 ) -> Tensor:  # [..., K]
-    turned = (None, None) if residual_down is None else (residual_up.mT, residual_down.mT)
+    turned: tuple[Tensor | None, Tensor | None] = (None, None)
+    # The parts of a residual are given together.
+    if residual_down is not None:
+        turned = (cast(Tensor, residual_up).mT, residual_down.mT)
     if values is not None:
-        crow, col, values = _transposed_blocks(crow, col, values, x.shape[-1] // values.shape[-1])
+        blocks = cast(Tensor, crow), cast(Tensor, col), values
+        crow, col, values = _transposed_blocks(*blocks, x.shape[-1] // values.shape[-1])
     return overload("lowrank_residual_linear")(grad, up.mT, down.mT, None, *turned, crow, col, values)
 
 
-def save_pivoted_linear(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+def save_pivoted_linear(ctx: _Context, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     """Keep what :func:`pivoted_linear` reads."""
     ctx.save_for_backward(*inputs[:4])
 
 
-def pivoted_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def pivoted_linear(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down, coefficients and bias."""
     x, down, coefficients, index = ctx.saved_tensors
     needed = _needed(ctx, 6)
@@ -110,7 +126,7 @@ def pivoted_linear(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grads[: len(ctx.needs_input_grad)]
 
 
-def _needed(ctx, count: int) -> tuple[bool, ...]:
+def _needed(ctx: _Context, count: int) -> tuple[bool, ...]:
     # The dispatcher drops trailing arguments that have their defaults.
     return (*ctx.needs_input_grad, *[False] * (count - len(ctx.needs_input_grad)))
 
@@ -119,7 +135,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _served_by_triton(op: str, *arguments: Tensor | None) -> bool:
+def _served_by_triton(op: str, *arguments: *Arguments) -> bool:
     from mixrank_kernels._register import served_by_triton  # which imports this module
 
     return served_by_triton(op, *arguments)
@@ -146,12 +162,12 @@ def _factor_grads(
     )
 
 
-def save_factor_grad(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def save_factor_grad(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """Keep what :func:`factor_grad` reads."""
     ctx.save_for_backward(*inputs)
 
 
-def factor_grad(ctx, product_grad: Tensor) -> tuple[Tensor | None, ...]:
+def factor_grad(ctx: _Context, product_grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down and grad in ``_factor_grad``."""
     x, down, grad = ctx.saved_tensors
     return (

@@ -7,11 +7,14 @@ was and what it must be. ``torch._check`` keeps them usable on symbolic shapes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from mixrank_kernels._schema import Argument, tensor_of
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASTER = (torch.float64, torch.float32)
@@ -129,9 +132,9 @@ def lowrank_residual_linear(
     _together(op, {"residual_down": residual_down, "residual_up": residual_up})
     _together(op, {"crow": crow, "col": col, "values": values})
     if residual_down is not None:
-        _branch(op, x, up, residual_down, residual_up)
+        _branch(op, x, up, residual_down, cast(Tensor, residual_up))
     if values is not None:
-        _blocks(op, x, up, crow, col, values)
+        _blocks(op, x, up, cast(Tensor, crow), cast(Tensor, col), values)
     _packed(op, packed, x)
 
 
@@ -329,24 +332,31 @@ def cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
     _same_device(op, "z", z, cross, "cross")
 
 
-def memory_and_contents(op: str, arguments: dict[str, Tensor | None]) -> None:
+def memory_and_contents(op: str, arguments: Mapping[str, Argument]) -> None:
     """The checks that need real memory and not only shapes: what fakes cannot be asked.
 
     Raises:
         RuntimeError: an accumulator shares memory with another argument, or crow and col, or index, are not valid.
     """
     if op == "lowrank_residual_linear" and arguments["values"] is not None:
-        _indices(op, arguments["crow"], arguments["col"], arguments["x"].shape[-1] // arguments["values"].shape[-1])
+        x, crow, col, values = (tensor_of(arguments, name) for name in ("x", "crow", "col", "values"))
+        _indices(op, crow, col, x.shape[-1] // values.shape[-1])
     if op == "pivoted_linear":
-        index, rank = arguments["index"], arguments["down"].shape[0]
+        index, rank = tensor_of(arguments, "index"), tensor_of(arguments, "down").shape[0]
         _once((index,), rank, lambda: _read_pivots(op, index, rank))
     if op == "int8_lowrank_linear" and arguments["index"] is not None:
-        _permutation(op, arguments["index"])
+        _permutation(op, tensor_of(arguments, "index"))
     for name, other in APART.get(op, ()):
         if arguments[name] is not None and arguments[other] is not None:
-            (begin, end), (other_begin, other_end) = _touched(arguments[name]), _touched(arguments[other])
-            message = f"{op}: {name} must not share memory with {other}, but they overlap"
-            torch._check(end <= other_begin or other_end <= begin, lambda message=message: message)
+            _apart(op, name, tensor_of(arguments, name), other, tensor_of(arguments, other))
+
+
+def _apart(op: str, name: str, changed: Tensor, other_name: str, other: Tensor) -> None:
+    (begin, end), (other_begin, other_end) = _touched(changed), _touched(other)
+    torch._check(
+        end <= other_begin or other_end <= begin,
+        lambda: f"{op}: {name} must not share memory with {other_name}, but they overlap",
+    )
 
 
 def _permutation(op: str, index: Tensor) -> None:
@@ -404,13 +414,11 @@ def _read_pivots(op: str, index: Tensor, rank: int) -> None:
     pivot, other = 0, rank
     for n in range(len(entries)):
         is_pivot = pivot < rank and entries[pivot] == n
-        torch._check(
-            is_pivot or (other < len(entries) and entries[other] == n),
-            lambda n=n: (
+        if not is_pivot and not (other < len(entries) and entries[other] == n):
+            raise RuntimeError(
                 f"{op}: index must hold 0 to {len(entries) - 1} once each, rising in its first {rank} entries (the "
                 f"rows of down) and in the others, but {n} was missing or out of order"
-            ),
-        )
+            )
         pivot, other = pivot + is_pivot, other + (not is_pivot)
 
 

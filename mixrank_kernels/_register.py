@@ -6,7 +6,8 @@ import contextlib
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 
 from mixrank_kernels import _autograd, _checks, choice, composite, cuda, reference
 from mixrank_kernels._load import load_extension
-from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, library, overload
+from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, Argument, Arguments, library, overload
 
 AUTOCAST = ("cpu", "cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -29,7 +30,7 @@ def checked(name: str, implementation: Callable) -> Callable:
     check = getattr(_checks, name)
     names = [argument.name for argument in overload(name)._schema.arguments]
 
-    def call(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor | None:
+    def call(*args: Argument, **kwargs: Argument) -> Tensor | None:
         arguments = bind(name, *args, **kwargs)
         check(*arguments)
         _checks.memory_and_contents(name, dict(zip(names, arguments, strict=True)))
@@ -46,11 +47,12 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def bind(name: str, *args: Tensor | None, **kwargs: Tensor | None) -> tuple[Tensor | None, ...]:
+def bind(name: str, *args: Argument, **kwargs: Argument) -> Arguments:
     """All arguments of the operator ``name`` in the order of its schema, the absent ones with their defaults."""
     schema = overload(name)._schema
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    return tuple(given.get(argument.name, argument.default_value) for argument in schema.arguments)
+    bound = tuple(given.get(argument.name, argument.default_value) for argument in schema.arguments)
+    return cast(Arguments, bound)  # the dispatcher calls nothing without its tensors
 
 
 def triton_implementation(name: str) -> Callable:
@@ -58,7 +60,7 @@ def triton_implementation(name: str) -> Callable:
     # The packing has the layout of the CPU kernels.
     takes_packed = overload(name)._schema.arguments[-1].name == "packed"
 
-    def launch(*arguments: Tensor | None) -> Tensor | None:
+    def launch(*arguments: Argument) -> Tensor | None:
         from mixrank_kernels import triton
 
         return getattr(triton, name)(*(arguments[:-1] if takes_packed else arguments))
@@ -78,7 +80,7 @@ def implementation(name: str, op: str) -> Callable:
 def cuda_implementation(op: str) -> Callable:
     """The CUDA C++ kernels; calls that they have no kernel for are served by what is chosen for them."""
 
-    def call(*arguments: Tensor | None) -> Tensor | None:
+    def call(*arguments: *Arguments) -> Tensor | None:
         if cuda.refusal(op, *arguments) is None:
             return getattr(cuda, op)(*arguments)
         return chosen_implementation(op)(*arguments)
@@ -89,13 +91,13 @@ def cuda_implementation(op: str) -> Callable:
 def chosen_implementation(op: str) -> Callable:
     """Serves each call of the operator ``op`` by what :mod:`mixrank_kernels.choice` chooses for it."""
 
-    def call(*arguments: Tensor | None) -> Tensor | None:
+    def call(*arguments: *Arguments) -> Tensor | None:
         return implementation(chosen(op, *arguments).implementation, op)(*arguments)
 
     return call
 
 
-def chosen(op: str, *arguments: Tensor | None) -> choice.Choice:
+def chosen(op: str, *arguments: *Arguments) -> choice.Choice:
     """The choice for a call of ``op`` on CUDA tensors; where it cannot be had, the libraries serve."""
     found = choice.choose(op, *arguments)
     if found.implementation == "triton" and not (HAS_TRITON and op in TRITON_OPERATORS):
@@ -105,7 +107,7 @@ def chosen(op: str, *arguments: Tensor | None) -> choice.Choice:
     return found
 
 
-def served_by_triton(op: str, *arguments: Tensor | None) -> bool:
+def served_by_triton(op: str, *arguments: *Arguments) -> bool:
     """Whether a call of ``op`` on these arguments is served by Triton, by choice or because it is forced."""
     # Most calls on the CPU are answered by this: there Triton is loaded only to be forced.
     if not HAS_TRITON or (arguments[0].device.type == "cpu" and "mixrank_kernels.triton" not in sys.modules):
@@ -142,7 +144,7 @@ def trace_rule(launch: Callable, serves: Callable[..., bool]) -> Callable:
     return rule
 
 
-def _name_kernels_to_caches(op: str, *arguments: Tensor | None) -> None:
+def _name_kernels_to_caches(op: str, *arguments: *Arguments) -> None:
     """Make the sources of the kernels that a call is going to be traced into a part of what caches know it by.
 
     torch looks compiled graphs up by the graph with the operator in it, before it is traced into anything. Of what an
@@ -152,10 +154,12 @@ def _name_kernels_to_caches(op: str, *arguments: Tensor | None) -> None:
         return
     from torch._library.triton import triton_ops_to_kernels
 
-    kernels = ()
+    kernels: list[object] = []
     if served_by_triton(op, *arguments) and not _interpreted():
-        from mixrank_kernels.triton import KERNELS as kernels
-    triton_ops_to_kernels[f"{NAMESPACE}::{op}"] = list(kernels)
+        from mixrank_kernels.triton import KERNELS
+
+        kernels.extend(KERNELS)
+    triton_ops_to_kernels[f"{NAMESPACE}::{op}"] = kernels
 
 
 def _interpreted() -> bool:
@@ -168,7 +172,7 @@ def fake(name: str) -> Callable:
     """The fake of the operator ``name``: its checks, and the output as memory without contents."""
     check = getattr(_checks, name)
 
-    def call(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor | None:
+    def call(*args: Argument, **kwargs: Argument) -> Tensor | None:
         arguments = bind(name, *args, **kwargs)
         check(*arguments)
         _name_kernels_to_caches(name, *arguments)
@@ -180,26 +184,31 @@ def fake(name: str) -> Callable:
     return call
 
 
-def _out_features(name: str, arguments: tuple[Tensor | None, ...]) -> int:
+def _out_features(name: str, arguments: Sequence[Argument]) -> int:
     if name == "int8_linear":
-        return arguments[1].shape[0]
+        return _rows(arguments[1])
     if name == "int8_lowrank_linear":
         _x, down, _down_scale, up, _up_scale, _bias, _dynamic, index, _packed = arguments
-        return up.shape[0] + (0 if index is None else down.shape[0])
-    return arguments[3 if name == "pivoted_linear" else 2].shape[0]  # of index, or of up
+        return _rows(up) + (0 if index is None else _rows(down))
+    return _rows(arguments[3 if name == "pivoted_linear" else 2])  # of index, or of up
+
+
+def _rows(weight: Argument) -> int:
+    return cast(Tensor, weight).shape[0]
 
 
 def _autocast(name: str, device_type: str) -> Callable:
     key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device_type))
 
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
+    def lowered(argument: Argument, dtype: torch.dtype) -> Argument:
+        if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64:
+            return argument.to(dtype)
+        return argument
 
-    def kernel(_keys, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+    def kernel(_keys: torch._C.DispatchKeySet, *args: Argument, **kwargs: Argument) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
-        *given, packed = bind(name, *args, **kwargs)
-        wanted = [cast(tensor, dtype) for tensor in given]
+        *given, packed = list(bind(name, *args, **kwargs))
+        wanted = [lowered(argument, dtype) for argument in given]
         # The packing holds the values of the tensors before the cast.
         unchanged = all(new is old for new, old in zip(wanted, given, strict=True))
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
@@ -259,7 +268,7 @@ def without_gradient(name: str) -> Callable:
     """The operator below autograd; it has no gradient, so it refuses to take part where one is recorded."""
     names = [argument.name for argument in overload(name)._schema.arguments]
 
-    def call(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+    def call(*args: Argument, **kwargs: Argument) -> Tensor:
         if torch.is_grad_enabled():
             for argument, value in zip(names, bind(name, *args, **kwargs), strict=True):
                 if isinstance(value, Tensor) and value.requires_grad:
@@ -278,12 +287,13 @@ def int8_autocast(name: str, device_type: str) -> Callable:
     key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device_type))
     names = [argument.name for argument in overload(name)._schema.arguments]
 
-    def kernel(_keys, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+    def kernel(_keys: torch._C.DispatchKeySet, *args: Argument, **kwargs: Argument) -> Tensor:
         arguments = dict(zip(names, bind(name, *args, **kwargs), strict=True))
         dtype = torch.get_autocast_dtype(device_type)
-        for cast in ("x", "bias"):
-            if arguments[cast] is not None and arguments[cast].is_floating_point():
-                arguments[cast] = arguments[cast].to(dtype)
+        for given in ("x", "bias"):
+            value = arguments[given]
+            if isinstance(value, Tensor) and value.is_floating_point():
+                arguments[given] = value.to(dtype)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return overload(name)(**arguments)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from mixrank_kernels._schema import Argument, tensor_of
 
 # What stays as it is made in every dtype of the operands, unless they are fp64.
 _MASTERS = ("gram", "cross", "column_sum", "row_weight", "scale", "down_scale", "up_scale")
@@ -18,9 +21,9 @@ class Sample:
 
     op: str
     name: str
-    make: Callable[[torch.Generator], dict[str, Tensor | None]]
+    make: Callable[[torch.Generator], dict[str, Argument]]
 
-    def arguments(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
+    def arguments(self, dtype: torch.dtype = torch.float32) -> dict[str, Argument]:
         made = self.make(torch.Generator().manual_seed(0))
         kept = () if dtype == torch.float64 else _MASTERS
         return {
@@ -32,7 +35,7 @@ class Sample:
         return self.name
 
 
-def _is_floating(value: object) -> bool:
+def _is_floating(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
@@ -49,7 +52,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 def _linear(
     name: str, rows: tuple[int, ...], k: int, n: int, r: int, bias: bool = True, layout: Callable = lambda t: t
 ) -> Sample:
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
+    def make(generator: torch.Generator) -> dict[str, Argument]:
         x = layout(_normal(generator, *rows, k))
         down, up = _normal(generator, r, k) / k**0.5, _normal(generator, n, r) / r**0.5
         return {"x": x, "down": down, "up": up, "bias": _normal(generator, n) if bias else None}
@@ -70,7 +73,7 @@ def _pivoted(
 ) -> Sample:
     """Pivots ``"anywhere"``, or the ``"first"`` or ``"last"`` rows of the weight."""
 
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
+    def make(generator: torch.Generator) -> dict[str, Argument]:
         places = torch.randperm(n, generator=generator) if pivots == "anywhere" else torch.arange(n)
         if pivots == "last":
             places = places.roll(r)
@@ -101,7 +104,7 @@ def _residual(
 ) -> Sample:
     """A residual of rank ``q`` (0: none) and of ``nnz`` blocks of size ``b`` (0: no block-sparse part at all)."""
 
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
+    def make(generator: torch.Generator) -> dict[str, Argument]:
         made = _linear("", rows, k, n, r, bias, layout).make(generator)
         made |= dict.fromkeys(("residual_down", "residual_up", "crow", "col", "values"))
         if q:
@@ -135,7 +138,7 @@ def _gram(
     master: torch.dtype = torch.float64,
     layout: Callable = lambda t: t,
 ) -> Sample:
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
+    def make(generator: torch.Generator) -> dict[str, Argument]:
         x = layout(_normal(generator, *rows, k) + 0.25)
         lead = x.shape[:1] if batched else ()
         start = _normal(generator, *lead, k, k).to(master)
@@ -157,7 +160,7 @@ def _cross(
     master: torch.dtype = torch.float64,
     layout: Callable = lambda t: t,
 ) -> Sample:
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
+    def make(generator: torch.Generator) -> dict[str, Argument]:
         return {
             "cross": _normal(generator, k, n).to(master),
             "x": layout(_normal(generator, *rows, k) + 0.25),
@@ -186,9 +189,10 @@ def _int8(
 ) -> Sample:
     """One weight, or two factors where there is a rank ``r``."""
 
-    def make(generator: torch.Generator) -> dict[str, Tensor | bool | None]:
+    def make(generator: torch.Generator) -> dict[str, Argument]:
         # Not about zero, so that the zero points of rows differ.
-        made = {"x": layout(_normal(generator, *rows, k) + torch.randn(*rows, 1, generator=generator))}
+        x = _normal(generator, *rows, k) + torch.randn(*rows, 1, generator=generator)
+        made: dict[str, Argument] = {"x": layout(x)}
         if r:
             made["down"], made["down_scale"] = _codes(generator, r, k)
             made["up"], made["up_scale"] = _codes(generator, n - r if pivoted else n, r)
@@ -222,10 +226,10 @@ def slice_of_wider(x: Tensor) -> Tensor:
 
 
 def _transposed_weights(sample: Sample) -> Sample:
-    def make(generator: torch.Generator) -> dict[str, Tensor | None]:
+    def make(generator: torch.Generator) -> dict[str, Argument]:
         made = sample.make(generator)
         factors = ("down", "up", "residual_down", "residual_up", "coefficients")
-        return {n: transposed(t) if n in factors else t for n, t in made.items()}
+        return {n: transposed(tensor_of(made, n)) if n in factors else t for n, t in made.items()}
 
     return Sample(sample.op, "transposed-weights", make)
 

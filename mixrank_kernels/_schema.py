@@ -6,7 +6,11 @@ where no extension is built. Compiled code only adds implementations under its d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeAlias, cast
+
 import torch
+from torch import Tensor
 
 NAMESPACE = "mixrank_kernels"
 
@@ -38,6 +42,10 @@ INT8_SCHEMAS = {
 # What backward passes are made of where Triton serves: no public function, no choice among implementations.
 PRIVATE_SCHEMAS = {"_factor_grad": "(Tensor x, Tensor down, Tensor grad) -> Tensor"}
 
+Argument: TypeAlias = Tensor | bool | None
+# All arguments of an operator in the order of its schema: the first two are tensors in every one.
+Arguments: TypeAlias = tuple[Tensor, Tensor, *tuple[Argument, ...]]
+
 library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _signature in (SCHEMAS | INT8_SCHEMAS | PRIVATE_SCHEMAS).items():
     library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
@@ -46,3 +54,8 @@ for _name, _signature in (SCHEMAS | INT8_SCHEMAS | PRIVATE_SCHEMAS).items():
 def overload(name: str) -> torch._ops.OpOverload:
     """The dispatcher's entry of the operator ``name``."""
     return getattr(torch.ops.mixrank_kernels, name).default
+
+
+def tensor_of(arguments: Mapping[str, Argument], name: str) -> Tensor:
+    """The argument ``name``, which has to be a tensor where it is asked for."""
+    return cast(Tensor, arguments[name])

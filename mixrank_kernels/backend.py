@@ -23,11 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mixrank_kernels import _checks, _register, cuda, packing
 from mixrank_kernels._load import EXTENSION, REBUILD
-from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS
+from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, Argument
 
 _CPU_PREFIX = "cpu-"
 _DEVICES = ("cpu", "cuda")
@@ -156,7 +155,7 @@ def _known_operator(op: str) -> str:
     return op
 
 
-def explain(op: str, *args: Tensor | None) -> Explanation:
+def explain(op: str, *args: Argument) -> Explanation:
     """Tell which implementation serves the operator ``op`` on these arguments, without running it.
 
     Args:
@@ -175,20 +174,22 @@ def explain(op: str, *args: Tensor | None) -> Explanation:
         >>> explain("lowrank_linear", torch.ones(2, 8), torch.ones(3, 8), torch.ones(5, 3)).op
         'lowrank_linear'
     """
-    getattr(_checks, _known_operator(op))(*_register.bind(op, *args))
-    kind = args[0].device.type
-    unfit = cuda.refusal(op, *_register.bind(op, *args)) if kind == "cuda" else None
+    arguments = _register.bind(_known_operator(op), *args)
+    getattr(_checks, op)(*arguments)
+    kind = arguments[0].device.type
+    unfit = cuda.refusal(op, *arguments) if kind == "cuda" else None
     forced = _forced[-1] if _forced and _refusal(_forced[-1], kind, op) is None else None
     if forced == "cuda" and unfit:
         forced = None
     if forced:
         chosen, reason = forced, "forced by backend.use"
     elif kind == "cuda" and op in SCHEMAS:
-        choice = _register.chosen(op, *_register.bind(op, *args))
+        choice = _register.chosen(op, *arguments)
         chosen, reason = choice.implementation, choice.reason
     else:
         chosen, reason = _default(kind, op), f"the first on {kind} tensors"
-    served = _CPU_PREFIX + _register.extension.get_isa() if chosen == "cpu" else chosen
+    # "cpu" is chosen only where there is the extension.
+    served = _CPU_PREFIX + _register.extension.get_isa() if chosen == "cpu" and _register.extension else chosen
     refused = {}
     for name in implementations():
         if name in (chosen, served):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
 import torch
-from torch import Tensor
 
-from mixrank_kernels._schema import overload
+from mixrank_kernels._schema import Argument, Arguments, overload, tensor_of
 
 TABLE = "choices.json"
 
@@ -62,15 +62,15 @@ def operand_class(dtype: torch.dtype) -> str:
     return {torch.float64: "fp64", torch.float32: "fp32"}.get(dtype, "half")
 
 
-def size(op: str, arguments: dict[str, Tensor | None]) -> int:
+def size(op: str, arguments: Mapping[str, Argument]) -> int:
     """What the table distinguishes calls of ``op`` by."""
     if "gram" in op:
-        return max((arguments.get("gram") if op == "gram_accumulate_" else arguments["cross"]).shape[-2:])
-    x = arguments["x"]
+        return max(tensor_of(arguments, "gram" if op == "gram_accumulate_" else "cross").shape[-2:])
+    x = tensor_of(arguments, "x")
     return x.numel() // x.shape[-1]
 
 
-def choose(op: str, *args: Tensor | None) -> Choice:
+def choose(op: str, *args: *Arguments) -> Choice:
     """The implementation for a call of ``op`` on CUDA tensors.
 
     Args:
@@ -81,7 +81,8 @@ def choose(op: str, *args: Tensor | None) -> Choice:
     arguments = dict(zip(names, args, strict=False))
     if arguments.get("values") is not None:
         return Choice("triton", "libraries have no kernel for a block-sparse residual inside the same sum")
-    operands, dtype = operand_class(arguments["x"].dtype), arguments["x"].dtype
+    dtype = tensor_of(arguments, "x").dtype
+    operands = operand_class(dtype)
     if dtype == torch.float16 and op in ("lowrank_linear", "lowrank_residual_linear"):
         return Choice("triton", "libraries round the intermediate to float16, whose range it can leave")
     count = size(op, arguments)

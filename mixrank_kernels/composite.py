@@ -7,6 +7,8 @@ layers do; that of fp16 factors is not, because it can leave fp16's range. Alpha
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,7 +48,7 @@ def lowrank_residual_linear(
     if values is not None or x.dtype == torch.float16:
         return reference.lowrank_residual_linear(x, down, up, bias, residual_down, residual_up, crow, col, values)
     if residual_down is not None:
-        down, up = torch.cat([down, residual_down]), torch.cat([up, residual_up], dim=1)
+        down, up = torch.cat([down, residual_down]), torch.cat([up, cast(Tensor, residual_up)], dim=1)
     return lowrank_linear(x, down, up, bias)
 
 

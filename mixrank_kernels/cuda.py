@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels._load import CUDA_EXTENSION, REBUILD, load_cuda_extension
+from mixrank_kernels._schema import Arguments
 
 LEAST_CAPABILITY = (8, 0)
 
@@ -69,13 +70,13 @@ def obstacle() -> str | None:
     return None
 
 
-def refusal(op: str, *arguments: Tensor | None) -> str | None:
+def refusal(op: str, *arguments: *Arguments) -> str | None:
     """Why the call of ``op`` with these arguments, which fit the operator, is not served here; None where it is."""
     if reason := obstacle():
         return reason
     if op == "pivoted_linear":
         return f"it has no kernel for {op}"
-    x = arguments[1 if "gram" in op else 0]
+    x = arguments[1] if "gram" in op else arguments[0]
     if x.dtype == torch.float64:
         return "tensor cores have no terms for float64"
     if x.dtype == torch.float16 and "gram" not in op:

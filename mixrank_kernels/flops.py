@@ -6,17 +6,23 @@ It is a module of its own because PyTorch's counter imports Triton, and importin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 __all__ = ["FlopCounterMode"]
 
+Shape: TypeAlias = Sequence[int]
+
 
 @register_flop_formula(
     [torch.ops.mixrank_kernels.lowrank_linear, torch.ops.mixrank_kernels._lowrank_linear_self_packed]
 )
-def lowrank_linear(x_shape, down_shape, up_shape, *_rest, out_shape=None, **_kwargs) -> int:
+def lowrank_linear(
+    x_shape: Shape, down_shape: Shape, up_shape: Shape, *_rest: object, out_shape: object = None, **_kwargs: object
+) -> int:
     """Two operations for every multiply-accumulate: ``2 * M * R * (K + N)``."""
     rank, k = down_shape
     return 2 * math.prod(x_shape[:-1]) * rank * (k + up_shape[0])
@@ -24,22 +30,23 @@ def lowrank_linear(x_shape, down_shape, up_shape, *_rest, out_shape=None, **_kwa
 
 @register_flop_formula(torch.ops.mixrank_kernels.lowrank_residual_linear)
 def lowrank_residual_linear(
-    x_shape,
-    down_shape,
-    up_shape,
-    bias_shape=None,
-    residual_down_shape=None,
-    residual_up_shape=None,
-    crow_shape=None,
-    col_shape=None,
-    values_shape=None,
-    *_packed,
-    out_shape=None,
-    **_kwargs,
+    x_shape: Shape,
+    down_shape: Shape,
+    up_shape: Shape,
+    bias_shape: Shape | None = None,
+    residual_down_shape: Shape | None = None,
+    residual_up_shape: Shape | None = None,
+    crow_shape: Shape | None = None,
+    col_shape: Shape | None = None,
+    values_shape: Shape | None = None,
+    *_packed: object,
+    out_shape: object = None,
+    **_kwargs: object,
 ) -> int:
     """That of the factors, of the residual's factors, and of the blocks that are stored: ``2 * M * nnz * b * b``."""
     total = lowrank_linear(x_shape, down_shape, up_shape)
     if residual_down_shape is not None:
+        assert residual_up_shape is not None
         total += lowrank_linear(x_shape, residual_down_shape, residual_up_shape)
     if values_shape is not None:
         total += 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
@@ -49,25 +56,38 @@ def lowrank_residual_linear(
 @register_flop_formula(
     [torch.ops.mixrank_kernels.pivoted_linear, torch.ops.mixrank_kernels._pivoted_linear_self_packed]
 )
-def pivoted_linear(x_shape, down_shape, coefficients_shape, *_rest, out_shape=None, **_kwargs) -> int:
+def pivoted_linear(
+    x_shape: Shape,
+    down_shape: Shape,
+    coefficients_shape: Shape,
+    *_rest: object,
+    out_shape: object = None,
+    **_kwargs: object,
+) -> int:
     """That of the two products, of which the first one makes R of the N columns: ``2 * M * R * (K + N - R)``."""
     return lowrank_linear(x_shape, down_shape, coefficients_shape)
 
 
 @register_flop_formula(torch.ops.mixrank_kernels.gram_accumulate_)
-def gram_accumulate_(gram_shape, x_shape, *_rest, out_shape=None, **_kwargs) -> int:
+def gram_accumulate_(
+    gram_shape: Shape, x_shape: Shape, *_rest: object, out_shape: object = None, **_kwargs: object
+) -> int:
     """One triangle with its diagonal: ``M * K * (K + 1)``."""
     return math.prod(x_shape) * (gram_shape[-1] + 1)
 
 
 @register_flop_formula(torch.ops.mixrank_kernels.cross_gram_accumulate_)
-def cross_gram_accumulate_(cross_shape, x_shape, z_shape, *_rest, out_shape=None, **_kwargs) -> int:
+def cross_gram_accumulate_(
+    cross_shape: Shape, x_shape: Shape, z_shape: Shape, *_rest: object, out_shape: object = None, **_kwargs: object
+) -> int:
     """Two operations for every multiply-accumulate: ``2 * M * K * N``."""
     return 2 * math.prod(x_shape) * z_shape[-1]
 
 
 @register_flop_formula([torch.ops.mixrank_kernels.int8_linear, torch.ops.mixrank_kernels._int8_linear_self_packed])
-def int8_linear(x_shape, weight_shape, *_rest, out_shape=None, **_kwargs) -> int:
+def int8_linear(
+    x_shape: Shape, weight_shape: Shape, *_rest: object, out_shape: object = None, **_kwargs: object
+) -> int:
     """Two operations for every multiply-accumulate, whatever it is made in: ``2 * M * K * N``."""
     return 2 * math.prod(x_shape) * weight_shape[0]
 
@@ -75,6 +95,14 @@ def int8_linear(x_shape, weight_shape, *_rest, out_shape=None, **_kwargs) -> int
 @register_flop_formula(
     [torch.ops.mixrank_kernels.int8_lowrank_linear, torch.ops.mixrank_kernels._int8_lowrank_linear_self_packed]
 )
-def int8_lowrank_linear(x_shape, down_shape, down_scale_shape, up_shape, *_rest, out_shape=None, **_kwargs) -> int:
+def int8_lowrank_linear(
+    x_shape: Shape,
+    down_shape: Shape,
+    down_scale_shape: Shape,
+    up_shape: Shape,
+    *_rest: object,
+    out_shape: object = None,
+    **_kwargs: object,
+) -> int:
     """That of both factors: ``2 * M * R * (K + rows of up)``."""
     return lowrank_linear(x_shape, down_shape, up_shape)

@@ -6,6 +6,8 @@ Shapes use one alphabet: ``M`` rows (tokens), ``K`` in features, ``N`` out featu
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def _follow_the_choice() -> None:
         _ = backend._forced[-1]
 
 
-def _absent(op: str, **tensors: Tensor | None) -> None:
+def _absent(op: str, **tensors: Tensor | None) -> NoReturn:
     # The dispatcher takes None for a tensor, and whatever serves it would trip over that in words of its own.
     name = next(name for name, tensor in tensors.items() if tensor is None)
     raise RuntimeError(f"{op}: {name} must be a tensor, but it was None")

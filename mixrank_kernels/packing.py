@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mixrank_kernels import _register
-from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, library, overload
+from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, Argument, library, overload
 
 
 class _Entry:
@@ -32,11 +33,12 @@ class _Entry:
 
     __slots__ = ("memory", "packed", "references", "states")
 
+    packed: Tensor
+
     def __init__(self, weights: tuple[Tensor, ...], forget: Callable[[weakref.ref], None]) -> None:
         self.references = [weakref.ref(weight, forget) for weight in weights]
         self.memory = [weight.untyped_storage() for weight in weights]
         self.states = [_state(weight) for weight in weights]
-        self.packed: Tensor | None = None
 
     def is_of(self, weights: tuple[Tensor, ...]) -> bool:
         """Whether these are the weights that were packed, with the same memory, not written to since."""
@@ -367,11 +369,11 @@ def _define(op: str, packed_of: Callable[..., Tensor | None]) -> None:
         *weights, bias = weights_and_bias
         return operator(x, *weights, bias, packed_of(*weights))
 
-    def differentiable(*arguments: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
-            return plain(*arguments)
+    def differentiable(x: Tensor, *weights: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+            return plain(x, *weights)
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(name)(*arguments)
+            return overload(name)(x, *weights)
 
     def with_bias(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The dispatcher leaves out a trailing argument that has its default."""
@@ -397,13 +399,15 @@ _define("pivoted_linear", packed_pivots)
 def _int8_self_packed(name: str) -> Callable[..., Tensor]:
     is_lowrank = name == "int8_lowrank_linear"
 
-    def call(*arguments: Tensor | None) -> Tensor:
-        bound = _register.bind(name, *arguments)
+    def call(*arguments: Argument) -> Tensor:
+        bound = list(_register.bind(name, *arguments))
         if is_lowrank:
             first, second, dynamic = bound[1], bound[3], bound[6]
         else:
             first, second, dynamic = bound[1], None, bound[4]
-        return overload(name)(*bound[:-1], packed_int8(first, second, dynamic=dynamic))
+        codes = (cast(Tensor, first), cast("Tensor | None", second))
+        packed = packed_int8(*codes, dynamic=cast(bool, dynamic))
+        return overload(name)(*bound[:-1], packed)
 
     return call
 

@@ -7,6 +7,8 @@ benchmarks. Alphabet: ``M`` rows of x (tokens), ``K`` in features, ``N`` out fea
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,9 +65,9 @@ def lowrank_residual_linear(
     rows = x.to(wide)
     y = lowrank_linear(rows, down.to(wide), up.to(wide), None if bias is None else bias.to(wide))
     if residual_down is not None:
-        y = y + lowrank_linear(rows, residual_down.to(wide), residual_up.to(wide))
+        y = y + lowrank_linear(rows, residual_down.to(wide), cast(Tensor, residual_up).to(wide))
     if values is not None:
-        y = y + block_sparse_linear(rows, crow, col, values.to(wide))
+        y = y + block_sparse_linear(rows, cast(Tensor, crow), cast(Tensor, col), values.to(wide))
     return y.to(x.dtype)
 
 

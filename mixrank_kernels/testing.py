@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mixrank_kernels import reference
 from mixrank_kernels._samples import Sample, every_other_row, sample_inputs, slice_of_wider, transposed
+from mixrank_kernels._schema import Argument, tensor_of
 
 __all__ = [
     "Sample",
@@ -63,9 +65,9 @@ def plain_lowrank_residual_linear(
     """What a user writes without this package: the layers of every part one by one, their outputs added."""
     y = plain_lowrank_linear(x, down, up, bias)
     if residual_down is not None:
-        y = y + plain_lowrank_linear(x, residual_down, residual_up)
+        y = y + plain_lowrank_linear(x, residual_down, cast(Tensor, residual_up))
     if values is not None:
-        y = y + F.linear(x, densified(crow, col, values, x.shape[-1]))
+        y = y + F.linear(x, densified(cast(Tensor, crow), cast(Tensor, col), values, x.shape[-1]))
     return y
 
 
@@ -124,7 +126,7 @@ def plain_int8_lowrank_linear(
 
 def plain(op: str) -> Callable:
     """The yardstick of the error budget for the operator ``op``: plain PyTorch in the dtype of its operands."""
-    return {
+    yardsticks: dict[str, Callable] = {
         "lowrank_linear": plain_lowrank_linear,
         "lowrank_residual_linear": plain_lowrank_residual_linear,
         "pivoted_linear": plain_pivoted_linear,
@@ -132,21 +134,24 @@ def plain(op: str) -> Callable:
         "cross_gram_accumulate_": plain_cross_gram_accumulate_,
         "int8_linear": plain_int8_linear,
         "int8_lowrank_linear": plain_int8_lowrank_linear,
-    }[op]
+    }
+    return yardsticks[op]
 
 
-def run(function: Callable, arguments: dict[str, Tensor | None]) -> Iterator[Tensor]:
+def run(function: Callable, arguments: Mapping[str, Argument]) -> Iterator[Tensor]:
     """Call an operator on copies of what it changes, and yield its results: the output, or what it changed."""
-    changed = {n: arguments[n].clone() for n in ("gram", "cross", "column_sum") if arguments.get(n) is not None}
-    output = function(**arguments | changed)
+    changed = {
+        n: tensor_of(arguments, n).clone() for n in ("gram", "cross", "column_sum") if arguments.get(n) is not None
+    }
+    output = function(**{**arguments, **changed})
     yield from changed.values() if changed else (output,)
 
 
-def exact(arguments: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def exact(arguments: Mapping[str, Argument]) -> dict[str, Argument]:
     """The same (already rounded) values in fp64."""
     return {
-        name: tensor.double() if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
-        for name, tensor in arguments.items()
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
     }
 
 

@@ -55,7 +55,8 @@ def _source(variant: Variant) -> ASTSource:
     kernel = NAMED_KERNELS[variant.kernel]
     zeros = set().union(*(names for flag, names in ABSENT.items() if variant.constants.get(flag) is False))
     ones, multiples = LAYOUTS[variant.layout][0] - zeros, LAYOUTS[variant.layout][1] | zeros
-    signature, constants, attributes = {}, dict(variant.constants), {}
+    signature, attributes = {}, {}
+    constants: dict[str, int | bool | None] = {**variant.constants}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
         if name in variant.pointers:
@@ -77,7 +78,7 @@ def _stack_and_registers(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1]), int(re.search(r"REG:(\d+)", usage)[1])
+    return int(re.findall(r"STACK:(\d+)", usage)[0]), int(re.findall(r"REG:(\d+)", usage)[0])
 
 
 def compile_variant(variant: Variant, architecture: int) -> tuple[dict, bytes]:

@@ -285,7 +285,7 @@ def _launch(
         rows = as_rows(x)
         down_config, up_config = lowrank_config(x.dtype, m, k, n, r + q)
         hidden, fused = None, down_config is None
-        if not fused:
+        if down_config is not None:
             hidden = x.new_empty((m, r + q), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
             launch_down(hidden, 0, rows, down, down_config)
             if residual_down is not None:
@@ -294,7 +294,8 @@ def _launch(
             y, rows if fused or values is not None else None, down if fused else None, hidden, up, bias,
             residual_down if fused else None, residual_up, crow, col, values, m, n, r, q, k,
             *rows.stride(), *down.stride(), *up.stride(), 0 if bias is None else bias.stride(0),
-            *((0, 0, 0, 0) if residual_down is None else (*residual_down.stride(), *residual_up.stride())),
+            *((0, 0) if residual_down is None else residual_down.stride()),
+            *((0, 0) if residual_up is None else residual_up.stride()),
             FUSED=fused, HAS_BIAS=bias is not None, HAS_BRANCH=residual_down is not None,
             b=0 if values is None else values.shape[-1],
             BM=up_config.BM, BN=up_config.BN, BR=up_config.BR, BK=up_config.BK,

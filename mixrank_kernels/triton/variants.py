@@ -73,7 +73,8 @@ def cover() -> list[Variant]:
     Of each kernel and configuration there is every dtype in contiguous layout with as many operands as there can be,
     every layout and every form; but not every combination of these.
     """
-    taken, seen = [], set()
+    taken: list[Variant] = []
+    seen: set[tuple[str, ...]] = set()
     richest_first = sorted(variants(), key=lambda v: (v.layout != "contiguous", -len(v.pointers), -_block(v)))
     for variant in richest_first:
         traits = {("form", variant.form), ("layout", variant.layout)}
@@ -99,7 +100,7 @@ def _lowrank() -> Iterator[Variant]:
     ):
         if class_ != operands:
             continue
-        blocks = {"BM": config.BM, "BR": config.BR, "BK": config.BK}
+        blocks: dict[str, int | bool] = {"BM": config.BM, "BR": config.BR, "BK": config.BK}
         options = (operands == "half", config.num_warps, config.num_stages)
         place = (f"{operands}-{shape}", dtype, layout)
         name = f"{shape}-{dtype}-{layout}"
@@ -143,7 +144,7 @@ def _gram() -> Iterator[Variant]:
             pointers |= {"z_ptr": dtype} if crossed else {}
             pointers |= {"weight_ptr": _wide(dtype)} if weighted else {}
             pointers |= {"partial_sum_ptr": _wide(dtype)} if summed else {}
-            constants = {"HAS_Z": crossed, "HAS_WEIGHT": weighted, "HAS_SUM": summed}
+            constants: dict[str, int | bool] = {"HAS_Z": crossed, "HAS_WEIGHT": weighted, "HAS_SUM": summed}
             constants |= {"BM": config.BM, "BK": config.BK}
             name = f"gram-{shape}-{dtype}-{layout}-{form}"
             tensor_cores = operands == "half"
