@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from mixrank.attributes import note_
 from mixrank.decompose import Factorisation
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
@@ -16,7 +17,7 @@ from mixrank.nn_pivoted import PivotedLinear
 from mixrank.plan import LayerPlan, Plan
 
 QKV_SECTIONS = 3
-_LAYERS = {"factors": MixedRankLinear, "pivoted": PivotedLinear}
+_LAYERS: dict[str, type[MixedRankLinear] | type[PivotedLinear]] = {"factors": MixedRankLinear, "pivoted": PivotedLinear}
 
 
 def apply_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:
@@ -46,7 +47,7 @@ def apply_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisat
     """
     linears = compressible_linears(model)
     for layer in plan.layers:
-        _check(layer, linears.get(layer.name))
+        _checked(layer, linears.get(layer.name))
         if layer.rank is not None and layer.name not in factorisations:
             raise InputError(f"the plan gives layer {layer.name} a rank, but it was not decomposed")
     return put_(model, plan, factorisations)
@@ -56,8 +57,8 @@ def put_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisatio
     """Put layers of the plan's ranks and forms in the place of whatever is there, dense or not, in place."""
     for layer in plan.layers:
         if layer.rank is not None:
-            _replace(model, layer.name, _layer(layer, factorisations[layer.name]))
-    model.mixrank_plan = plan
+            _replace(model, layer.name, _layer(layer, layer.rank, factorisations[layer.name]))
+    note_(model, "mixrank_plan", plan)
     return model
 
 
@@ -74,23 +75,21 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         model.set_submodule(name, SplitLinear.from_linear(linear, QKV_SECTIONS))
     linears = compressible_linears(model)
     for layer in plan.layers:
-        linear = linears.get(layer.name)
-        _check(layer, linear)
+        like = _checked(layer, linears.get(layer.name)).weight
         if layer.rank is not None:
-            like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
             sizes = (layer.in_features, layer.out_features, layer.rank, layer.bias)
-            _replace(model, layer.name, _LAYERS[layer.form](*sizes, **like))
-    model.mixrank_plan = plan
+            _replace(model, layer.name, _LAYERS[layer.form](*sizes, device=like.device, dtype=like.dtype))
+    note_(model, "mixrank_plan", plan)
     return model
 
 
-def _layer(layer: LayerPlan, factorisation: Factorisation) -> LowRankLinear:
+def _layer(layer: LayerPlan, rank: int, factorisation: Factorisation) -> LowRankLinear:
     if layer.form == "factors":
-        return MixedRankLinear.from_factors(*factorisation.factors(layer.rank))
+        return MixedRankLinear.from_factors(*factorisation.factors(rank))
     like = factorisation.like
     # Rows are chosen and coefficients solved for before anything is rounded to the layer's dtype.
     exact = replace(factorisation, like=torch.empty(0, dtype=torch.float64))
-    return PivotedLinear.from_factors(*exact.factors(layer.rank)).to(like.device, like.dtype)
+    return PivotedLinear.from_factors(*exact.factors(rank)).to(like.device, like.dtype)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module | None:
@@ -100,7 +99,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _check(layer: LayerPlan, linear: nn.Linear | None) -> None:
+def _checked(layer: LayerPlan, linear: nn.Linear | None) -> nn.Linear:
     if linear is None:
         raise InputError(f"the plan names the layer {layer.name}, which this model does not have as a linear layer")
     if (linear.in_features, linear.out_features) != (layer.in_features, layer.out_features):
@@ -108,6 +107,7 @@ def _check(layer: LayerPlan, linear: nn.Linear | None) -> None:
             f"the plan has layer {layer.name} with {layer.in_features} inputs and {layer.out_features} outputs, "
             f"but this model's has {linear.in_features} and {linear.out_features}"
         )
+    return linear
 
 
 def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:

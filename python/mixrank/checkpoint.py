@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.apply import restructure_
+from mixrank.attributes import note_
 from mixrank.errors import InputError
 from mixrank.files import write_tensors
 from mixrank.models import (
@@ -364,5 +365,5 @@ def _prepare(model: nn.Module, header: Header) -> None:
         restructure_(model, header.plan)
     if header.quantization:
         restructure_quantized_(model, header.quantization)
-    model.mixrank_plan = header.plan
-    model.mixrank_preprocessing = header.preprocessing
+    note_(model, "mixrank_plan", header.plan)
+    note_(model, "mixrank_preprocessing", header.preprocessing)

@@ -6,10 +6,12 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from mixrank.attributes import class_count, note_
 from mixrank.errors import InputError, is_out_of_memory
 from mixrank.nn import LowRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
@@ -83,7 +85,7 @@ def create_model(
         if codes:
             raise InputError(f"{weights} holds {codes[0]} as {state[codes[0]].dtype}, not {expected[codes[0]].dtype}")
         model.load_state_dict(state)
-    model.mixrank_spec = spec
+    note_(model, "mixrank_spec", spec)
     return model.eval()
 
 
@@ -170,9 +172,10 @@ def model_spec(model: nn.Module) -> ModelSpec:
 def _visible_args(model: nn.Module, cfg: dict) -> dict:
     """Those of timm's arguments that can be read off a model, where they differ from the architecture's own."""
     channels, height, width = _input_size(model)
-    found, default = {}, cfg.get("input_size", (3, 224, 224))
+    found: dict[str, int | list[int]] = {}
+    default = cfg.get("input_size", (3, 224, 224))
     if getattr(model, "num_classes", None) not in (None, cfg.get("num_classes", 1000)):
-        found["num_classes"] = model.num_classes
+        found["num_classes"] = class_count(model)
     if channels != default[0]:
         found["in_chans"] = channels
     if (height, width) != tuple(default[1:]):
@@ -259,7 +262,8 @@ def compressible_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def skipped_linears(model: nn.Module) -> dict[str, str]:
     """Return why each of the other linear layers is left alone, by name."""
-    heads = model.get_classifier() if hasattr(model, "get_classifier") else None
+    ask = getattr(model, "get_classifier", None)
+    heads = None if ask is None else ask()
     heads = heads if isinstance(heads, tuple | list) else (heads,)
     in_heads = {module for head in heads if isinstance(head, nn.Module) for module in head.modules()}
     linears = _linears(model)
@@ -302,7 +306,7 @@ def expose_qkv_(model: nn.Module) -> tuple[str, ...]:
     exposed = []
     for name, module in model.named_modules():
         if isinstance(getattr(module, "qkv", None), nn.Linear) and _hides_qkv(module):
-            module.qkv_bias_separate = True
+            note_(module, "qkv_bias_separate", True)
             exposed.append(f"{name}.qkv")
     return tuple(exposed)
 
@@ -310,7 +314,7 @@ def expose_qkv_(model: nn.Module) -> tuple[str, ...]:
 def hide_qkv_(model: nn.Module, names: tuple[str, ...]) -> None:
     """Undo :func:`expose_qkv_` for the layers that it named."""
     for name in names:
-        model.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = False
+        note_(model.get_submodule(name.rpartition(".")[0]), "qkv_bias_separate", False)
 
 
 def split_qkv_(model: nn.Module) -> tuple[str, ...]:
@@ -363,7 +367,8 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     channels = next((first.in_channels for first in convolutions), channels)
     owners = (getattr(model, "patch_embed", None), getattr(model, "stem", None), model)
     sizes = (getattr(owner, "img_size", None) for owner in owners)
-    return tuple(map(int, (channels, *next((size for size in sizes if size is not None), (height, width)))))
+    size = (channels, *next((size for size in sizes if size is not None), (height, width)))
+    return cast("tuple[int, int, int]", tuple(map(int, size)))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -5,13 +5,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
 from mixrank_kernels import ops, packing
+
+if TYPE_CHECKING:
+    from mixrank.stats import LayerStats
+
+
+class LinearLike(Protocol):
+    """What ``nn.Linear`` and every layer that stands in for one have in common."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
 
 
 class LowRankLinear(nn.Module):
@@ -31,7 +48,11 @@ class LowRankLinear(nn.Module):
     out_features: int
     rank: int
     bias: Tensor | None
-    weight: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The ``[N, K]`` weight that the layer stands for."""
+        raise NotImplementedError
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The weights of the form, in the order of its operator."""
@@ -155,7 +176,7 @@ class MixedRankLinear(LowRankLinear):
         return layer
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, stats=None) -> MixedRankLinear:
+    def from_linear(cls, linear: nn.Linear, rank: int, stats: LayerStats | None = None) -> MixedRankLinear:
         """Factor a trained linear layer at one rank.
 
         Args:
@@ -201,12 +222,15 @@ class SplitLinear(nn.Module):
         torch.Size([5, 24])
     """
 
-    def __init__(self, parts: list[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
-        sizes = {part.in_features for part in parts}
+        self.parts = nn.ModuleList(parts)
+        sizes = {part.in_features for part in self._layers()}
         if len(sizes) != 1:
             raise InputError(f"parts must have one in_features in common, but they had {sorted(sizes)}")
-        self.parts = nn.ModuleList(parts)
+
+    def _layers(self) -> list[LinearLike]:
+        return cast(list[LinearLike], list(self.parts))  # nn.ModuleList forgets what it is a list of
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, sections: int) -> SplitLinear:
@@ -235,25 +259,27 @@ class SplitLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """K, that of every part."""
-        return self.parts[0].in_features
+        return self._layers()[0].in_features
 
     @property
     def out_features(self) -> int:
         """N, over all parts."""
-        return sum(part.out_features for part in self.parts)
+        return sum(part.out_features for part in self._layers())
 
     @property
     def weight(self) -> Tensor:
         """The ``[N, K]`` weight of the fused layer."""
-        return torch.cat([part.weight for part in self.parts])
+        return torch.cat([part.weight for part in self._layers()])
 
     @property
     def bias(self) -> Tensor | None:
         """The bias ``[N]`` of the fused layer, zero for parts without one, or None when no part has one."""
-        if all(part.bias is None for part in self.parts):
+        layers = self._layers()
+        if all(part.bias is None for part in layers):
             return None
-        biases = (part.weight.new_zeros(part.out_features) if part.bias is None else part.bias for part in self.parts)
-        return torch.cat(list(biases))
+        return torch.cat(
+            [part.weight.new_zeros(part.out_features) if part.bias is None else part.bias for part in layers]
+        )
 
     def merge(self) -> nn.Linear:
         """Return a plain ``nn.Linear`` with the same weight and bias, in the same dtype, device and mode."""

@@ -57,7 +57,7 @@ class _Int8Layer(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             moved = self._buffers[name]
-            if moved.dtype != buffer.dtype:
+            if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
@@ -100,6 +100,9 @@ class Int8Linear(_Int8Layer):
         >>> Int8Linear(8, 16)(torch.ones(3, 5, 8)).shape
         torch.Size([3, 5, 16])
     """
+
+    codes: nn.Parameter
+    scale: Tensor
 
     def __init__(
         self,
@@ -152,6 +155,10 @@ class Int8Linear(_Int8Layer):
 class _Int8LowRankLayer(_Int8Layer):
     """A layer of low rank in either form: constructed alike, and served by the same operator."""
 
+    rank: int
+    down_codes: nn.Parameter
+    down_scale: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -198,6 +205,9 @@ class Int8MixedRankLinear(_Int8LowRankLayer):
         >>> Int8MixedRankLinear(8, 16, rank=2)(torch.ones(3, 5, 8)).shape
         torch.Size([3, 5, 16])
     """
+
+    up_codes: nn.Parameter
+    up_scale: Tensor
 
     def _add_second(self, device: torch.device | str | None) -> None:
         self._add_codes("up_", self.out_features, self.rank, device)
@@ -275,6 +285,10 @@ class Int8PivotedLinear(_Int8LowRankLayer):
         >>> Int8PivotedLinear(8, 16, rank=2)(torch.ones(3, 5, 8)).shape
         torch.Size([3, 5, 16])
     """
+
+    coefficients_codes: nn.Parameter
+    coefficients_scale: Tensor
+    index: Tensor
 
     def _add_second(self, device: torch.device | str | None) -> None:
         self._add_codes("coefficients_", self.out_features - self.rank, self.rank, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from mixrank.errors import InputError
 from mixrank.nn import LowRankLinear, MixedRankLinear, check_like, check_rank
 from mixrank.pivot import pivot
 from mixrank_kernels import ops, packing
+
+if TYPE_CHECKING:
+    from mixrank.stats import LayerStats
 
 
 class PivotedLinear(LowRankLinear):
@@ -34,6 +39,8 @@ class PivotedLinear(LowRankLinear):
         >>> PivotedLinear(8, 16, rank=2)(torch.ones(3, 5, 8)).shape
         torch.Size([3, 5, 16])
     """
+
+    index: Tensor
 
     _operator = staticmethod(ops.pivoted_linear)
     _self_packed = staticmethod(packing.pivoted_linear)
@@ -121,11 +128,11 @@ class PivotedLinear(LowRankLinear):
         """
         MixedRankLinear.from_factors(down, up, bias)  # for its checks
         found = pivot(down, up)
-        weights = (tensor.to(down.device, down.dtype) for tensor in (found.down, found.coefficients))
-        return cls.from_pivots(*weights, found.index.to(down.device), bias)
+        rows, coefficients = (tensor.to(down.device, down.dtype) for tensor in (found.down, found.coefficients))
+        return cls.from_pivots(rows, coefficients, found.index.to(down.device), bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, stats=None) -> PivotedLinear:
+    def from_linear(cls, linear: nn.Linear, rank: int, stats: LayerStats | None = None) -> PivotedLinear:
         """Bring a trained linear layer to one rank, as :meth:`mixrank.MixedRankLinear.from_linear` does.
 
         Args:
@@ -150,8 +157,8 @@ class PivotedLinear(LowRankLinear):
         left, values, right = torch.linalg.svd(triangle @ down, full_matrices=False)
         bias = None if self.bias is None else self.bias.detach().clone()
         # The decomposition returns its right factor column by column.
-        factors = (factor.to(self.down.dtype).contiguous() for factor in (values[:, None] * right, frame @ left))
-        return MixedRankLinear.from_factors(*factors, bias).train(self.training)
+        down, up = (factor.to(self.down.dtype).contiguous() for factor in (values[:, None] * right, frame @ left))
+        return MixedRankLinear.from_factors(down, up, bias).train(self.training)
 
     @property
     def weight(self) -> Tensor:
@@ -176,7 +183,7 @@ def unpivot_(model: nn.Module) -> dict[str, PivotedLinear]:
 def put_back_(model: nn.Module, pivoted: dict[str, PivotedLinear], *, trained: bool = False) -> None:
     """Undo :func:`unpivot_`: put back the layers that it returned or, if ``trained``, what became of their factors."""
     for name, layer in pivoted.items():
-        factors = model.get_submodule(name)
+        factors = cast(MixedRankLinear, model.get_submodule(name))  # as unpivot_ left it
         if trained:
             layer = PivotedLinear.from_factors(factors.down, factors.up, factors.bias).train(layer.training)
         model.set_submodule(name, layer)

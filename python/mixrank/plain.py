@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,13 @@ from mixrank.quantize import INT8_LAYERS
 from mixrank_kernels import reference
 
 
+class _Mergeable(Protocol):
+    def merge(self) -> nn.Linear: ...
+
+
 def merged(model: nn.Module) -> nn.Module:
     """A copy of the model with every factored or quantised layer multiplied out to a plain ``nn.Linear``."""
-    return _replaced(model, lambda layer: layer.merge(), (LowRankLinear, SplitLinear, *INT8_LAYERS))
+    return _replaced(model, lambda layer: cast(_Mergeable, layer).merge(), (LowRankLinear, SplitLinear, *INT8_LAYERS))
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -45,6 +50,7 @@ def _replaced(model: nn.Module, make: Callable[[nn.Module], nn.Module], kinds: t
 
 
 def _plain(layer: nn.Module) -> nn.Module:
+    made: nn.Module
     match layer:
         case MixedRankLinear():
             made = nn.Sequential(_linear(layer.down, None), _linear(layer.up, layer.bias))
@@ -75,6 +81,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 class _Pivoted(nn.Module):
     """Some outputs from the input, the others from these, then all in their order."""
 
+    order: Tensor
+    bias: nn.Parameter | None
+
     def __init__(self, first: nn.Module, second: nn.Module, index: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.first, self.second = first, second
@@ -89,6 +98,10 @@ class _Pivoted(nn.Module):
 
 class _Int8(nn.Module):
     """8-bit codes times one scale for each output; ``dynamic``: of an input rounded to 256 steps for each row."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool) -> None:
         super().__init__()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
 from mixrank.models import CLASSIFIER, count_bytes, skipped_linears
-from mixrank.nn import MixedRankLinear
+from mixrank.nn import LinearLike, MixedRankLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear
 from mixrank.stats import LayerStats
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 LARGEST_CODE = 127
 CLIPPING = tuple(1 - step / 50 for step in range(16))
@@ -118,8 +121,8 @@ def _linear(layer: nn.Linear, stats: LayerStats | None, dynamic: bool) -> nn.Mod
 
 
 def _empty_linear(layer: nn.Linear, dynamic: bool) -> nn.Module:
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    return Int8Linear(layer.in_features, layer.out_features, layer.bias is not None, dynamic=dynamic, **like)
+    sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+    return Int8Linear(*sizes, dynamic=dynamic, device=layer.weight.device, dtype=layer.weight.dtype)
 
 
 def _mixed_rank(layer: MixedRankLinear, stats: LayerStats | None, dynamic: bool) -> nn.Module:
@@ -171,7 +174,7 @@ def _moments(stats: LayerStats | None, down: Tensor | None = None) -> Tensor | N
 
 
 @dataclass(frozen=True)
-class Converter:
+class Converter(Generic[Layer]):
     """How layers of one class are quantised.
 
     Attributes:
@@ -179,16 +182,16 @@ class Converter:
         empty: layer, ``dynamic``: the same without values, for a checkpoint's tensors to fill.
     """
 
-    quantise: Callable[[nn.Module, LayerStats | None, bool], nn.Module]
-    empty: Callable[[nn.Module, bool], nn.Module]
+    quantise: Callable[[Layer, LayerStats | None, bool], nn.Module]
+    empty: Callable[[Layer, bool], nn.Module]
 
 
-CONVERTERS: dict[type, Converter] = {
+CONVERTERS: dict[type, Converter[Any]] = {
     nn.Linear: Converter(_linear, _empty_linear),
     MixedRankLinear: Converter(_mixed_rank, _empty_mixed_rank),
     PivotedLinear: Converter(_pivoted, _empty_pivoted),
 }
-"""By the class of a layer, not of its base: a subclass may promise more than a linear map."""
+"""By the class of a layer, which is what its converter takes; a subclass may promise more than a linear map."""
 
 INT8_LAYERS = (Int8Linear, Int8MixedRankLinear, Int8PivotedLinear)
 
@@ -281,9 +284,9 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
 
 
 def _relative_error(layer: nn.Module, quantised: nn.Module) -> float:
-    weight = layer.weight.detach().float()
+    weight, rounded = (cast(LinearLike, module).weight.detach().float() for module in (layer, quantised))
     norm = weight.norm().item()
-    return (quantised.weight - weight).norm().item() / norm if norm else 0.0
+    return (rounded - weight).norm().item() / norm if norm else 0.0
 
 
 def quantized_layers(model: nn.Module) -> dict[str, bool]:
