@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mixrank.arguments import Bounds, Limits
 from mixrank.decompose import Factorisation, LayerShape
 from mixrank.errors import InputError
 from mixrank.greedy import Point, greedy
@@ -157,8 +158,8 @@ def allocate(
         True
     """
     shapes = {name: factorisation.shape for name, factorisation in factorisations.items()}
-    limits = {"keep": keep, "max_bytes": max_bytes, "max_macs": max_macs}
-    bounds = {"step": step, "min_rank": min_rank, "max_rank": max_rank}
+    limits: Limits = {"keep": keep, "max_bytes": max_bytes, "max_macs": max_macs}
+    bounds: Bounds = {"step": step, "min_rank": min_rank, "max_rank": max_rank}
     budget, fixed = check_budget(model, shapes, ranks=ranks, energy=energy, form=form, **bounds, **limits)
     if ranks == "uniform":
         energy = "weight"  # plays no part
@@ -172,12 +173,12 @@ def allocate(
         name: _points(name, shape, choice, factorisations[name], budget, energy)
         for name, shape, choice in _ranks(shapes, budget, **bounds)
     }
-    if energy == "sensitivity":
+    if energy == "sensitivity" and sensitivities is not None:
         choices = {name: _near(points, sensitivities.get(name), near) for name, points in choices.items()}
     available = budget.limit - fixed
     chosen = greedy(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, form)
     options = {"ranks": ranks, "energy": energy, "form": form} | {
-        name: value for name, value in (bounds | limits).items() if value is not None
+        name: value for name, value in {**bounds, **limits}.items() if value is not None
     }
     return plan_of(model, factorisations, {name: point.rank for name, point in chosen.items()}, form, options)
 
@@ -197,11 +198,12 @@ def ranks_to_measure(model: nn.Module, factorisations: Mapping[str, Factorisatio
     shapes = {name: factorisation.shape for name, factorisation in factorisations.items()}
     options = dict.fromkeys(("keep", "max_bytes", "max_macs", "min_rank", "max_rank")) | plan.options
     budget, _ = check_budget(model, shapes, **options)
-    planned, found = {layer.name: layer.rank for layer in plan.layers}, {}
+    planned = {layer.name: layer.rank for layer in plan.layers}
+    found: dict[str, int] = {}
     for name, _, choices in _ranks(shapes, budget, options["step"], options["min_rank"], options["max_rank"]):
         known = [rank for rank in choices if rank is not None]
-        if planned[name] is not None:
-            found[name] = planned[name]
+        if (rank := planned[name]) is not None:
+            found[name] = rank
         elif known:
             found[name] = next(rank for rank in known if NEAR[-1][1] * rank >= known[-1])
     return found
@@ -234,9 +236,9 @@ def check_budget(
             raise InputError(f"{name} must be one of {', '.join(known)}, but it was {value!r}")
     if step < 1:
         raise InputError(f"step must be at least 1, but it was {step}")
-    for name, value in (("min_rank", min_rank), ("max_rank", max_rank)):
-        if value is not None and not (0 < value < 1 or (value >= 1 and value == int(value))):
-            raise InputError(f"{name} must be a whole number of at least 1 or a share below 1, but it was {value}")
+    for name, bound in (("min_rank", min_rank), ("max_rank", max_rank)):
+        if bound is not None and not (0 < bound < 1 or (bound >= 1 and bound == int(bound))):
+            raise InputError(f"{name} must be a whole number of at least 1 or a share below 1, but it was {bound}")
     budget = _budget(model, shapes, form, keep, max_bytes, max_macs)
     fixed = budget.total - sum(budget.cost(name, shape, None) for name, shape in shapes.items())
     choices = _ranks(shapes, budget, step, min_rank, max_rank)
@@ -272,6 +274,7 @@ def _budget(
     if max_bytes is not None:
         sizes = {name: shape.element_size for name, shape in shapes.items()}
         return Budget("bytes", max_bytes, count_bytes(model), sizes, sizes, form)
+    assert max_macs is not None
     return Budget("macs", max_macs, count_macs(model), tokens_per_layer(model), dict.fromkeys(shapes, 0), form)
 
 
@@ -279,7 +282,7 @@ def tokens_per_layer(model: nn.Module) -> dict[str, int]:
     """How many rows one image sends through every linear layer, found by one forward pass over an empty image."""
     rows: dict[str, int] = {}
 
-    def count(name: str):
+    def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
             rows[name] = rows.get(name, 0) + arguments[0].numel() // arguments[0].shape[-1]
 
@@ -336,6 +339,7 @@ def _points(
 ) -> list[Point]:
     """The layer's choices with their costs and the errors that they leave."""
     remaining = remaining_error(factorisation, energy)
+    assert remaining is not None  # allocate refuses such an energy
     errors = [0.0 if rank is None else remaining[rank].item() for rank in ranks]
     return [Point(rank, budget.cost(name, shape, rank), error) for rank, error in zip(ranks, errors, strict=True)]
 

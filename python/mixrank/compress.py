@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from mixrank.allocate import ENERGIES, NEAR, allocate, check_budget, ranks_to_measure
 from mixrank.apply import apply_, put_
+from mixrank.arguments import Allocation, Measuring, Running, Strategy
 from mixrank.automatic import classifies
 from mixrank.calibrate import calibrate, check_calibration
 from mixrank.coverage import describe, left_alone
@@ -128,16 +130,19 @@ def compress(
     exposed = expose_qkv_(model)
     split = split_qkv_(model) if split_qkv else ()
     try:
-        allocation = {
+        allocation: Allocation = {
             "keep": keep, "max_bytes": max_bytes, "max_macs": max_macs, "ranks": ranks, "energy": energy, "step": step,
             "min_rank": min_rank, "max_rank": max_rank, "form": form,
         }  # fmt: skip
         calibrated = images is not None
         apart = calibrated and held_out != 0
-        strategy = {"factors": factors, "shrink": shrink, "fisher_shrink": fisher_shrink}
-        centre = check_strategy(centre=centre, calibrated=calibrated, held_out=apart, **strategy)
-        strategy["centre"] = centre
-        measuring = {"held_out": held_out, "weighting": weighting, "draws": draws, "gradients": factors == "fisher"}
+        strategy: Strategy = {
+            "factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink,
+        }  # fmt: skip
+        centre = strategy["centre"] = check_strategy(**strategy, calibrated=calibrated, held_out=apart)
+        measuring: Measuring = {
+            "held_out": held_out, "weighting": weighting, "draws": draws, "gradients": factors == "fisher",
+        }  # fmt: skip
         check_calibration(model, **measuring)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in compressible_linears(model).items()}
         check_budget(model, shapes, **allocation)
@@ -146,7 +151,7 @@ def compress(
             remarks.append(describe(alone, model))
         check_energy(energy, ranks, calibrated=calibrated, held_out=apart)
         twice = ranks == "mixed" and energy != "weight"
-        if undecided:
+        if undecided and images is not None:
             classifier, images = classifies(model, images)
             automatic, fisher = automatic and classifier, fisher and classifier
             if automatic:
@@ -158,11 +163,13 @@ def compress(
         if sequential:
             check_sequential(images, factors, shrink, Weighting.of(weighting).kind, ridge, twice=twice)
         stats = None
-        sample = Sample(images or (), sensitivity_images, seed, held_out)
-        running = {"progress": progress, "dtype": dtype}
+        batches: Iterable = () if images is None else images
+        sample = Sample(batches, sensitivity_images, seed, held_out)
+        running: Running = {"progress": progress, "dtype": dtype}
         if calibrated and (twice or not sequential):
             stats = timed("calibrate", lambda: calibrate(model, sample, seed=seed, **measuring, **running))
-        first = strategy if stats is not None or not sequential else {"factors": "svd", "centre": False}
+        svd: Strategy = {"factors": "svd", "centre": False}
+        first = strategy if stats is not None or not sequential else svd
         factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **first))
         factorisations = {name: replace(made, shape=shapes[name]) for name, made in factorisations.items()}
         try:
@@ -175,8 +182,8 @@ def compress(
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
         if sequential:
             del strategy["fisher_shrink"]
-            options = {"ridge": ridge, "strategy": strategy, **running}
-            fitted, count = timed("sequential", lambda: compress_blocks_(model, images, plan, **options))
+            fit = partial(compress_blocks_, model, batches, plan, ridge=ridge, strategy=strategy, **running)
+            fitted, count = timed("sequential", fit)
             factorisations |= fitted
             put_(model, plan, fitted)
         else:
@@ -210,8 +217,8 @@ def plan_ranks(
     factorisations: Mapping[str, Factorisation],
     sample: Sample,
     timed: Timer,
-    allocation: dict[str, Any],
-    running: dict[str, Any],
+    allocation: Allocation,
+    running: Running,
     rounds: int = SENSITIVITY_ROUNDS,
 ) -> Plan:
     """The plan of an allocation; sensitivity is measured at one by weight energy, then at the plan that it gives.
@@ -226,7 +233,9 @@ def plan_ranks(
         rounds: how often sensitivity is measured.
     """
     measured = allocation["energy"] == "sensitivity" and allocation["ranks"] == "mixed"
-    first = allocation | ({"energy": "weight"} if allocation["energy"] == "sensitivity" else {})
+    first = allocation.copy()
+    if allocation["energy"] == "sensitivity":
+        first["energy"] = "weight"
     plan = timed("allocate", lambda: allocate(model, factorisations, **first))
     if not measured:
         return plan

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank import shrinkage
+from mixrank.arguments import Strategy
 from mixrank.directions import Directions, Space
 from mixrank.errors import InputError
 from mixrank.models import compressible_linears
@@ -212,26 +213,26 @@ def factorise(
         InputError: an unknown strategy, missing statistics, or statistics of a layer of another size.
     """
     calibrated = stats is not None
-    strategy = {"held_out": held_out is not None, "fisher_shrink": fisher_shrink}
-    centre = check_strategy(factors, centre, shrink, calibrated=calibrated, **strategy)
+    apart = held_out is not None
+    centre = check_strategy(factors, centre, shrink, calibrated=calibrated, held_out=apart, fisher_shrink=fisher_shrink)
     weight = linear.weight.detach().double().cpu()
     if not weight.isfinite().all():
         raise InputError(f"the weight of a layer of shape {list(weight.shape)} has NaN or infinite values")
     space = Space(weight)
-    errors: dict[str, Tensor | None] = dict.fromkeys(("output_error", "held_out_error", "fisher_error"))
+    output_error = held_out_error = fisher_error = None
     moments = trial = None
     if stats is not None:
         make = Directions(space, factors, centre, fisher_shrink)
         if held_out is not None:
             trial = make.tried(stats, held_out, shrink)
-            shrink, errors["held_out_error"] = trial.shrink, trial.errors
+            shrink, held_out_error = trial.shrink, trial.errors
             stats = stats + held_out
         moments, metric = space.moments(stats), make.metric(stats)
         pull = make.pull(moments, shrink, stats.images)
         up, down = make.bases(moments, metric, pull)
-        errors["output_error"] = make.errors(up, down, moments, moments.mean)
+        output_error = make.errors(up, down, moments, moments.mean)
         if factors == "fisher":
-            errors["fisher_error"] = make.errors(up, down, moments, moments.mean, metric)
+            fisher_error = make.errors(up, down, moments, moments.mean, metric)
     else:
         up = down = space.weight_basis
         pull = None
@@ -242,9 +243,11 @@ def factorise(
         up_basis=up,
         down_basis=down,
         weight_energy=_shares(space.weight_values),
-        **errors,
+        output_error=output_error,
+        held_out_error=held_out_error,
+        fisher_error=fisher_error,
         shrink=None if factors == "svd" else pull,
-        mean=moments.mean if centre else None,
+        mean=moments.mean if centre and moments is not None else None,
         bias=None if linear.bias is None else linear.bias.detach(),
         like=linear.weight.detach().new_empty(0),
     )
@@ -291,7 +294,7 @@ def decompose(
     """
     idle = () if stats is None else stats.idle
     layers = {name: linear for name, linear in compressible_linears(model).items() if name not in idle}
-    strategy = {"factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink}
+    strategy: Strategy = {"factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink}
 
     def work(names: list[str]) -> dict[str, Factorisation]:
         shown = progress and is_first()

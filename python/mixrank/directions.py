@@ -88,7 +88,9 @@ class Directions:
 
     def pull(self, moments: Moments, shrink: float | str, images: int | None) -> float:
         """The pull that ``shrink`` stands for."""
-        if shrink != "oas" or self.factors == "svd":
+        if self.factors == "svd":
+            return math.inf
+        if not isinstance(shrink, str):
             return shrink
         if images is None:
             raise InputError("shrink='oas' needs statistics that know their number of images")
@@ -125,16 +127,17 @@ class Directions:
     def tried(self, stats: LayerStats, held_out: LayerStats, shrink: float | str) -> Trial:
         """Directions that are made without the images held out, and their errors on these."""
         moments, metric, apart = self.space.moments(stats), self.metric(stats), self.space.moments(held_out)
-        pulls = shrinkage.GRID if shrink == "auto" and self.factors != "svd" else (shrink,)
+        grid: tuple[float, ...] = shrinkage.GRID if shrink == "auto" and self.factors != "svd" else ()
         goal = self.metric(held_out)
-        trials, scores = {}, {}
-        for each in pulls:
+        trials: dict[float | str, Trial] = {}
+        scores: dict[float | str, float] = {}
+        for each in grid or (shrink,):
             up, down = self.bases(moments, metric, self.pull(moments, each, stats.images))
             errors = self.errors(up, down, apart, moments.mean)
             judged = errors if goal is None else self.errors(up, down, apart, moments.mean, goal)
             trials[each] = Trial(each, up, down, moments.mean, errors)
             scores[each] = shrinkage.score(judged, self.space.break_even)
-        return trials[shrinkage.strongest_of_the_best(scores) if len(pulls) > 1 else pulls[0]]
+        return trials[shrinkage.strongest_of_the_best({pull: scores[pull] for pull in grid}) if grid else shrink]
 
 
 def leading(symmetric: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,18 +95,14 @@ def layer_reports(plan: Plan, factorisations: Mapping[str, Factorisation]) -> li
         if errors is not None:
             kept = (1 - errors[index] / errors[0] if errors[0] > 0 else torch.ones(len(grid))).tolist()
 
-        def error(held_out: bool, factorisation: Factorisation = factorisation, rank: int | None = layer.rank):
-            known = factorisation.relative_error(rank or 1, held_out=held_out)
-            return 0.0 if known is not None and rank is None else known
-
         reports.append(
             LayerReport(
                 name=layer.name,
                 in_features=layer.in_features,
                 out_features=layer.out_features,
                 rank=layer.rank,
-                relative_error=error(held_out=False),
-                held_out_error=error(held_out=True),
+                relative_error=_error(factorisation, layer.rank, held_out=False),
+                held_out_error=_error(factorisation, layer.rank, held_out=True),
                 shrink="inf" if shrink is not None and math.isinf(shrink) else shrink,
                 energy_ranks=grid,
                 output_energy_kept=kept,
@@ -116,6 +112,11 @@ def layer_reports(plan: Plan, factorisations: Mapping[str, Factorisation]) -> li
     return reports
 
 
+def _error(factorisation: Factorisation, rank: int | None, *, held_out: bool) -> float | None:
+    known = factorisation.relative_error(rank or 1, held_out=held_out)
+    return 0.0 if known is not None and rank is None else known
+
+
 def notes(layers: list[LayerReport], stats: CalibrationStats | None) -> list[str]:
     """What the user should know of the layers and the calibration."""
     if stats is None:
@@ -123,10 +124,13 @@ def notes(layers: list[LayerReport], stats: CalibrationStats | None) -> list[str
     found = []
     if stats.idle:
         found.append(f"layers that were never called stay dense: {stats.idle[0]} ({len(stats.idle)} in all)")
-    factored = [layer for layer in layers if layer.rank is not None and layer.held_out_error is not None]
+    factored = [
+        (layer.relative_error, layer.held_out_error)
+        for layer in layers
+        if layer.rank is not None and layer.relative_error is not None and layer.held_out_error is not None
+    ]
     if factored:
-        seen = sum(layer.relative_error for layer in factored) / len(factored)
-        new = sum(layer.held_out_error for layer in factored) / len(factored)
+        seen, new = (sum(errors) / len(factored) for errors in zip(*factored, strict=True))
         if new > GAP * seen:
             found.append(
                 f"the mean relative error is {new:.3f} on images held out but {seen:.3f} on the calibration images: "

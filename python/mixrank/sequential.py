@@ -17,11 +17,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mixrank.accumulate import groups_of, hooked
+from mixrank.arguments import Strategy
 from mixrank.blocks import Blocks, find_blocks
 from mixrank.data import as_batch
 from mixrank.decompose import Factorisation, LayerShape, factorise
@@ -46,7 +48,7 @@ def compress_blocks_(
     plan: Plan,
     *,
     ridge: float = RIDGE,
-    strategy: dict | None = None,
+    strategy: Strategy | None = None,
     dtype: torch.dtype | None = None,
     buffer_dtype: torch.dtype | None = None,
     progress: bool = False,
@@ -128,7 +130,7 @@ def _first_inputs(model: nn.Module, batches: Iterable, dtype: torch.dtype | None
         images = as_batch(item).images.to(parameter.device, parameter.dtype)
         if len(images) == 0:
             continue
-        if blocks is None:
+        if blocks is None or size is None:
             blocks, size = find_blocks(model, images), images.shape[1:]
         if images.shape[1:] != size:
             sizes = f"{list(size)} and {list(images.shape[1:])}"
@@ -176,7 +178,7 @@ class _Pair:
         ranks: dict[str, int | None],
         images: int,
         ridge: float,
-        strategy: dict,
+        strategy: Strategy,
     ) -> dict[str, Factorisation]:
         """Replace the layers in the order of their calls, those with the same input together."""
         linears = compressible_linears(self.block)
@@ -192,14 +194,15 @@ class _Pair:
             groups = groups_of(linears, lambda: self.run(self.block, drifted[0][:1]))
         results = {}
         for group in groups:
-            ranked = [name for name in group if ranks.get(f"{self.name}.{name}") is not None]
+            ranked = {name: rank for name in group if (rank := ranks.get(f"{self.name}.{name}")) is not None}
             if not ranked:
                 continue
-            sums = self._sums(ranked, linears, calls[ranked[0]], dense, drifted)
-            for name in ranked:
+            names = list(ranked)
+            sums = self._sums(names, linears, calls[names[0]], dense, drifted)
+            for name, rank in ranked.items():
                 linear, full = linears[name], f"{self.name}.{name}"
                 made = refit(linear, sums, images, ridge, strategy)
-                layer = MixedRankLinear.from_factors(*made.factors(ranks[full])).train(linear.training)
+                layer = MixedRankLinear.from_factors(*made.factors(rank)).train(linear.training)
                 self.block.set_submodule(name, layer)
                 results[full] = made
         return results
@@ -211,13 +214,8 @@ class _Pair:
         weight = linears[group[0]].weight
         n, k = weight.shape
         narrow = len(group) == 1 and n < k
-        new = {"dtype": torch.float64, "device": weight.device}
-        sums = _Drift(
-            torch.zeros(k, k, **new),
-            torch.zeros(k, **new),
-            torch.zeros(k, n if narrow else k, **new),
-            torch.zeros(k, **new),
-        )
+        zeros = partial(torch.zeros, dtype=torch.float64, device=weight.device)
+        sums = _Drift(zeros(k, k), zeros(k), zeros(k, n if narrow else k), zeros(k))
         for x, x_drifted in zip(dense, drifted, strict=True):
             pairs = (
                 self._inputs(module, group[0], calls, part)
@@ -250,12 +248,11 @@ class _Pair:
         return seen
 
 
-def refit(linear: nn.Linear, sums: _Drift, images: int, ridge: float, strategy: dict) -> Factorisation:
+def refit(linear: nn.Linear, sums: _Drift, images: int, ridge: float, strategy: Strategy) -> Factorisation:
     """Factor the weight that reaches a layer's dense outputs best from the inputs that it really gets."""
     weight = linear.weight.detach().double()
-    strategy = {"factors": "aware"} | strategy
     centre = strategy.get("centre")
-    centre = strategy["factors"] != "svd" if centre is None else centre
+    centre = strategy.get("factors") != "svd" if centre is None else centre
     mean, drift = sums.total / sums.rows, sums.drift / sums.rows
     gram = sums.gram / sums.rows
     narrow = sums.cross.shape[1] != weight.shape[1]

@@ -9,17 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from mixrank.allocate import check_budget
 from mixrank.apply import apply_
+from mixrank.arguments import Allocation, Running
 from mixrank.calibrate import calibrate
 from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, check_energy, plan_ranks
 from mixrank.data import as_batch
-from mixrank.decompose import FISHER_SHRINK, LayerShape, check_strategy, decompose
+from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
 from mixrank.evaluate import Evaluation, ModelSummary, evaluate, summarise
 from mixrank.fidelity import Fidelity, compare
@@ -189,29 +191,33 @@ def sweep(
         groups = _groups(chosen, {(name, share) for name in chosen for share in keeps} - known)
         apart = Apart(images, held_out) if evaluation is None else None
         sample = Sample(images if apart is None else apart, sensitivity_images, seed, None)
-        timed, running = Timer(), {"progress": progress, "dtype": dtype}
+        running: Running = {"progress": progress, "dtype": dtype}
+        timed = Timer()
         fisher = any(options["factors"] == "fisher" for options, _ in groups)
         stats = None
         if groups:
-            measuring = {"held_out": None, "gradients": fisher, "seed": seed}
-            stats = timed("calibrate", lambda: calibrate(model, sample, **measuring, **running))
+            measure = partial(calibrate, model, sample, held_out=None, gradients=fisher, seed=seed, **running)
+            stats = timed("calibrate", measure)
             calibrated = stats.all_images
         else:
             calibrated = sum(len(as_batch(item).images) for item in sample) // sample.views
-        bench = _Bench(model, evaluation if apart is None else apart.kept, progress)
+        if apart is not None:
+            evaluation = apart.kept
+        assert evaluation is not None
+        bench = _Bench(model, evaluation, progress)
         summary, rows = summarise(model, bench.dense), list(done)
 
         def result() -> SweepResult:
             return SweepResult(summary, tuple(rows), calibrated, bench.dense.images)
 
         for factors, wanted in groups:
-            made = timed("decompose", lambda f=factors: decompose(model, stats, progress=progress, **f))
+            made = timed("decompose", partial(decompose, model, stats, progress=progress, **factors))
             for name, share in wanted:
                 once = Timer()
-                allocation = _allocation(chosen[name]) | {"keep": share}
+                allocation: Allocation = {**_allocation(chosen[name]), "keep": share}
                 plan = plan_ranks(model, made, sample, once, allocation, running)
-                candidate = once("apply", lambda p=plan, f=made: apply_(copy.deepcopy(model), p, f))
-                score = once("evaluate", lambda c=candidate: bench.score(c))
+                candidate = once("apply", partial(_applied, model, plan, made))
+                score = once("evaluate", partial(bench.score, candidate))
                 fidelity = compare(score.logits, bench.dense.logits)
                 measured = (summarise(candidate, score), fidelity, plan, timed.seconds | once.seconds)
                 rows.append(SweepRow(name, share, dict(chosen[name]), *measured))
@@ -220,6 +226,10 @@ def sweep(
         return result()
     finally:
         hide_qkv_(model, exposed)
+
+
+def _applied(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:
+    return apply_(copy.deepcopy(model), plan, factorisations)
 
 
 class _Bench:
@@ -265,11 +275,11 @@ def _of(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return defaults | {name: value for name, value in options.items() if name in defaults}
 
 
-def _allocation(options: dict[str, Any]) -> dict[str, Any]:
+def _allocation(options: dict[str, Any]) -> Allocation:
     """The options of the ranks, and the energy that :func:`mixrank.compress` takes by itself."""
-    ranks = _of(options, _RANKS)
+    ranks = cast(Allocation, _of(options, _RANKS))
     automatic = "sensitivity" if ranks["ranks"] == "mixed" else "weight"
-    return ranks | {"energy": ranks["energy"] or automatic}
+    return {**ranks, "energy": ranks["energy"] or automatic}
 
 
 def _check(model: nn.Module, chosen: dict[str, dict[str, Any]], keeps: tuple[float, ...]) -> None:
@@ -280,7 +290,8 @@ def _check(model: nn.Module, chosen: dict[str, dict[str, Any]], keeps: tuple[flo
         shapes = {name: LayerShape.of(linear, centre) for name, linear in linears.items()}
         ranks = _allocation(options)
         for share in keeps:
-            check_budget(model, shapes, keep=share, max_bytes=None, max_macs=None, **ranks)
+            allocation: Allocation = {**ranks, "keep": share, "max_bytes": None, "max_macs": None}
+            check_budget(model, shapes, **allocation)
         check_energy(ranks["energy"], ranks["ranks"], calibrated=True, held_out=True)
 
 
@@ -295,6 +306,6 @@ def _groups(
         same = next((members for other, members in groups if other == factors), None)
         if rows and same is None:
             groups.append((factors, rows))
-        elif rows:
+        elif same is not None:
             same += rows
     return groups

@@ -16,6 +16,8 @@ import torch
 
 from mixrank import checkpoint
 from mixrank.apply import apply_
+from mixrank.arguments import Allocation, Running, Strategy
+from mixrank.attributes import note_
 from mixrank.calibrate import calibrate
 from mixrank.cli_output import Stopwatch, gigamacs, megabytes, percent, rate, ratio, versions, write_json
 from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, plan_ranks
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 KEEPS = (0.6, 0.45, 0.3)
-FACTORS = {"factors": "fisher", "shrink": SHRINK}
-RANKS = {"ranks": "mixed", "energy": "sensitivity", "step": 8, "form": FORM}
-STRATEGY = FACTORS | RANKS
+FACTORS: Strategy = {"factors": "fisher", "shrink": SHRINK}
+RANKS: Allocation = {"ranks": "mixed", "energy": "sensitivity", "step": 8, "form": FORM}
+STRATEGY: dict[str, object] = {**FACTORS, **RANKS}
 SPEED_BATCH = 32
 BATCH = 100
 COLUMNS = ("", "parameters", "MB", "GMACs", "top-1", "images/s", "speed-up")
@@ -46,7 +48,7 @@ def load_model(assets: Path = ASSETS) -> torch.nn.Module:
     """The embedded vision transformer, in float32 and evaluation mode."""
     _check_asset(assets / WEIGHTS)
     model = create_model(ARCHITECTURE, weights=assets / WEIGHTS, args=MODEL_ARGS).float()
-    model.mixrank_preprocessing = PREPROCESSING
+    note_(model, "mixrank_preprocessing", PREPROCESSING)
     return model
 
 
@@ -148,7 +150,7 @@ def run(
         }
         for variant, file in zip(variants, files, strict=True)
     ]
-    data = {
+    data: dict[str, Any] = {
         "command": "demo",
         "model": {"architecture": ARCHITECTURE, "args": MODEL_ARGS, "weights": WEIGHTS},
         "dense": dense_summary,
@@ -194,8 +196,8 @@ def _variant(
     label = f"keep {keep:g}"
     if progress:
         print(label, file=sys.stderr)
-    running = {"dtype": None, "progress": progress}
-    plan = plan_ranks(dense, factorisations, sample, Timer(), RANKS | {"keep": keep}, running)
+    running: Running = {"dtype": None, "progress": progress}
+    plan = plan_ranks(dense, factorisations, sample, Timer(), {**RANKS, "keep": keep}, running)
     model = apply_(copy.deepcopy(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
     return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))
