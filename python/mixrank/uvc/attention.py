@@ -34,6 +34,9 @@ class PrunedAttention(nn.Module):
         torch.Size([2, 5, 32])
     """
 
+    taken: Tensor | None
+    spread: Tensor | None
+
     def __init__(
         self,
         width: int,

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,18 +123,26 @@ def compress_combined_(
     combined.check(options.budget)
     first, second = (None, None) if state is None else states_of(Path(state))
     before, small = count_macs(model), copy.deepcopy(model)
-    running = {"validation": validation, "dtype": dtype, "progress": progress}
     searching = replace(options, budget=options.budget**combined.power, epochs=options.epochs * (1 - combined.last))
-    pruned = compress_uvc_(small, data, options=searching, state=first, log=log, **running)
+    pruned = compress_uvc_(
+        small, data, options=searching, validation=validation, dtype=dtype, state=first, log=log, progress=progress
+    )
     between = count_macs(small)
-
-    def later(entry: dict) -> None:
-        log(entry | {"step": pruned.steps + entry["step"]})
-
     training = {field.name: getattr(options, field.name) for field in fields(FinetuneOptions)}
     training |= {"epochs": options.epochs * combined.last, "learning_rate": combined.learning_rate}
-    running |= {"options": FinetuneOptions(**training), "teacher": model, "state": second, "log": log and later}
-    ranks, trained = lower_ranks_(small, data, images, int(options.budget * before), **running)
+    ranks, trained = lower_ranks_(
+        small,
+        data,
+        images,
+        int(options.budget * before),
+        options=FinetuneOptions(**training),
+        teacher=model,
+        validation=validation,
+        dtype=dtype,
+        state=second,
+        log=None if log is None else partial(_log_later, log, pruned.steps),
+        progress=progress,
+    )
     after = count_macs(small)
     become(model, small)
     return CombinedResult(
@@ -144,6 +153,11 @@ def compress_combined_(
         macs_by_ranks=between - after,
         trained=trained,
     )
+
+
+def _log_later(log: Callable[[dict], None], steps: int, entry: dict) -> None:
+    """Log an entry of a training that follows ``steps`` others."""
+    log(entry | {"step": steps + entry["step"]})
 
 
 def lower_ranks_(
@@ -182,12 +196,20 @@ def lower_ranks_(
         InputError: as both of these functions. The model is then as it was.
     """
     options, small = options or FinetuneOptions(), copy.deepcopy(model)
-    running = {"dtype": dtype, "progress": progress}
-    ranks = compress(small, images, max_macs=max_macs, seed=options.seed, **running)
+    ranks = compress(small, images, max_macs=max_macs, seed=options.seed, dtype=dtype, progress=progress)
     # The pivoted form is worse conditioned than the factors that it is made from: these are trained.
     pivoted = unpivot_(small)
-    running |= {"options": options, "teacher": model if teacher is None else teacher, "state": state, "log": log}
-    trained = finetune_(small, data, validation=validation, **running)
+    trained = finetune_(
+        small,
+        data,
+        options=options,
+        teacher=model if teacher is None else teacher,
+        validation=validation,
+        dtype=dtype,
+        state=state,
+        log=log,
+        progress=progress,
+    )
     put_back_(small, pivoted, trained=True)
     become(model, small)
     return ranks, trained

@@ -11,11 +11,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mixrank.attributes import class_count
 from mixrank.errors import InputError
 from mixrank.evaluate import evaluate
 from mixrank.processes import is_first, mean, shared
@@ -24,6 +25,9 @@ from mixrank.uvc.data import TrainingData, seeded
 from mixrank.uvc.objective import check_labels, objective
 from mixrank.uvc.options import FinetuneOptions, FinetuneResult
 from mixrank.uvc.state import Progress, key_of, load_state, moments_of, save_state, set_moments
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 _RISE = 0.05  # share of the steps in which the learning rate rises
 
@@ -105,10 +109,11 @@ class Training:
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False) if options.distillation else None
         self.device = next(model.parameters()).device
         self.steps = max(1, round(options.epochs * data.steps))
-        self.step, self.history, self.seconds = 0, [], 0.0
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict] = []
         self.before: float | None = None
         self.mix = self._mix()
-        self.average: nn.Module | None = None
+        self.average: ModelEmaV3 | None = None
         self.prepare()
 
     # What a search does in its own way.
@@ -258,7 +263,7 @@ class Training:
                     yield images, labels
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        check_labels(labels, self.model.num_classes, f"step {self.step}")
+        check_labels(labels, class_count(self.model), f"step {self.step}")
         images, target = images.to(self.device), labels.to(self.device)
         if self.mix is not None:
             images, target = self.mix(images, target)
@@ -297,4 +302,4 @@ class Training:
         from timm.data import Mixup
 
         alphas = {"mixup_alpha": self.options.mixup, "cutmix_alpha": self.options.cutmix}
-        return Mixup(**alphas, label_smoothing=self.options.smoothing, num_classes=self.model.num_classes)
+        return Mixup(**alphas, label_smoothing=self.options.smoothing, num_classes=class_count(self.model))

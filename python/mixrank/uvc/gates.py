@@ -9,7 +9,7 @@ through that can open it again, where the released code of the paper loses block
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -63,7 +63,7 @@ class Gates(nn.Module):
 
 
 @contextmanager
-def gated(blocks: nn.Module, values: Tensor) -> Iterator[None]:
+def gated(blocks: nn.Sequential | nn.ModuleList, values: Tensor) -> Iterator[None]:
     """Inside, each block passes on its input and ``values[l]`` times what it adds to that.
 
     Args:
@@ -76,7 +76,7 @@ def gated(blocks: nn.Module, values: Tensor) -> Iterator[None]:
     if len(values) != len(blocks):
         raise InputError(f"values must be {len(blocks)} numbers, one for each block, but they were {len(values)}")
 
-    def gate(value: Tensor):
+    def gate(value: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         return lambda _block, arguments, output: torch.lerp(arguments[0], output, value.to(output.dtype))
 
     handles = [block.register_forward_hook(gate(value)) for block, value in zip(blocks, values, strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def macs_of(structure: Structure, kept: Sequence[KeptBlock | None]) -> int:
     )
 
 
-def contributions(structure: Structure, kept: list[KeptBlock | None]) -> Removed:
+def contributions(structure: Structure, kept: Sequence[KeptBlock | None]) -> Removed:
     """Multiply-adds of one image that went, by what took them along: of a block or head that goes, all that it took."""
     taken = dict.fromkeys(("blocks", "heads", "columns", "neurons"), 0)
     for shape, one in zip(structure.blocks, kept, strict=True):
@@ -140,21 +141,26 @@ def _filled(
     smallest norm go again if they must.
     """
     each, kept = structure.block_macs(0, 0, 1), list(kept)
+
+    def stays(index: int) -> KeptBlock:
+        return cast(KeptBlock, kept[index])  # what comes back and what goes is of blocks that stay
+
     while True:
         free = (allowed - macs_of(structure, kept)) // each
         absent = [entry for index, one in enumerate(kept) if one is not None for entry in _absent(index, groups, one)]
         for _, index, head, place in heapq.nsmallest(free, absent):
-            kept[index] = _with(kept[index], head, place)
+            kept[index] = _with(stays(index), head, place)
         heads = [
             entry for index, one in enumerate(kept) if one is not None for entry in _absent_heads(index, groups, one)
         ]
         if free <= len(absent) or not heads:
             return kept
         _, index, head = min(heads)
-        kept[index] = _with(kept[index], head, int(groups[index].columns[head].argmax()))
+        kept[index] = _with(stays(index), head, int(groups[index].columns[head].argmax()))
         excess = -(-(macs_of(structure, kept) - allowed) // each)
         for _, index, neuron in heapq.nsmallest(max(0, excess), _present(groups, kept)):
-            kept[index] = KeptBlock(kept[index].columns, tuple(i for i in kept[index].neurons if i != neuron))
+            one = stays(index)
+            kept[index] = KeptBlock(one.columns, tuple(i for i in one.neurons if i != neuron))
 
 
 def _with(kept: KeptBlock, head: int, place: int) -> KeptBlock:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from mixrank.data import ImageSource, collate
+from mixrank.data import Decoded, ImageSource, collate
 from mixrank.errors import InputError
 from mixrank.prepare import TrainingViews
 
@@ -64,7 +64,9 @@ class LoaderData:
             raise InputError(f"workers must be at least 0, but it was {workers}")
         self._images = source.samples.prepared_by(TrainingViews(preprocessing, views or {}))
         # Whole batches only, so that each process has as many as the others.
-        self._sampler = DistributedSampler(self._images, processes, rank, seed=seed, drop_last=True)
+        self._sampler: DistributedSampler[Decoded] = DistributedSampler(
+            self._images, processes, rank, seed=seed, drop_last=True
+        )
         self._source, self._batch_size, self._workers = source.source, batch_size, workers
         self._seed, self._rank, self._strict = seed, rank, strict
         self._skipped: dict[str, str] = {}

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixrank.errors import InputError
 from mixrank.uvc.structure import BlockParts, Structure
@@ -213,7 +213,7 @@ class PrimalDual:
             for part, found, shares, duals in zip(parts, groups, self.shares, self.multipliers, strict=True):
                 proj, fc2 = part.attention.proj.weight, part.mlp.fc2.weight
                 _divide(fc2, removed(found.neurons, shares.neurons), 1 + 2 * rate * duals.neurons)
-                starts = torch.tensor((0, *part.columns)).cumsum(0)
+                starts = torch.tensor((0, *part.columns)).cumsum(0).tolist()
                 for head, norms in enumerate(found.columns):
                     gone = removed(norms, shares.columns[head])
                     _divide(proj, starts[head] + gone, 1 + 2 * rate * duals.columns[head])
@@ -241,6 +241,6 @@ def _scatter(into: list[Tensor], values: Tensor) -> None:
         tensor.copy_(part.reshape(tensor.shape))
 
 
-def _divide(weight: nn.Parameter, columns: Tensor, by: Tensor) -> None:
+def _divide(weight: Tensor, columns: Tensor, by: Tensor) -> None:
     if len(columns):
         weight[:, columns.to(weight.device)] /= by.item()

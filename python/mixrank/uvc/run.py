@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixrank.attributes import block_list
 from mixrank.models import count_macs
 from mixrank.processes import shared
 from mixrank.uvc.data import TrainingData
@@ -83,12 +84,13 @@ def compress_uvc_(
     small = copy.deepcopy(model)
     run = _Search(small, model if teacher is None else teacher, data, options, validation, dtype, log)
     done = run.run(None if state is None else Path(state), progress)
+    assert run.kept is not None  # it has landed before its last steps
     result = UVCResult(
         **done,
         macs_before=count_macs(model),
         macs_after=count_macs(small),
         removed=contributions(run.structure, run.kept),
-        blocks=[block.to_json() for block in remaining_blocks(small)],
+        blocks=[block.to_json() for block in remaining_blocks(small) or ()],
         landed=run.landed,
     )
     become(model, small)
@@ -104,7 +106,7 @@ class _Student(nn.Module):
 
     def forward(self, images: Tensor, uniform: Tensor, everything: bool) -> Tensor:
         values = self.gates.sample(uniform)
-        with gated(self.model.blocks, 1 + 0 * values if everything else values):
+        with gated(block_list(self.model), 1 + 0 * values if everything else values):
             return self.model(images)
 
 
@@ -179,6 +181,7 @@ class _Search(Training):
         remaining, pull = self.duals.update(groups, keep.detach().cpu(), target)
         self.duals.shrink_weights_(parts, groups, self.rate() * options.interval)
         (slope,) = torch.autograd.grad(keep @ pull.to(keep), self.gates.logits)
+        assert self.gates.logits.grad is not None  # of the steps since the last update
         self.gates.step_(self.gates.logits.grad / options.interval + options.gate_weight * slope, self.gate_rate)
         self.gates.logits.grad = None
         self.note(
@@ -202,9 +205,10 @@ class _Search(Training):
         """Choose what stays, take the rest away, and start to train that."""
         groups = [Groups.of(part) for part in parts_of(self.model)]
         keep = self.gates.probability().detach().cpu()
-        self._shrink(land(self.structure, groups, self.duals.shares, keep, self.options.budget))
+        kept = land(self.structure, groups, self.duals.shares, keep, self.options.budget)
+        self._shrink(kept)
         self.landed = self.top1(self.model)
-        self.note({"landed": macs_of(self.structure, self.kept) / self.structure.macs(), "top1": self.landed})
+        self.note({"landed": macs_of(self.structure, kept) / self.structure.macs(), "top1": self.landed})
 
     def _shrink(self, kept: Sequence[KeptBlock | None]) -> None:
         """Take away what is not kept, and go on with a plain model."""

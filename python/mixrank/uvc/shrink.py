@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from mixrank.attributes import block_list, note_
 from mixrank.errors import InputError
 from mixrank.models import model_spec
 from mixrank.uvc.attention import PrunedAttention
@@ -88,18 +89,15 @@ def shrink_(model: nn.Module, kept: Sequence[KeptBlock | None]) -> nn.Module:
     """
     parts = _checked(model, kept)
     _note_origin_(model)
-    before = remaining_blocks(model) or range(len(parts))
-    remaining = [
-        RemainingBlock(old.index if isinstance(old, RemainingBlock) else old, one.shape)
-        for old, one in zip(before, kept, strict=True)
-        if one is not None
-    ]
+    shrunk = remaining_blocks(model)
+    indices = range(len(parts)) if shrunk is None else [block.index for block in shrunk]
+    remaining = [RemainingBlock(index, one.shape) for index, one in zip(indices, kept, strict=True) if one is not None]
     with torch.no_grad():
         for part, one in zip(parts, kept, strict=True):
             if one is not None:
                 _shrink_block_(model.get_submodule(part.name), part, one)
     _drop_blocks_(model, [one is not None for one in kept])
-    model.mixrank_blocks = tuple(remaining)
+    note_(model, "mixrank_blocks", tuple(remaining))
     return model
 
 
@@ -140,7 +138,7 @@ def mask_(model: nn.Module, kept: Sequence[KeptBlock | None]) -> nn.Module:
     with torch.no_grad():
         for index, (part, one) in enumerate(zip(parts, kept, strict=True)):
             if one is None:
-                model.blocks[index] = nn.Identity()
+                block_list(model)[index] = nn.Identity()
             else:
                 _mask(part.attention.proj, _columns(part, one))
                 _mask(part.mlp.fc2, list(one.neurons))
@@ -156,7 +154,7 @@ def _mask(layer: nn.Linear, columns: list[int]) -> None:
 def _note_origin_(model: nn.Module) -> None:
     """Note how the model is built, where that is known: from its shapes it cannot be told any more."""
     try:
-        model.mixrank_spec = model_spec(model)
+        note_(model, "mixrank_spec", model_spec(model))
     except InputError:
         return  # it works all the same, and saving it says what is missing
 
@@ -246,6 +244,7 @@ def _linear(layer: nn.Linear, *, rows: list[int] | None = None, columns: list[in
 
 
 def _drop_blocks_(model: nn.Module, stays: list[bool]) -> None:
-    blocks = [block for block, stay in zip(model.blocks, stays, strict=True) if stay]
+    old = block_list(model)
+    blocks = [block for block, stay in zip(old, stays, strict=True) if stay]
     if len(blocks) < len(stays):
-        model.blocks = type(model.blocks)(*blocks) if isinstance(model.blocks, nn.Sequential) else nn.ModuleList(blocks)
+        model.blocks = type(old)(*blocks) if isinstance(old, nn.Sequential) else nn.ModuleList(blocks)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from mixrank.attributes import block_list
 from mixrank.errors import InputError
 from mixrank.models import count_macs, preprocessing
 
@@ -74,20 +75,42 @@ class Structure:
         return self.fixed_macs + sum(blocks)
 
 
+class AttentionPart(Protocol):
+    """What a module of attention has to have, as timm's does."""
+
+    num_heads: int
+    head_dim: int
+    attn_dim: int
+    qkv: nn.Linear
+    proj: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    proj_drop: nn.Dropout
+    training: bool
+
+
+class MlpPart(Protocol):
+    """What the module of an MLP has to have."""
+
+    fc1: nn.Linear
+    fc2: nn.Linear
+
+
 @dataclass(frozen=True)
 class BlockParts:
     """The modules of a block.
 
     Attributes:
         name: of the block in the model.
-        attention: with linear layers ``qkv`` and ``proj``, ``num_heads`` and ``head_dim``; the rows of ``qkv`` are all
-            queries, then all keys, then all values, in each head after head, and so are the columns of ``proj``.
-        mlp: with linear layers ``fc1`` and ``fc2``, and between them nothing that mixes neurons.
+        attention: the rows of its ``qkv`` are all queries, then all keys, then all values, in each head after head, and
+            so are the columns of ``proj``.
+        mlp: has nothing that mixes neurons between its layers.
     """
 
     name: str
-    attention: nn.Module
-    mlp: nn.Module
+    attention: AttentionPart
+    mlp: MlpPart
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -135,24 +158,21 @@ def _timm(model: nn.Module) -> list[BlockParts] | None:
 
     if not isinstance(model, VisionTransformer):
         return None
-    found = [
-        BlockParts(f"blocks.{i}", block.attn, block.mlp) for i, block in enumerate(model.blocks) if _plain(i, block)
-    ]
+    found = [_plain(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
     if not found:
         raise InputError(f"{type(model).__name__} has no blocks")
     return found
 
 
-def _plain(index: int, block: nn.Module) -> bool:
-    """True; raises InputError where something of a timm block stands in the way."""
+def _plain(name: str, block: nn.Module) -> BlockParts:
+    """The parts of a timm block; raises InputError where something of it stands in the way."""
     from timm.layers import Attention, Mlp
     from timm.models.vision_transformer import Block, ResPostBlock
 
     from mixrank.uvc.attention import PrunedAttention
 
-    name = f"blocks.{index}"
     _check(isinstance(block, Block | ResPostBlock), name, block, "a Block or ResPostBlock")
-    attention, mlp = block.attn, block.mlp
+    attention, mlp = block.get_submodule("attn"), block.get_submodule("mlp")
     _check(isinstance(attention, Attention | PrunedAttention), f"{name}.attn", attention, "timm's Attention")
     _check(type(mlp) is Mlp, f"{name}.mlp", mlp, "timm's Mlp")
     for part, layer in ((f"{name}.attn.norm", getattr(attention, "norm", None)), (f"{name}.mlp.norm", mlp.norm)):
@@ -162,7 +182,7 @@ def _plain(index: int, block: nn.Module) -> bool:
     layers = {"attn.qkv": attention.qkv, "attn.proj": attention.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2}
     for part, layer in layers.items():
         _check(type(layer) is nn.Linear, f"{name}.{part}", layer, "a plain nn.Linear (prune before other compression)")
-    return True
+    return BlockParts(name, cast(AttentionPart, attention), cast(MlpPart, mlp))
 
 
 def _check(good: bool, name: str, found: object, wanted: str) -> None:
@@ -194,7 +214,8 @@ def _tokens(model: nn.Module) -> int:
     dtype = next(tensor.dtype for tensor in hollow.values() if tensor.is_floating_point())
     image = torch.zeros(1, *preprocessing(model)["input_size"], device="meta", dtype=dtype)
     seen: list[int] = []
-    handle = model.blocks[0].register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0].shape[1]))
+    first = block_list(model)[0]
+    handle = first.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0].shape[1]))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
