@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def find_blocks(model: nn.Module, images: Tensor) -> Blocks:
     name, found = lists[-1]
     modules = {f"{name}.{key}": block for key, block in found.named_children()}
     calls, others = (_calls(model, modules, image) for image in (images[:1], images[-1:]))
-    passed = None
+    passed: Tensor | None = None
     for key in modules:
         good = len(calls[key]) == 1
         arguments, keywords, output = calls[key][0] if good else ((), {}, None)
@@ -92,7 +93,7 @@ def find_blocks(model: nn.Module, images: Tensor) -> Blocks:
                 f"sequential calibration needs blocks that pass one tensor from each to the next, but {key} of "
                 f"{type(model).__name__} does not"
             )
-        passed = output
+        passed = cast(Tensor, output)
     return Blocks(modules, {key: calls[key][0][1] for key in modules})
 
 

@@ -160,6 +160,7 @@ def _run(options: _Options) -> None:
     result = train(model, dense, source.batches(32), options, training)
     checkpoint.save(model, options.out, metadata=header.metadata | {"compensation": noted(result)})
     options.state.unlink(missing_ok=True)
+    assert header.plan is not None  # what has no factored layer is not trained
     sizes = {"dense": before, "compressed": summarise(model).to_json(), "plan": header.plan.to_json()}
     _report(options, result, {"architecture": header.architecture, "args": header.args}, sizes)
 

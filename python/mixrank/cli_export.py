@@ -14,6 +14,8 @@ from mixrank.cli_input import check_outputs, check_positive
 from mixrank.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mixrank.export import Exported
 
 EPILOG = "Example: mixrank export deit_small_50.safetensors --format onnx --out deit_small_50.onnx"
@@ -93,7 +95,7 @@ def _run(options: _Options) -> None:
         console.print(f"file        {path}", markup=False, soft_wrap=True, highlight=False)
 
 
-def _exported(model, options: _Options) -> Exported:
+def _exported(model: nn.Module, options: _Options) -> Exported:
     from mixrank.export import export_dense, export_onnx, export_torch
 
     if options.format == Format.onnx:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,14 +152,11 @@ def _run(options: _Options) -> None:
         model = create_model(options.model, pretrained=options.weights is None, weights=options.weights, args=args)
         identity = {"digest": _digest(model), "deciding": options.deciding()}
         done = _earlier(options, identity)
-        found = {"strict": options.strict, "root": options.data_root}
-        config, limits = preprocessing(model), {"limit": options.limit, "seed": options.seed}
-        calibration = open_images(options.images, config, split=options.split, **limits, **found)
+        opened = partial(open_images, preprocessing=preprocessing(model), strict=options.strict, root=options.data_root)
+        calibration = opened(options.images, split=options.split, limit=options.limit, seed=options.seed)
         evaluation = None
         if options.eval_images is not None:
-            evaluation = open_images(
-                options.eval_images, config, labels=options.labels, split=options.eval_split, **found
-            )
+            evaluation = opened(options.eval_images, labels=options.labels, split=options.eval_split)
 
     data: dict[str, Any] = {}
 

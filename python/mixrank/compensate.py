@@ -93,8 +93,7 @@ def compensate_(
     # Evenly spread, as images of one class often lie together.
     index = torch.arange(len(images))
     held = ((index + 1) * apart // len(images)) > (index * apart // len(images))
-    drawn = {"seed": options.seed, "min_scale": options.min_scale, "mix": options.mix}
-    views = Views(images[~held], options.batch_size, **drawn)
+    views = Views(images[~held], options.batch_size, seed=options.seed, min_scale=options.min_scale, mix=options.mix)
     pivoted = unpivot_(model)
     try:
         training = Training(model, dense, options, dtype, views, images[held])

@@ -30,7 +30,8 @@ def left_alone(model: nn.Module) -> list[LeftAlone]:
     Vectors (biases, norms, layer scales) are not told.
     """
     wanted, skipped = compressible_linears(model), skipped_linears(model)
-    found, seen = [], set()
+    found: list[LeftAlone] = []
+    seen: set[int] = set()
     for name, module in model.named_modules():
         own = {id(weight): weight for weight in module.parameters(recurse=False) if weight.squeeze().dim() > 1}
         count = sum(weight.numel() for key, weight in own.items() if key not in seen)

@@ -10,9 +10,9 @@ import random
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ def open_images(
             raise InputError(f"{source} is a stream, of which there are no further views: set augment to 0")
         if labels is not None:
             raise InputError(f"{source} is a stream without file names, so that labels from a file do not apply")
-        return ImageSource(source, prepare, strict, stream=dataset, count=limit or len(dataset), limit=limit)
+        count = limit or len(cast(Sized, dataset))  # timm's streams say how many they are
+        return ImageSource(source, prepare, strict, stream=dataset, count=count, limit=limit)
     if len(dataset) == 0:
         raise InputError(f"images {source} has no image")
     names, targets, classes = _list(dataset, named)
@@ -177,11 +178,11 @@ def _list(dataset: Any, named: bool) -> tuple[list[str], list[int] | None, list[
         return [f"image {i}" for i in range(count)], None, None
     reader = dataset.reader
     names = [str(reader.filename(i)) for i in range(count)]
-    classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
+    classes: dict[str, int] = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
     if len(classes) < 2 or not all("/" in name or os.sep in name for name in names):
         return names, None, None
     targets = reader.targets if hasattr(reader, "targets") else [target for _, target in reader.samples]
-    return names, [int(target) for target in targets], sorted(classes, key=classes.get)
+    return names, [int(target) for target in targets], sorted(classes, key=classes.__getitem__)
 
 
 class Decoded(NamedTuple):
@@ -217,13 +218,22 @@ def collate(samples: list[Decoded]) -> tuple[Batch | None, list[tuple[str, str]]
     labels = [sample.label for sample in good]
     indices = None if None in labels else torch.tensor(labels, dtype=torch.int64)
     names, numbers = [sample.name for sample in good], [sample.number for sample in good]
-    return Batch(torch.stack([sample.image for sample in good]), indices, names, numbers), bad
+    images = [sample.image for sample in good if sample.image is not None]
+    return Batch(torch.stack(images), indices, names, numbers), bad
 
 
-class DecodedImages(Dataset):
+class DecodedImages(Dataset[Decoded]):
     """Some images of a data set with an index, decoded when asked for."""
 
-    def __init__(self, dataset, prepare, indices, names, labels, own_labels) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        prepare: Prepare,
+        indices: list[int],
+        names: list[str],
+        labels: list[int] | None,
+        own_labels: bool,
+    ) -> None:
         # Not timm's data set itself, which replaces an image that does not decode by the next one.
         self.read = getattr(dataset, "reader", dataset)
         self.prepare, self.indices, self.names, self.labels = prepare, indices, names, labels
@@ -262,10 +272,22 @@ class ImageSource:
         samples: the images one by one; None of a stream.
     """
 
-    def __init__(self, source, prepare, strict, *, count, samples=None, stream=None, classes=None, limit=None) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        prepare: Prepare,
+        strict: bool,
+        *,
+        count: int,
+        samples: DecodedImages | None = None,
+        stream: IterableDataset | None = None,
+        classes: list[str] | None = None,
+        limit: int | None = None,
+    ) -> None:
         self.source, self.classes, self.names = source, classes, [] if samples is None else samples.names
         self._prepare, self._strict, self._count, self._limit = prepare, strict, count, limit
-        self.samples, self._stream = samples, stream
+        self.samples = samples
+        self._stream: Iterable[Any] = () if stream is None else stream
         self._skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -328,10 +350,12 @@ class ImageSource:
     ) -> Iterator[tuple[Batch | None, list[tuple[str, str]]]]:
         if self.samples is not None:
             starts = range(part[0] * batch_size, len(self.samples), part[1] * batch_size)
-            chosen = [range(start, min(start + batch_size, len(self.samples))) for start in starts]
+            chosen = [list(range(start, min(start + batch_size, len(self.samples)))) for start in starts]
             # A generator of its own: otherwise each pass takes a number from the caller's random stream.
-            options = {"collate_fn": collate, "num_workers": workers, "generator": torch.Generator()}
-            yield from DataLoader(self.samples, batch_sampler=chosen, **options)
+            generator = torch.Generator()
+            yield from DataLoader(
+                self.samples, batch_sampler=chosen, collate_fn=collate, num_workers=workers, generator=generator
+            )
             return
         items = enumerate(itertools.islice(self._stream, self._limit))
         while some := list(itertools.islice(items, batch_size)):

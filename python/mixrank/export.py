@@ -83,13 +83,14 @@ def export_onnx(model: nn.Module, path: Path | str, *, batch: int | None = None)
     try:
         import onnx  # noqa: F401 (its absence is told here)
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"ONNX needs the package {error.name}: pip install onnx onnxscript") from error
+    except ImportError as absent:
+        raise InputError(f"ONNX needs the package {absent.name}: pip install onnx onnxscript") from absent
     images = _images(model, batch)
     program = _program(plain(model), images, batch)
     apart = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values()) > _MAX_ONNX
     with _told("ONNX"), torch.no_grad():
         made = torch.onnx.export(program, (images,), dynamo=True, verbose=False)
+    assert made is not None  # with dynamo
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         with _written(path):

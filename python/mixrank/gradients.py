@@ -37,8 +37,8 @@ def backward(model: nn.Module, images: Tensor, numbers: list[int], names: list[s
         leaf = images.detach().clone().requires_grad_()
         logits = model(leaf.clone())  # a copy: a model may write over its input
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(f"gradients need a model that returns logits [B, classes], but it returned {found}")
+            returned = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(f"gradients need a model that returns logits [B, classes], but it returned {returned}")
         finite = logits.isfinite().all(dim=1)
         if not finite.all():
             raise InputError(f"gradients need finite logits, but those for {names[int(finite.int().argmin())]} are not")

@@ -27,6 +27,7 @@ class Imitation:
 
     def __init__(self, model: nn.Module, dense: nn.Module, scope: str, feature_weight: float) -> None:
         self.model, self.dense, self.scope, self.feature_weight = model, dense, scope, feature_weight
+        taps: dict[str, nn.Module]
         if scope == "layer":
             taps = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
         else:

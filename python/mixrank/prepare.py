@@ -7,7 +7,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from mixrank.errors import InputError
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 # Views of an image that is still easily recognised; colours stay, which the model's statistics depend on.
-_MILD = {"scale": (0.6, 1.0), "ratio": (0.9, 1 / 0.9), "hflip": 0.5, "color_jitter": None}
+_MILD: dict[str, Any] = {"scale": (0.6, 1.0), "ratio": (0.9, 1 / 0.9), "hflip": 0.5, "color_jitter": None}
 
 
 def check_preprocessing(preprocessing: dict) -> dict:
@@ -42,7 +42,7 @@ def check_preprocessing(preprocessing: dict) -> dict:
     return preprocessing
 
 
-def _are_numbers(values: Any, like: Any = None) -> bool:
+def _are_numbers(values: Any, like: Any = None) -> TypeGuard[list[float]]:
     same = isinstance(values, list) and (like is None or (isinstance(like, list) and len(values) == like[0]))
     return same and all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
@@ -61,7 +61,7 @@ class Prepare:
         self.size = channels, height, width = preprocessing["input_size"]
         self.views, self.seed = augment + 1, seed
         self.transform = create_transform(**preprocessing, is_training=False)
-        self.random = create_transform(**preprocessing, **_MILD, is_training=True) if augment else None
+        self.random = create_transform(**preprocessing, **_MILD, is_training=True) if augment else self.transform
         if channels not in (1, 3):
             raise InputError(f"images have 1 or 3 channels, but the model wants {channels}")
         self.mode = "L" if channels == 1 else "RGB"
@@ -106,7 +106,7 @@ class TrainingViews(Prepare):
         from timm.data import create_transform
 
         super().__init__(preprocessing)
-        plain = {key: preprocessing[key] for key in ("input_size", "interpolation", "mean", "std")}
+        plain: dict[str, Any] = {key: preprocessing[key] for key in ("input_size", "interpolation", "mean", "std")}
         try:
             self.random = create_transform(**plain, is_training=True, **views)
         except (AssertionError, KeyError, TypeError, ValueError) as error:

@@ -106,7 +106,8 @@ def divided(names: Mapping[str, int], do: Callable[[list[str]], dict[str, Value]
         do: makes the results of some of them.
     """
     number, count = place()
-    loads, chosen = [0] * count, {}
+    loads = [0] * count
+    chosen: dict[int, list[str]] = {}
     for name in sorted(names, key=lambda name: (-names[name], name)):
         least = loads.index(min(loads))
         chosen.setdefault(least, []).append(name)

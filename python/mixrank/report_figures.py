@@ -16,6 +16,7 @@ import matplotlib
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 INK, MUTED, GRID, PAPER, REMOVED = "#010203", "#010204", "#010205", "#010206", "#010207"
 SERIES = [f"#0201{index:02x}" for index in range(6)]
@@ -27,7 +28,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":")
 OTHER = "other"
 
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mixrank",
     "text.parse_math": False,
@@ -106,8 +107,9 @@ def _svg(figure: Figure, prefix: str, description: str) -> str:
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    opening = re.match(r"<svg[^>]*>", svg)[0]
-    box = re.search(r'viewBox="[^"]*"', opening)[0]
+    opening = svg[: svg.index(">") + 1]
+    start = opening.index('viewBox="')
+    box = opening[start : opening.index('"', start + len('viewBox="')) + 1]
     width = float(box.split('"')[1].split()[2])
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     svg = f'<svg {box} role="img" aria-label="{label}" style="max-width: {width:.0f}pt">' + svg[len(opening) :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,9 +192,17 @@ def _run(options: CompressOptions, device: torch.device) -> None:
         dense = create_model(options.model, pretrained=options.weights is None, weights=options.weights, args=args)
         dense = dense.to(device)
         data_config = preprocessing(dense)
-        opened = {"limit": options.limit, "seed": options.seed, "strict": options.strict, "root": options.data_root}
-        opened["split"] = options.split
-        calibration = open_images(options.images, data_config, augment=options.augment, **opened)
+        opened = partial(
+            open_images,
+            options.images,
+            data_config,
+            limit=options.limit,
+            seed=options.seed,
+            strict=options.strict,
+            root=options.data_root,
+            split=options.split,
+        )
+        calibration = opened(augment=options.augment)
         evaluation = _open_evaluation(options, data_config)
     if not is_first():
         _compress(options, dense, calibration, watch)
@@ -203,27 +212,26 @@ def _run(options: CompressOptions, device: torch.device) -> None:
 
     dense_score = None
 
-    def evaluate_dense() -> Evaluation:
+    def evaluate_dense(source: ImageSource) -> Evaluation:
         with watch.stage("evaluate_dense"):
-            score = evaluate(dense, evaluation.batches(options.batch_size), progress=progress)
+            score = evaluate(dense, source.batches(options.batch_size), progress=progress)
         compare(score.logits, score.logits)
         return score
 
     if evaluation is not None and not are_several():
-        dense_score = evaluate_dense()  # what is no classifier is refused before the long work
+        dense_score = evaluate_dense(evaluation)  # what is no classifier is refused before the long work
     model, made = _compressed(options, dense, calibration, watch)
     if evaluation is not None and dense_score is None:
-        dense_score = evaluate_dense()  # not before: the other processes would wait for it
+        dense_score = evaluate_dense(evaluation)  # not before: the other processes would wait for it
     compensation = None
     if training is not None:
         from mixrank.cli_compensate import noted, train
 
         with watch.stage("compensate"):
-            source = open_images(options.images, data_config, **opened)
-            compensation = train(model, copy.deepcopy(dense), source.batches(options.batch_size), options, training)
+            compensation = train(model, copy.deepcopy(dense), opened().batches(options.batch_size), options, training)
 
     score = fidelity = None
-    if evaluation is not None:
+    if evaluation is not None and dense_score is not None:
         with watch.stage("evaluate_compressed"):
             score = evaluate(model, evaluation.batches(options.batch_size), progress=progress)
         fidelity = dataclasses.asdict(compare(score.logits, dense_score.logits))

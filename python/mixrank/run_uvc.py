@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mixrank.data import ImageSource
-    from mixrank.uvc.options import UVCResult
+    from mixrank.uvc.options import UVCOptions, UVCResult
 
 CALIBRATION_IMAGES = 1000
 _BATCH = 32
@@ -104,6 +105,17 @@ def run(options: CommandOptions) -> None:
         _run(options, recipe, device)
 
 
+class _Running(TypedDict):
+    """What both ways to compress are run with."""
+
+    options: UVCOptions
+    validation: Iterable | None
+    dtype: torch.dtype | None
+    state: Path
+    log: Callable[[dict[str, Any]], None] | None
+    progress: bool
+
+
 def _run(options: CommandOptions, recipe: Recipe, device: torch.device) -> None:
     from mixrank import checkpoint
     from mixrank.models import create_model, preprocessing
@@ -130,7 +142,7 @@ def _run(options: CommandOptions, recipe: Recipe, device: torch.device) -> None:
         strict=options.strict,
     )
     log = writer(options.tensorboard) if options.tensorboard is not None and is_first() else None
-    running = {
+    running: _Running = {
         "options": recipe.options,
         "validation": None if validation is None else validation.batches(_BATCH),
         "dtype": chosen_dtype(options.dtype, device),
@@ -143,7 +155,9 @@ def _run(options: CommandOptions, recipe: Recipe, device: torch.device) -> None:
         wanted = options.images, options.labels, options.split
         calibration = _open(options, preprocessing(dense), *wanted, CALIBRATION_IMAGES)
         batches = calibration.batches(_BATCH)
-        result = compress_combined_(model, data, batches, combined=recipe.combined, **running)
+        result: UVCResult | CombinedResult = compress_combined_(
+            model, data, batches, combined=recipe.combined, **running
+        )
     else:
         result = compress_uvc_(model, data, **running)
     if is_first():
@@ -159,19 +173,27 @@ def _open(
 ) -> ImageSource:
     from mixrank.data import open_images
 
-    seed, root = options.seed or 0, options.data_root
-    kinds = {"labels": labels, "limit": limit, "seed": seed, "strict": options.strict, "root": root, "split": split}
-    return open_images(images, data_config, **kinds)
+    return open_images(
+        images,
+        data_config,
+        labels=labels,
+        limit=limit,
+        seed=options.seed or 0,
+        strict=options.strict,
+        root=options.data_root,
+        split=split,
+    )
 
 
 def _check_classes(source: ImageSource | None, model: nn.Module) -> None:
+    from mixrank.attributes import class_count
     from mixrank.evaluate import check_folders
 
     if source is None:
         return
     if not source.labelled:
         raise InputError(f"{source.source} has no labels: give one folder for each class, or a csv file")
-    check_folders(source.classes, model.num_classes)
+    check_folders(source.classes, class_count(model))
 
 
 def _noted(result: UVCResult | CombinedResult) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from mixrank.errors import InputError
 from mixrank.fidelity import Fidelity, compare, logits_of
 from mixrank.imitation import SCOPES, Imitation
-from mixrank.nn import LowRankLinear
+from mixrank.nn import LowRankLinear, MixedRankLinear
 from mixrank.progress import track
 from mixrank.training_state import TrainingState
 from mixrank.views import Views
@@ -114,7 +115,7 @@ class CompensationResult:
 
 
 @contextmanager
-def modes(model: nn.Module, dense: nn.Module, trained: dict[str, Tensor]) -> Iterator[None]:
+def modes(model: nn.Module, dense: nn.Module, trained: Mapping[str, Tensor]) -> Iterator[None]:
     """Both models in evaluation mode, gradients for ``trained`` alone; afterwards everything as it was."""
     before = {module: module.training for each in (model, dense) for module in each.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -157,8 +158,8 @@ class Training:
         self.frozen: list[Callable[[], None]] = []
         if options.trained == "residual":
             for layer in layers:
-                base = max(0, layer.rank - options.residual_rank)
-                self.frozen += [partial(_freeze, layer.down, 0, base), partial(_freeze, layer.up, 1, base)]
+                base, factors = max(0, layer.rank - options.residual_rank), cast(MixedRankLinear, layer)
+                self.frozen += [partial(_freeze, factors.down, 0, base), partial(_freeze, factors.up, 1, base)]
         self.model, self.dense, self.options, self.dtype, self.views = model, dense, options, dtype, views
         self.device = next(model.parameters()).device
         self.imitation = Imitation(model, dense, options.scope, options.feature_weight)
@@ -222,7 +223,7 @@ class Training:
             state = TrainingState.load(path, key, self.parameters)
         else:
             fidelity = compare(logits_of(self.model, self.held, self.dtype), self.target)
-            steps = self._affordable(minutes) if steps is None else steps
+            steps = self._affordable(cast(float, minutes)) if steps is None else steps
             state = TrainingState.new(key, steps, fidelity, self.parameters)
         self.set(state.current)
         for name, parameter in self.parameters.items():

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,10 +104,10 @@ class TrainingState:
                 content = json.loads((file.metadata() or {})[_KEY])
                 check_same_run(path, content["key"], key)
                 parts = {part: {n: file.get_tensor(f"{part}.{n}").clone() for n in parameters} for part in _PARTS}
-            values = {name: content[name] for name in _FIELDS}
+            values: dict[str, Any] = {name: content[name] for name in _FIELDS}
             before, after = (Fidelity(**content[name]) for name in ("before", "after"))
         except InputError:
             raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} is not the state of a training run: {error}") from error
-        return cls(key=key, before=before, after=after, **values, **parts)
+        return cls(key=key, before=before, after=after, **values | parts)

@@ -21,7 +21,8 @@ def gather(batches: Iterable, *, least: int) -> Tensor:
     Raises:
         InputError: fewer than ``least`` images, images of different sizes, or one that is not finite in fp16.
     """
-    images, count = [], 0
+    images: list[Tensor] = []
+    count = 0
     for item in batches:
         batch = as_batch(item, count)
         count += len(batch.images)

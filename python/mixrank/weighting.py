@@ -24,6 +24,7 @@ The squared error that factors minimise is a sum over tokens; a weight multiplie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -78,6 +79,10 @@ class Weighting:
         return _DEFAULT_LEVEL.get(self.kind) if self.level is None else self.level
 
     @property
+    def _known_value(self) -> float:
+        return cast(float, self.value)  # of a kind that has a default
+
+    @property
     def shared(self) -> bool:
         """Whether layers with the same input give its tokens the same weights."""
         return self.kind in ("none", "class")
@@ -96,7 +101,7 @@ class Weighting:
             divided by.
         """
         if self.kind == "class":
-            return _by_class(output.shape[:-1], images, prefix, self.value).to(output.device)
+            return _by_class(output.shape[:-1], images, prefix, self._known_value).to(output.device)
         if self.kind not in ("image", "token", "clip"):
             return None
         before_bias = output.float() if bias is None else output.float() - bias.float()
@@ -107,7 +112,8 @@ class Weighting:
         if self.kind == "image":
             weights = _inverse(by_image.sum(1, keepdim=True)).expand_as(by_image)
         else:
-            multiple, share = (self.value, 0.5) if self.value >= 1 else (1.0, self.value)
+            value = self._known_value
+            multiple, share = (value, 0.5) if value >= 1 else (1.0, value)
             limit = multiple**2 * by_image.quantile(share, dim=1, keepdim=True)
             weights = (limit * _inverse(by_image)).clamp(max=1)
         return weights.reshape(squares.shape)
