@@ -16,6 +16,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The sdist, a wheel made from it and from nothing else, and that wheel at work in a new venv outside the checkout.
 package: .venv/installed
