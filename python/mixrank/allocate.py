@@ -16,7 +16,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -177,9 +177,8 @@ def allocate(
         choices = {name: _near(points, sensitivities.get(name), near) for name, points in choices.items()}
     available = budget.limit - fixed
     chosen = greedy(choices, available) if ranks == "mixed" else _uniform(choices, shapes, available, form)
-    options = {"ranks": ranks, "energy": energy, "form": form} | {
-        name: value for name, value in {**bounds, **limits}.items() if value is not None
-    }
+    options: dict[str, object] = {"ranks": ranks, "energy": energy, "form": form}
+    options |= {name: value for name, value in {**bounds, **limits}.items() if value is not None}
     return plan_of(model, factorisations, {name: point.rank for name, point in chosen.items()}, form, options)
 
 
@@ -338,8 +337,7 @@ def _points(
     name: str, shape: LayerShape, ranks: list[int | None], factorisation: Factorisation, budget: Budget, energy: str
 ) -> list[Point]:
     """The layer's choices with their costs and the errors that they leave."""
-    remaining = remaining_error(factorisation, energy)
-    assert remaining is not None  # allocate refuses such an energy
+    remaining = cast(Tensor, remaining_error(factorisation, energy))  # allocate has refused an energy without
     errors = [0.0 if rank is None else remaining[rank].item() for rank in ranks]
     return [Point(rank, budget.cost(name, shape, rank), error) for rank, error in zip(ranks, errors, strict=True)]
 

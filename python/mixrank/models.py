@@ -6,7 +6,6 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -262,8 +261,7 @@ def compressible_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def skipped_linears(model: nn.Module) -> dict[str, str]:
     """Return why each of the other linear layers is left alone, by name."""
-    ask = getattr(model, "get_classifier", None)
-    heads = None if ask is None else ask()
+    heads = getattr(model, "get_classifier", lambda: None)()
     heads = heads if isinstance(heads, tuple | list) else (heads,)
     in_heads = {module for head in heads if isinstance(head, nn.Module) for module in head.modules()}
     linears = _linears(model)
@@ -359,7 +357,7 @@ def preprocessing(model: nn.Module) -> dict:
     return {"input_size": list(size)} | {key: config[key] for key in keys}
 
 
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
+def _input_size(model: nn.Module) -> tuple[int, ...]:
     """[C, H, W] of the model as it was built, where timm's configuration says how the architecture was trained."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = cfg.get("input_size", (3, 224, 224))
@@ -367,8 +365,7 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     channels = next((first.in_channels for first in convolutions), channels)
     owners = (getattr(model, "patch_embed", None), getattr(model, "stem", None), model)
     sizes = (getattr(owner, "img_size", None) for owner in owners)
-    size = (channels, *next((size for size in sizes if size is not None), (height, width)))
-    return cast("tuple[int, int, int]", tuple(map(int, size)))
+    return tuple(map(int, (channels, *next((size for size in sizes if size is not None), (height, width)))))
 
 
 def count_parameters(model: nn.Module) -> int:

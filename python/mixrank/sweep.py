@@ -203,7 +203,7 @@ def sweep(
             calibrated = sum(len(as_batch(item).images) for item in sample) // sample.views
         if apart is not None:
             evaluation = apart.kept
-        assert evaluation is not None
+        assert evaluation is not None  # those given, or those held out
         bench = _Bench(model, evaluation, progress)
         summary, rows = summarise(model, bench.dense), list(done)
 
