@@ -42,6 +42,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "strategies": tables_vit.strategies,
         "costs": tables_vit.costs,
         "speeds": tables_vit.speeds,
+        "aims": tables_vit.aims,
         "compensation": tables_vit.compensation,
         "peers": tables_peers.peers,
         "subsets": tables_peers.subsets,

@@ -7,6 +7,9 @@ from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
 FIDELITY = (("top1", 1), ("agreement", 1), ("kl", 3))  # fields and decimals
+AIMS = {0.6: (2.0, 0.5), 0.5: (5.0, 1.5), 0.4: (12.0, 3.0)}
+"""Points of top-1 that may be lost at each budget, without training and after at most so many minutes of two cores:"""
+AIM_MINUTES = 60.0
 
 
 def front() -> str:
@@ -134,3 +137,37 @@ def compensation() -> str:
         "seed",
     )
     return table(header, lines) + "\n" + conditions(rows[-1])
+
+
+def aims() -> str:
+    """Points that are lost beside those that may be, without training and after the longest one within the limit."""
+    rows, trained = read(vit_b16.OUT), read(vit_b16_compensation.OUT)
+    dense = next(row["top1"] for row in rows if row["kind"] == "dense")
+    strategies = {vit_b16.Strategy(**row["strategy"]): row for row in rows if row["kind"] == "strategy"}
+    lines = []
+    for keep, (aim, trained_aim) in AIMS.items():
+        longest = max(
+            (row for row in trained if row["keep"] == keep and _core_minutes(row) <= 2 * AIM_MINUTES + 1),
+            key=_core_minutes,
+            default=None,
+        )
+        found = strategies.get(vit_b16.defaults(keep))
+        lines.append(
+            (
+                keep,
+                *_against(None if found is None else dense - found["top1"], aim),
+                *_against(None if longest is None else dense - longest["after"]["top1"], trained_aim),
+                "not measured" if longest is None else f"{_core_minutes(longest):.0f}",
+            )
+        )
+    return table(("keep", "lost, points", "aim", "trained: lost", "aim", "core-minutes"), lines)
+
+
+def _core_minutes(row: dict) -> float:
+    return row["training"]["seconds"] / 60 * row["environment"]["threads"]
+
+
+def _against(lost: float | None, aim: float) -> tuple[str, str]:
+    if lost is None:
+        return "not measured", f"{aim:g}"
+    return f"{lost:.1f}", f"{aim:g}, {'met' if lost <= aim + 1e-9 else 'not met'}"
