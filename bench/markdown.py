@@ -15,7 +15,6 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def conditions(row: dict) -> str:
     """Where and when a result was measured."""
     e = row["environment"]
-    return (
-        f"Measured on {e['cpu']}, {e['threads']} threads, torch {e['torch']}, timm {e['timm']}, commit {e['commit']}, "
-        f"{e['date']}.\n"
-    )
+    isa = f" ({e['isa']})" if e.get("isa") else ""  # rows of earlier commits do not name it
+    threads = f"{e['threads']} thread{'' if e['threads'] == 1 else 's'}"
+    return f"Measured on {e['cpu']}{isa}, {threads}, torch {e['torch']}, timm {e['timm']}, commit {e['commit']}, {e['date']}.\n"
