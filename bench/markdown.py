@@ -17,4 +17,5 @@ def conditions(row: dict) -> str:
     e = row["environment"]
     isa = f" ({e['isa']})" if e.get("isa") else ""  # rows of earlier commits do not name it
     threads = f"{e['threads']} thread{'' if e['threads'] == 1 else 's'}"
-    return f"Measured on {e['cpu']}{isa}, {threads}, torch {e['torch']}, timm {e['timm']}, commit {e['commit']}, {e['date']}.\n"
+    versions = f"torch {e['torch']}, timm {e['timm']}, commit {e['commit']}"
+    return f"Measured on {e['cpu']}{isa}, {threads}, {versions}, {e['date']}.\n"
