@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mixrank import InputError, MixedRankLinear, PivotedLinear, allocate, apply_, calibrate, compress, decompose
-from mixrank.allocate import NEAR, check_budget, ranks_to_measure, remaining_error, tokens_per_layer
+from mixrank.allocate import NEAR, check_budget, plan_of, ranks_to_measure, remaining_error, tokens_per_layer
 from mixrank.greedy import Point, greedy, lower_hull
 from mixrank.models import count_bytes, count_macs, count_parameters
 from mixrank.sensitivity import Sensitivity
@@ -333,3 +333,12 @@ def test_sensitivity_has_to_be_measured_first_and_at_ranks_that_can_be_chosen(mo
     wrong = dict.fromkeys(factorisations, Sensitivity(13, 0.1))
     with pytest.raises(InputError, match="measured at rank 13, which this allocation cannot choose"):
         allocate(model, factorisations, keep=0.5, energy="sensitivity", sensitivities=wrong)
+
+
+@pytest.mark.parametrize("form", ["factors", "pivoted"])
+def test_a_plan_of_given_ranks_counts_what_it_will_hold(model, factorisations, form):
+    ranks = {name: None if "proj" in name else 5 + index for index, name in enumerate(factorisations)}
+    plan = plan_of(model, factorisations, ranks, form, {"by": "hand"})
+    assert {layer.name: layer.rank for layer in plan.layers} == ranks
+    assert plan.options == {"by": "hand"}
+    assert count_parameters(apply_(model, plan, factorisations)) == plan.parameters_after < plan.parameters_before
