@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixrank_bench import vit_b16_int8
+from mixrank_bench import vit_b16, vit_b16_int8
 from mixrank_bench.environment import RESULTS, read
 from mixrank_bench.markdown import conditions, table
 from mixrank_bench.measures import Measure, measures, newest_runs
@@ -38,9 +38,7 @@ def accuracy() -> str:
     rows = read(vit_b16_int8.OUT)
     if not rows:
         return NO_RUN
-    full = next(
-        row["bytes"] for row in rows if (row["model"], row["in_8_bits"]) == (vit_b16_int8.DENSE, vit_b16_int8.PLAIN)
-    )
+    full = next(row["bytes"] for row in read(vit_b16.OUT) if row["kind"] == "dense")
     lines = [
         (
             row["model"],
