@@ -105,9 +105,8 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
         >>> model = create_model("vit_tiny_patch16_224", args={"img_size": 32, "depth": 1})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(model, f"{folder}/model.safetensors")
-        ...     same = load(f"{folder}/model.safetensors")
-        >>> same.mixrank_spec == model.mixrank_spec
-        True
+        ...     print(read_header(f"{folder}/model.safetensors").plan)
+        None
     """
     path = Path(path)
     plan = getattr(model, "mixrank_plan", None) if plan is None else plan
