@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mixrank.models import count_parameters, create_model
+from mixrank.counting import count_parameters
+from mixrank.models import create_model
 from mixrank_bench.environment import RESULTS, append
 
 OUT = RESULTS / "large.jsonl"

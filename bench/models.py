@@ -38,7 +38,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mixrank
-from mixrank.models import count_parameters, preprocessing
+from mixrank.counting import count_parameters
+from mixrank.models import preprocessing
 from mixrank_bench import engines
 from mixrank_bench.environment import RESULTS, append_all, busy, environment
 from mixrank_bench.memory import peak_megabytes, reset_peak

@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 import mixrank
+from mixrank.counting import count_macs
 from mixrank.data import Batch
 from mixrank.gradients import backward
-from mixrank.models import ModelSpec, compressible_linears, count_macs, create_model, meta_model
+from mixrank.models import ModelSpec, compressible_linears, create_model, meta_model
 from mixrank.processes import add_up_, are_several, gathered, is_first, joined, place
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_kernels import ops

@@ -24,12 +24,13 @@ import torch
 from torch import nn
 
 import mixrank
+from mixrank.counting import count_macs, count_parameters
 from mixrank.demo import ARCHITECTURE, ASSETS, MODEL_ARGS, PREPROCESSING, WEIGHTS
 from mixrank.demo.run import batches
 from mixrank.demo.train import CALIBRATION_IMAGES, augment, normalise, read_fashion_mnist
 from mixrank.demo.uvc import BATCH, EPOCHS
 from mixrank.evaluate import compare_speed
-from mixrank.models import count_macs, count_parameters, create_model
+from mixrank.models import create_model
 from mixrank.precision import fast_dtype
 from mixrank.uvc.combine import CombinedOptions, compress_combined_, lower_ranks_
 from mixrank.uvc.data import TensorData

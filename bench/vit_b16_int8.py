@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import mixrank
-from mixrank.models import count_bytes
+from mixrank.counting import count_bytes
 from mixrank.quantize import quantize_
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import Fidelity, compare, compare_logits, reference

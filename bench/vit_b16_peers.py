@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixrank.counting import count_parameters
 from mixrank.data import open_images
 from mixrank.errors import InputError
-from mixrank.models import count_parameters, preprocessing
+from mixrank.models import preprocessing
 from mixrank.precision import fast_dtype
 from mixrank_bench import vit_b16
 from mixrank_bench.accuracy_peers import statistics

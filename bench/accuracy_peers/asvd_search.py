@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mixrank.counting import count_parameters
 from mixrank.errors import InputError
 from mixrank.fidelity import divergence
-from mixrank.models import compressible_linears, count_parameters
+from mixrank.models import compressible_linears
 from mixrank.nn import MixedRankLinear
 from mixrank_bench.accuracy_peers import asvd
 from mixrank_bench.accuracy_peers.blocks import check_blocks, first_inputs, run_block, run_from

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
+from mixrank.counting import count_parameters
 from mixrank.decompose import LayerShape
 from mixrank.errors import InputError
-from mixrank.models import compressible_linears, count_parameters
+from mixrank.models import compressible_linears
 from mixrank.plan import Plan
 from mixrank_bench.accuracy_peers.statistics import Calibration, InputStats
 

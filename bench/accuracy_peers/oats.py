@@ -17,8 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mixrank.counting import count_parameters
 from mixrank.errors import InputError
-from mixrank.models import compressible_linears, count_parameters
+from mixrank.models import compressible_linears
 from mixrank_bench.accuracy_peers.blocks import check_blocks, first_inputs, run_block
 from mixrank_bench.accuracy_peers.factored import Compressed, layer_share
 from mixrank_bench.accuracy_peers.statistics import Calibration

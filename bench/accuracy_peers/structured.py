@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from mixrank.counting import count_parameters
 from mixrank.errors import InputError
-from mixrank.models import count_parameters, preprocessing
+from mixrank.models import preprocessing
 from mixrank_bench.accuracy_peers.factored import Compressed
 from mixrank_bench.accuracy_peers.statistics import Calibration
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.arguments import Bounds, Limits
+from mixrank.counting import count_bytes, count_macs, count_parameters, tokens_per_layer
 from mixrank.decompose import Factorisation, LayerShape
 from mixrank.errors import InputError
 from mixrank.greedy import Point, greedy
-from mixrank.models import count_bytes, count_macs, count_parameters, preprocessing
 from mixrank.nn import SplitLinear
 from mixrank.nn_pivoted import index_dtype
 from mixrank.plan import FORMS, LayerPlan, Plan
@@ -275,31 +275,6 @@ def _budget(
         return Budget("bytes", max_bytes, count_bytes(model), sizes, sizes, form)
     assert max_macs is not None
     return Budget("macs", max_macs, count_macs(model), tokens_per_layer(model), dict.fromkeys(shapes, 0), form)
-
-
-def tokens_per_layer(model: nn.Module) -> dict[str, int]:
-    """How many rows one image sends through every linear layer, found by one forward pass over an empty image."""
-    rows: dict[str, int] = {}
-
-    def count(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
-            rows[name] = rows.get(name, 0) + arguments[0].numel() // arguments[0].shape[-1]
-
-        return hook
-
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    handles = [module.register_forward_hook(count(name)) for name, module in linears.items()]
-    training = model.training
-    parameter = next(model.parameters())
-    try:
-        with torch.inference_mode():
-            size = preprocessing(model)["input_size"]
-            model.eval()(torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return {name: rows.get(name, 0) for name in linears}
 
 
 def _ranks(

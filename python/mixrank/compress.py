@@ -16,10 +16,11 @@ from mixrank.apply import apply_, put_
 from mixrank.arguments import Allocation, Measuring, Running, Strategy
 from mixrank.automatic import classifies
 from mixrank.calibrate import calibrate, check_calibration
+from mixrank.counting import count_parameters
 from mixrank.coverage import describe, left_alone
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
-from mixrank.models import compressible_linears, count_parameters, expose_qkv_, hide_qkv_, split_qkv_
+from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.plan import Plan
 from mixrank.processes import are_several
 from mixrank.result import CompressionResult, layer_reports, notes

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mixrank.models import compressible_linears, count_parameters, skipped_linears
+from mixrank.counting import count_parameters
+from mixrank.models import compressible_linears, skipped_linears
 
 
 @dataclass(frozen=True)

@@ -23,3 +23,9 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out; PyTorch tells it in words of the allocator of each device."""
     words = ("allocate memory", "out of memory", "bad_alloc")
     return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixrank.counting import count_bytes, count_macs, count_parameters
 from mixrank.data import as_batch
 from mixrank.errors import InputError
-from mixrank.models import count_bytes, count_macs, count_parameters
 from mixrank.progress import track
 
 
@@ -219,7 +219,7 @@ def summarise(model: nn.Module, evaluation: Evaluation | None = None, speed: Spe
     """Put the size of a model together with what was measured of it.
 
     Raises:
-        InputError: the model's operations cannot be counted, see :func:`mixrank.models.count_macs`.
+        InputError: the model's operations cannot be counted, see :func:`mixrank.counting.count_macs`.
     """
     return ModelSummary(
         top1=None if evaluation is None else evaluation.top1,

@@ -1,4 +1,4 @@
-"""Everything that is known of timm: building its models, finding their linear layers, measuring their size."""
+"""Everything that is known of timm: building its models, finding their linear layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.attributes import class_count, note_
-from mixrank.errors import InputError, is_out_of_memory
+from mixrank.errors import InputError, first_line, is_out_of_memory
 from mixrank.nn import LowRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 
@@ -108,11 +108,11 @@ def _build(spec: ModelSpec, pretrained: bool) -> nn.Module:
             raise
         if pretrained:
             raise InputError(
-                f"the pretrained weights of {spec.architecture} cannot be had ({_first_line(error)}); "
+                f"the pretrained weights of {spec.architecture} cannot be had ({first_line(error)}); "
                 "give a file with weights (--weights FILE) instead"
             ) from error
         raise InputError(
-            f"timm cannot build {spec.architecture} with the arguments {json.dumps(spec.args)}: {_first_line(error)}"
+            f"timm cannot build {spec.architecture} with the arguments {json.dumps(spec.args)}: {first_line(error)}"
         ) from error
 
 
@@ -230,7 +230,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
                     raise InputError(f"{path} is a mixrank checkpoint: open it with mixrank.load")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} cannot be read as safetensors: {_first_line(error)}") from error
+            raise InputError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
     if path.suffix not in (".pth", ".pt", ".bin"):
         raise InputError(f"weights {path} must end in .safetensors, .pth, .pt or .bin")
     try:
@@ -243,11 +243,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{path} does not hold a state dict: tensors by name")
     return state
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def compressible_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -366,44 +361,3 @@ def _input_size(model: nn.Module) -> tuple[int, ...]:
     owners = (getattr(model, "patch_embed", None), getattr(model, "stem", None), model)
     sizes = (getattr(owner, "img_size", None) for owner in owners)
     return tuple(map(int, (channels, *next((size for size in sizes if size is not None), (height, width)))))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of all parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and persistent buffers, shared ones once: the tensors of a checkpoint."""
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def count_macs(model: nn.Module) -> int:
-    """Return the multiply-accumulate operations of one image, without running the model.
-
-    Counted are matrix products and convolutions: linear layers (factored ones as ``M * R * (K + N)``), patch embedding,
-    and the two products of attention. Not counted are biases, normalisation, softmax, activations, sums.
-
-    Raises:
-        InputError: the forward pass cannot be traced on a zero image of the model's input size.
-    """
-    from mixrank_kernels.flops import FlopCounterMode
-
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    # Tensors without memory: fast for any size of model, and attention is always counted, since the formula of
-    # the fused kernel that a real device would pick is missing for some devices.
-    hollow = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-    dtype = next((tensor.dtype for tensor in hollow.values() if tensor.is_floating_point()), torch.float32)
-    image = torch.zeros(1, *preprocessing(model)["input_size"], device="meta", dtype=dtype)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            torch.func.functional_call(model, hollow, (image,))
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise InputError(f"the operations of {type(model).__name__} cannot be counted: {_first_line(error)}") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    return counter.get_total_flops() // 2

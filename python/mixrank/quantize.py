@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from mixrank.counting import count_bytes
 from mixrank.errors import InputError
-from mixrank.models import CLASSIFIER, count_bytes, skipped_linears
+from mixrank.models import CLASSIFIER, skipped_linears
 from mixrank.nn import LinearLike, MixedRankLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from mixrank.models import count_parameters
+from mixrank.counting import count_parameters
 from mixrank_bench import ablation, tables_ablation
 from mixrank_bench.ablation import BASE, VARIANTS, Ablation, Subject, Variant
 

@@ -9,10 +9,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mixrank.counting import count_parameters
 from mixrank.decompose import factorise
 from mixrank.errors import InputError
 from mixrank.fidelity import divergence
-from mixrank.models import compressible_linears, count_parameters
+from mixrank.models import compressible_linears
 from mixrank.stats import LayerStats
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, statistics, structured, svd_llm
 from mixrank_bench.accuracy_peers.factored import compress_mixed, compress_uniform, layer_share, truncatable

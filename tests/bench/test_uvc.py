@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from mixrank.models import count_macs
+from mixrank.counting import count_macs
 from mixrank.uvc.landing import macs_of
 from mixrank.uvc.primal_dual import Groups
 from mixrank.uvc.shrink import shrink_

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mixrank import InputError, MixedRankLinear, PivotedLinear, allocate, apply_, calibrate, compress, decompose
-from mixrank.allocate import NEAR, check_budget, plan_of, ranks_to_measure, remaining_error, tokens_per_layer
+from mixrank.allocate import NEAR, check_budget, plan_of, ranks_to_measure, remaining_error
+from mixrank.counting import count_bytes, count_macs, count_parameters
 from mixrank.greedy import Point, greedy, lower_hull
-from mixrank.models import count_bytes, count_macs, count_parameters
 from mixrank.sensitivity import Sensitivity
 
 LAYERS = {"factors": MixedRankLinear, "pivoted": PivotedLinear}
@@ -119,12 +119,6 @@ def test_greedy_with_pivoted_costs_is_never_over_budget_and_at_most_a_layer_from
             default=float("inf"),
         )
         assert sum(point.error for point in chosen.values()) <= best + 1e-9
-
-
-def test_tokens_per_layer_counts_one_image(model):
-    tokens = tokens_per_layer(model)
-    assert tokens["blocks.0.attn.qkv"] == 5
-    assert tokens["head"] == 1
 
 
 @pytest.mark.parametrize(

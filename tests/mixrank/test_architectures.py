@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import mixrank
+from mixrank.counting import count_macs, count_parameters
 from mixrank.coverage import left_alone
-from mixrank.models import compressible_linears, count_macs, count_parameters, create_model, preprocessing
+from mixrank.models import compressible_linears, create_model, preprocessing
 
 CLASSES = {"num_classes": 7}
 FAMILIES = {

@@ -17,6 +17,7 @@ from torch import nn
 import mixrank
 from mixrank import checkpoint, models
 from mixrank.apply import restructure_
+from mixrank.counting import count_bytes
 from mixrank.errors import InputError
 from mixrank.plan import LayerPlan, Plan
 
@@ -165,7 +166,7 @@ def test_the_index_of_a_pivoted_layer_is_saved_in_int16(path):
     indices = [info for name, info in infos.items() if name.endswith(".index")]
     assert len(indices) == sum(isinstance(module, mixrank.PivotedLinear) for module in model.modules())
     assert {info.dtype for info in indices} == {torch.int16}
-    assert models.count_bytes(model) == sum(math.prod(i.shape) * i.dtype.itemsize for i in infos.values())
+    assert count_bytes(model) == sum(math.prod(i.shape) * i.dtype.itemsize for i in infos.values())
 
 
 @pytest.mark.parametrize(

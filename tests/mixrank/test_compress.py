@@ -14,7 +14,8 @@ import torch
 import mixrank
 from mixrank import InputError, allocate, apply_, compress, decompose
 from mixrank.calibrate import calibrate, held_out_images
-from mixrank.models import count_macs, count_parameters, create_model, split_qkv_
+from mixrank.counting import count_macs, count_parameters
+from mixrank.models import create_model, split_qkv_
 from mixrank.sample import Sample
 
 

@@ -11,6 +11,7 @@ from torch import nn
 import mixrank
 from mixrank import models, quantize
 from mixrank.calibrate import calibrate
+from mixrank.counting import count_bytes, count_macs, count_parameters
 from mixrank.errors import InputError
 from mixrank.nn import MixedRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
@@ -74,7 +75,7 @@ def test_a_quantised_layer_is_close_to_the_layer(dynamic):
             ((model[0].weight - layer.weight).norm() / layer.weight.norm()).item(), rel=1e-4
         )
         assert report.dynamic is dynamic
-        assert (result.bytes_before, result.bytes_after) == (models.count_bytes(layer), models.count_bytes(model))
+        assert (result.bytes_before, result.bytes_after) == (count_bytes(layer), count_bytes(model))
         assert model[0].merge().weight.dtype == torch.float32
         torch.testing.assert_close(model[0].merge()(x), nn.functional.linear(x, model[0].weight, model[0].bias))
 
@@ -114,9 +115,9 @@ def test_a_model_is_quantised_whole(compressed, images, dynamic):
     with torch.inference_mode():
         expected, y = before(images), compressed(images)
     assert (y - expected).norm() < 0.1 * expected.norm()
-    assert models.count_bytes(compressed) == result.bytes_after < 0.5 * result.bytes_before
-    assert models.count_parameters(compressed) == models.count_parameters(before)
-    assert models.count_macs(compressed) == models.count_macs(before)
+    assert count_bytes(compressed) == result.bytes_after < 0.5 * result.bytes_before
+    assert count_parameters(compressed) == count_parameters(before)
+    assert count_macs(compressed) == count_macs(before)
     assert not any(parameter.requires_grad for parameter in compressed.parameters())
     for line in (*names, "patch_embed.proj: left as it is", "all bytes"):
         assert line in result.describe()
@@ -132,8 +133,8 @@ def test_pivoted_layers_stay_pivoted(model, images, dynamic):
     assert isinstance(layer, Int8PivotedLinear)
     assert layer.index.dtype == torch.int16
     assert torch.equal(layer.index, pivoted.index)
-    assert models.count_parameters(model) == models.count_parameters(before)
-    assert models.count_macs(model) == models.count_macs(before)
+    assert count_parameters(model) == count_parameters(before)
+    assert count_macs(model) == count_macs(before)
     assert result.bytes_after < 0.5 * result.bytes_before
     with torch.inference_mode():
         expected, y = before(images), model(images)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import mixrank
+from mixrank.counting import count_parameters
 from mixrank.data import open_images
-from mixrank.models import count_parameters, preprocessing
+from mixrank.models import preprocessing
 
 pytestmark = [pytest.mark.real_data, pytest.mark.slow]
 

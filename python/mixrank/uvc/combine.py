@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from mixrank.compress import compress
+from mixrank.counting import count_macs
 from mixrank.errors import InputError
-from mixrank.models import count_macs
 from mixrank.nn_pivoted import put_back_, unpivot_
 from mixrank.result import CompressionResult
 from mixrank.uvc.data import TrainingData

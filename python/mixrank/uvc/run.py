@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.attributes import block_list
-from mixrank.models import count_macs
+from mixrank.counting import count_macs
 from mixrank.processes import shared
 from mixrank.uvc.data import TrainingData
 from mixrank.uvc.finetune import Training, become

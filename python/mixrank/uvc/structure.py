@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.attributes import block_list
+from mixrank.counting import count_macs
 from mixrank.errors import InputError
-from mixrank.models import count_macs, preprocessing
+from mixrank.models import preprocessing
 
 Number = TypeVar("Number", int, Tensor)
 
@@ -70,7 +71,7 @@ class Structure:
         return attention + 2 * t * c * neurons
 
     def macs(self) -> int:
-        """Multiply-adds of one image, as :func:`mixrank.models.count_macs` counts them."""
+        """Multiply-adds of one image, as :func:`mixrank.counting.count_macs` counts them."""
         blocks = (self.block_macs(len(block.columns), sum(block.columns), block.neurons) for block in self.blocks)
         return self.fixed_macs + sum(blocks)
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from mixrank import checkpoint, load
-from mixrank.models import count_macs, create_model
+from mixrank.counting import count_macs
+from mixrank.models import create_model
 from mixrank.uvc.loader import LoaderData
 
 ARCHITECTURE = "vit_tiny_patch16_224"

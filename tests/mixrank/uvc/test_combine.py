@@ -10,7 +10,8 @@ import torch
 
 import mixrank
 from mixrank import InputError
-from mixrank.models import count_macs, create_model
+from mixrank.counting import count_macs
+from mixrank.models import create_model
 from mixrank.uvc.combine import CombinedOptions, compress_combined_, states_of
 from mixrank.uvc.data import TensorData
 from mixrank.uvc.options import UVCOptions

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import mixrank
+from mixrank.counting import count_macs
 from mixrank.demo import uvc
 from mixrank.demo.run import batches, load_images
-from mixrank.models import count_macs
 
 
 @pytest.fixture(scope="module")

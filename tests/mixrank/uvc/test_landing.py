@@ -9,7 +9,7 @@ import timm
 import torch
 
 from mixrank import InputError
-from mixrank.models import count_macs
+from mixrank.counting import count_macs
 from mixrank.uvc.landing import land, macs_of
 from mixrank.uvc.primal_dual import BlockVariables, Groups
 from mixrank.uvc.shrink import KeptBlock, shrink_

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import mixrank
 from mixrank import InputError
-from mixrank.models import count_macs
+from mixrank.counting import count_macs
 from mixrank.uvc.data import TensorData, seeded
 from mixrank.uvc.objective import check_labels, objective
 from mixrank.uvc.options import UVCOptions

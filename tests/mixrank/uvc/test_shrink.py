@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mixrank import InputError, compress
-from mixrank.models import count_macs, count_parameters
+from mixrank.counting import count_macs, count_parameters
 from mixrank.uvc.attention import PrunedAttention
 from mixrank.uvc.shrink import KeptBlock, mask_, shrink_
 from mixrank.uvc.structure import BlockParts, parts_of, register_reader, structure_of
