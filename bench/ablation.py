@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixrank.allocate import plan_of
 from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, held_out_images
 from mixrank.compensate import CompensationOptions, compensate_
@@ -183,8 +184,9 @@ def _subject(model: nn.Module, images: Tensor, **others: Any) -> Subject:
 class Ablation:
     """The variants of one subject; statistics and factors are kept while they serve the next one too."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, ranks: Mapping[str, int | None] | None = None) -> None:
+        """``ranks``: those that the defaults were found to give, by layer name, where that was measured before."""
+        self.subject, self.ranks = subject, ranks
         self.apart = list(subject.apart.float().split(subject.batch_size))
         self.target = logits_of(subject.model, self.apart, subject.dtype)
         self.plan: Plan | None = None
@@ -225,7 +227,11 @@ class Ablation:
         """The plan of the defaults."""
         if self.plan is None:
             model = copy.deepcopy(self.subject.model)
-            self.plan = self._at_once(model, BASE)
+            if self.ranks is None:
+                self.plan = self._at_once(model, BASE)
+            else:
+                svd = decompose(model, factors="svd")  # errors of the plan alone depend on the factors
+                self.plan = plan_of(model, svd, self.ranks, FORM)
         return self.plan
 
     def _at_once(self, model: nn.Module, variant: Variant) -> Plan:
@@ -304,7 +310,8 @@ def main() -> None:
             parser.error("--assets must name the folder of the fashion model")
         else:
             subject = fashion(args.assets)
-        ablation = Ablation(subject)
+        known = (row["ranks"] for row in read(args.out) if (row["model"], row["switch"]) == (args.model, BASE.switch))
+        ablation = Ablation(subject, next(known, None))
         for variant in wanted:
             row = {"model": args.model, "keep": subject.keep, "switch": variant.switch, "value": variant.value}
             row |= {"seed": SEED, "calibration": variant.images or len(subject.images)} | ablation.measure(variant)

@@ -37,7 +37,9 @@ def measured():
         "trained": Variant("", "", factors=SVD, training={"learning_rate": 1e-4, "min_scale": 1.0}),
         "again": BASE,
     }
-    return model, {name: run.measure(variant) for name, variant in wanted.items()}
+    rows = {name: run.measure(variant) for name, variant in wanted.items()}
+    rows["resumed"] = Ablation(subject, rows["base"]["ranks"]).measure(wanted["svd"])
+    return model, rows
 
 
 def test_what_changes_the_factors_takes_the_ranks_of_the_defaults(measured):
@@ -57,6 +59,11 @@ def test_every_variant_holds_the_budget_and_the_same_gives_the_same(measured):
         assert 0.4 * count_parameters(model) < row["parameters"] <= 0.5 * count_parameters(model)
         assert row["images"] == 10
     assert rows["again"]["kl"] == rows["base"]["kl"]
+
+
+def test_a_run_that_goes_on_takes_the_ranks_that_the_defaults_had(measured):
+    _, rows = measured
+    assert rows["resumed"] | {"seconds": 0} == rows["svd"] | {"seconds": 0}
 
 
 def test_names_of_variants_are_their_own():
