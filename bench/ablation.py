@@ -95,6 +95,7 @@ class Variant:
         rounds: how often sensitivity is measured.
         seen: measure it on images that the factors were made from, and without others to judge them.
         split: factor q, k and v apart.
+        by_heart: judge it on images that the factors were made from too.
     """
 
     switch: str
@@ -110,6 +111,7 @@ class Variant:
     rounds: int = SENSITIVITY_ROUNDS
     seen: bool = False
     split: bool = False
+    by_heart: bool = False
 
     @property
     def statistics(self) -> tuple:
@@ -137,7 +139,8 @@ VARIANTS = (
     Variant("highest rank", "a half", allocation={"max_rank": 0.5}),
     Variant("sensitivity", "on images that the factors were made from", allocation={}, seen=True),
     Variant("qkv", "split", allocation={}, split=True),
-    *(Variant("images", str(count), images=count) for count in (100, 200, 400)),
+    *(Variant("images", str(count), images=count, by_heart=True) for count in (100, 200, 400)),
+    Variant("images", "all", by_heart=True),
     Variant("views", "2 random ones of each image more", views=2),
     *(Variant("weighting", kind, calibration={"weighting": kind}) for kind in WEIGHTINGS if kind != "none"),
     Variant("probes", "4 of each image", calibration={"draws": 4}),
@@ -181,6 +184,11 @@ def _subject(model: nn.Module, images: Tensor, **others: Any) -> Subject:
     return Subject(model.eval(), images[~apart], images[apart], **others)
 
 
+def _spread(total: int, count: int) -> Tensor:
+    """``count`` of the first ``total`` numbers, evenly spread."""
+    return torch.linspace(0, total - 1, count).round().long()
+
+
 class Ablation:
     """The variants of one subject; statistics and factors are kept while they serve the next one too."""
 
@@ -214,7 +222,8 @@ class Ablation:
                 model, self.subject.model, batches, steps=self.subject.steps, options=options, dtype=self.subject.dtype
             )
         found = compare(logits_of(model, self.apart, self.subject.dtype), self.target)
-        return {
+        seen = {"kl_seen": self._divergence_seen(model, variant)} if variant.by_heart else {}
+        return seen | {
             "kl": found.divergence,
             "agreement": found.agreement,
             "images": found.images,
@@ -279,10 +288,20 @@ class Ablation:
                 make = partial(factorise, stats=both, **FACTORS)
                 model.set_submodule(layer.name, with_blocks(linear, both, make, layer.rank, *variant.blocks))
 
+    def _divergence_seen(self, model: nn.Module, variant: Variant) -> float:
+        """On as many of the images that calibration had as are held out from it, or on all that it had."""
+        images = self._images(variant)
+        chosen = images[_spread(len(images), min(len(images), len(self.subject.apart)))].float()
+        batches = list(chosen.split(self.subject.batch_size))
+        dense = logits_of(self.subject.model, batches, self.subject.dtype)
+        return compare(logits_of(model, batches, self.subject.dtype), dense).divergence
+
+    def _images(self, variant: Variant) -> Tensor:
+        images = self.subject.images
+        return images if variant.images is None else images[_spread(len(images), variant.images)]
+
     def _batches(self, variant: Variant) -> Iterable[Tensor]:
-        images, size = self.subject.images, self.subject.batch_size
-        if variant.images is not None:
-            images = images[torch.linspace(0, len(images) - 1, variant.images).round().long()]
+        images, size = self._images(variant), self.subject.batch_size
         yield from (batch.float() for batch in images.split(size))
         if variant.views:
             views = Views(images, size, seed=SEED, min_scale=VIEW_SCALE)

@@ -47,6 +47,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "peers": tables_peers.peers,
         "subsets": tables_peers.subsets,
         "ablation": tables_ablation.switches,
+        "by-heart": tables_ablation.by_heart,
     },
     "docs/benchmarks.md": {
         "machine": tables_ops.machine,

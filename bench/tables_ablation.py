@@ -31,6 +31,27 @@ def switches() -> str:
     return table(header, lines) + "\n" + conditions(rows[-1])
 
 
+def by_heart() -> str:
+    """The divergence on images that the factors were made from beside that on others, by the number of the former."""
+    rows = [row for row in read(ablation.OUT) if "kl_seen" in row]
+    latest = {(row["model"], row["calibration"]): row for row in rows}
+    lines = [
+        (
+            MODELS[model],
+            str(row["keep"]),
+            str(count),
+            f"{row['kl_seen']:.3g}",
+            f"{row['kl']:.3g}",
+            f"{row['agreement']:.1f}",
+        )
+        for (model, count), row in sorted(latest.items(), key=lambda item: (list(MODELS).index(item[0][0]), item[0][1]))
+    ]
+    if not lines:
+        return NO_RUN
+    header = ["model", "keep", "images", "KL on these, nats", "KL on others, nats", "agreement on others, %"]
+    return table(header, lines) + "\n" + conditions(rows[-1])
+
+
 def _first(switch: str) -> int:
     return next(i for i, variant in enumerate(ablation.VARIANTS) if variant.switch == switch)
 

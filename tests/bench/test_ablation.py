@@ -36,6 +36,7 @@ def measured():
         "blocks": Variant("", "", blocks=(16, 0.2)),
         "trained": Variant("", "", factors=SVD, training={"learning_rate": 1e-4, "min_scale": 1.0}),
         "again": BASE,
+        "by heart": Variant("", "", images=12, by_heart=True),
     }
     rows = {name: run.measure(variant) for name, variant in wanted.items()}
     rows["resumed"] = Ablation(subject, rows["base"]["ranks"]).measure(wanted["svd"])
@@ -66,6 +67,13 @@ def test_a_run_that_goes_on_takes_the_ranks_that_the_defaults_had(measured):
     assert rows["resumed"] | {"seconds": 0} == rows["svd"] | {"seconds": 0}
 
 
+def test_what_is_learnt_by_heart_is_measured_on_images_that_were_used(measured):
+    _, rows = measured
+    assert rows["by heart"]["kl"] == rows["few"]["kl"]
+    assert 0 < rows["by heart"]["kl_seen"] < rows["by heart"]["kl"]
+    assert "kl_seen" not in rows["few"]
+
+
 def test_names_of_variants_are_their_own():
     names = [(variant.switch, variant.value) for variant in VARIANTS]
     assert len(set(names)) == len(names)
@@ -89,3 +97,21 @@ def test_the_table_sets_each_beside_the_defaults_of_its_model(tmp_path, monkeypa
     lines = tables_ablation.switches().splitlines()
     assert lines[2] == "| defaults |  | 0.5 | 1.00 | 90.0 | 0.01 | 1.00 | 90.0 |"
     assert lines[3] == "| qkv | split | not measured |  |  | 0.02 | 2.00 | 90.0 |"
+
+
+def test_the_table_of_what_is_learnt_by_heart_goes_by_the_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "OUT", tmp_path / "rows.jsonl")
+    assert tables_ablation.by_heart() == tables_ablation.NO_RUN
+    environment = {"cpu": "a", "threads": 1, "torch": "2", "timm": "1", "commit": "c", "date": "2026-01-01"}
+    shared = {"model": "vit_b16", "switch": "images", "keep": 0.4, "agreement": 70.0, "environment": environment}
+    rows = [
+        shared | {"value": "all", "calibration": 800, "kl": 0.9, "kl_seen": 0.5},
+        shared | {"value": "100", "calibration": 100, "kl": 2.0, "kl_seen": 0.25},
+        shared | {"value": "200", "calibration": 200, "kl": 1.5},
+    ]
+    ablation.OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = tables_ablation.by_heart().splitlines()
+    assert [line for line in lines if line.startswith("| ViT")] == [
+        "| ViT-B/16 | 0.4 | 100 | 0.25 | 2 | 70.0 |",
+        "| ViT-B/16 | 0.4 | 800 | 0.5 | 0.9 | 70.0 |",
+    ]
