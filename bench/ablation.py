@@ -41,7 +41,7 @@ from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
 from mixrank.sequential import compress_blocks_
 from mixrank.views import Views, gather
-from mixrank.weighting import WEIGHTINGS
+from mixrank.weighting import WEIGHTINGS, Weighting
 from mixrank_bench.block_residual import with_blocks
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.vit_b16 import Data
@@ -143,6 +143,15 @@ VARIANTS = (
     Variant("images", "all", by_heart=True),
     Variant("views", "2 random ones of each image more", views=2),
     *(Variant("weighting", kind, calibration={"weighting": kind}) for kind in WEIGHTINGS if kind != "none"),
+    *(
+        Variant(
+            "weighting",
+            f"gradient and alike, shrink {pull:g}",
+            calibration={"weighting": Weighting("gradient", 1.0)},
+            factors={"shrink": pull},
+        )
+        for pull in (0.3, 0.6, 1.0)
+    ),
     Variant("probes", "4 of each image", calibration={"draws": 4}),
     *(Variant("sequential", f"ridge {ridge:g}", ridge=ridge) for ridge in (0.1, 1.0, 10.0)),
     *(

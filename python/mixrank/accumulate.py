@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,32 @@ class Measure:
 
 
 @dataclass
+class _Sums:
+    """Sums over rows, each times its weight: ``gram`` ``[S, S]`` and ``total`` ``[S]``, float64, and the weights'."""
+
+    gram: Tensor
+    total: Tensor
+    rows: float = 0
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device) -> _Sums:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        return cls(zeros(size, size), zeros(size))
+
+    def add(self, observed: Tensor, weight: Tensor | None) -> None:
+        ops.gram_accumulate_(self.gram, observed, weight, self.total)
+        self.rows += observed.numel() // observed.shape[-1] if weight is None else weight.sum().item()
+
+    def copied(self) -> _Sums:
+        return _Sums(self.gram.clone(), self.total.clone(), self.rows)
+
+    def blended(self, share: float, other: _Sums) -> _Sums:
+        """``share`` times these and all of the other."""
+        gram, total = share * self.gram + other.gram, share * self.total + other.total
+        return _Sums(gram, total, share * self.rows + other.rows)
+
+
+@dataclass
 class _Call:
     """Rows of one call that wait for their weights."""
 
@@ -67,15 +94,14 @@ class Accumulator:
         self.layers, self.side, self.measure = layers, side_of(*layers.values()), measure
         size = self.module.in_features if self.side == "input" else self.module.out_features
         device = self.module.weight.device
-        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+        self.sums = _Sums.zeros(size, device)
+        self.alike = _Sums.zeros(size, device) if measure.weighting.alike else None
         self.gradient: Tensor | None = None
         self.frame: Tensor | None = None
         if measure.gradients:
             frame, core = output_frame(self.module.weight)
             self.frame = None if frame is None else frame.to(device, torch.float32)
             self.gradient = torch.zeros(len(core), len(core), dtype=torch.float64, device=device)
-        self.rows: float = 0
         self.tokens = 0
         self.names: list[str] = []
         self.waiting: list[_Call] = []
@@ -99,7 +125,8 @@ class Accumulator:
         results = []
         for part in parts:
             result = copy.copy(self)
-            result.layers, result.gram, result.total, result.waiting = part, self.gram.clone(), self.total.clone(), []
+            result.layers, result.sums, result.waiting = part, self.sums.copied(), []
+            result.alike = None if self.alike is None else self.alike.copied()
             results.append(result)
         return results
 
@@ -134,11 +161,11 @@ class Accumulator:
         self.waiting = []
 
     def _add(self, observed: Tensor, weight: Tensor | None) -> None:
-        ops.gram_accumulate_(self.gram, observed, weight, self.total)
-        count = observed.numel() // observed.shape[-1]
-        self.tokens += count
-        self.rows += count if weight is None else weight.sum().item()
-        if not self.total.isfinite().all():
+        self.sums.add(observed, weight)
+        if self.alike is not None:
+            self.alike.add(observed, None)
+        self.tokens += observed.numel() // observed.shape[-1]
+        if not self.sums.total.isfinite().all():
             raise InputError(
                 f"the {self.side} of layer {self.name} has NaN or infinite values for {self._culprit(observed)}"
             )
@@ -151,20 +178,30 @@ class Accumulator:
 
     def add_up(self) -> None:
         """Take the sums over all processes."""
-        counts = torch.tensor([self.rows, self.tokens], dtype=torch.float64, device=self.gram.device)
-        add_up_([self.gram, self.total, counts, *([] if self.gradient is None else [self.gradient])])
-        self.rows, self.tokens = counts[0].item(), int(counts[1])
+        kinds = [self.sums] if self.alike is None else [self.sums, self.alike]
+        counts = torch.tensor(
+            [*(each.rows for each in kinds), self.tokens], dtype=torch.float64, device=self.sums.gram.device
+        )
+        tensors = [tensor for each in kinds for tensor in (each.gram, each.total)]
+        add_up_([*tensors, counts, *([] if self.gradient is None else [self.gradient])])
+        *rows, tokens = counts.tolist()
+        for each, count in zip(kinds, rows, strict=True):
+            each.rows = count
+        self.tokens = int(tokens)
 
     def finish(self, images: int) -> LayerStats:
         """Return the sums over some images, those of outputs with the bias taken out."""
-        gram, total = self.gram, self.total
+        sums = self.sums
+        if self.alike is not None:
+            sums = self.alike.blended(self.measure.weighting.alike * sums.rows / self.tokens, sums)
+        gram, total = sums.gram, sums.total
         if self.side == "output" and self.module.bias is not None:
             bias = self.module.bias.detach().double()
             cross = torch.outer(total, bias)
-            gram = gram - cross - cross.mT + self.rows * torch.outer(bias, bias)
-            total = total - self.rows * bias
+            gram = gram - cross - cross.mT + sums.rows * torch.outer(bias, bias)
+            total = total - sums.rows * bias
         gradient = None if self.gradient is None else self.gradient.cpu()
-        return LayerStats(self.side, gram.cpu(), total.cpu(), self.rows, gradient, images)
+        return LayerStats(self.side, gram.cpu(), total.cpu(), sums.rows, gradient, images)
 
 
 def side_of(*linears: nn.Linear) -> str:

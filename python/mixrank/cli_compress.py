@@ -136,7 +136,7 @@ def compress(
         float | None,
         typer.Option(
             help="clip: a multiple of the median length, or below 1 a quantile; class: the class token's weight "
-            "relative to all patches.",
+            "relative to all patches; gradient: how much of the mean weight is added to each.",
             rich_help_panel="Calibration",
         ),
     ] = None,

@@ -18,7 +18,8 @@ The squared error that factors minimise is a sum over tokens; a weight multiplie
 ``gradient``
     The squared norm of the gradient of the loss with respect to the layer's output at this token: how much the
     model's answer depends on it. No label is needed: the weights are the traces of the Fisher information of the
-    outputs, see :mod:`mixrank.gradients`.
+    outputs, see :mod:`mixrank.gradients`. Few tokens carry most of it, so ``level`` times the mean weight of all tokens
+    is added to each: 0 by default, 1 for sums that are half of gradients and half of all tokens alike.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 from mixrank.errors import InputError
 
 WEIGHTINGS = ("none", "image", "token", "clip", "class", "gradient")
-_DEFAULT_LEVEL = {"clip": 2.0, "class": 1.0}
+_DEFAULT_LEVEL = {"clip": 2.0, "class": 1.0, "gradient": 0.0}
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Weighting:
 
     Attributes:
         kind: one of ``none``, ``image``, ``token``, ``clip``, ``class``, ``gradient``; see the module.
-        level: the number above 0 that ``clip`` and ``class`` take; None: 2 and 1.
+        level: a number above 0 for ``clip`` (None: 2) and ``class`` (1), one of at least 0 for ``gradient`` (0).
 
     Raises:
-        InputError: an unknown kind, or a level that is not above 0 or not wanted.
+        InputError: an unknown kind, or a level that is outside its range or not wanted.
 
     Example:
         >>> Weighting("clip").value, Weighting("clip", 3).value
@@ -61,8 +62,12 @@ class Weighting:
             return
         if self.kind not in _DEFAULT_LEVEL:
             raise InputError(f"weighting {self.kind!r} takes no level, but it was {self.level}")
-        if not 0 < self.level < float("inf"):
-            raise InputError(f"the level of weighting {self.kind!r} must be a number above 0, but it was {self.level}")
+        least_fits = self.level >= 0 if self.kind == "gradient" else self.level > 0
+        if not (least_fits and self.level < float("inf")):
+            allowed = "at least 0" if self.kind == "gradient" else "above 0"
+            raise InputError(
+                f"the level of weighting {self.kind!r} must be a number {allowed}, but it was {self.level}"
+            )
 
     @classmethod
     def of(cls, weighting: str | Weighting) -> Weighting:
@@ -77,6 +82,11 @@ class Weighting:
     def value(self) -> float | None:
         """The level, or its default."""
         return _DEFAULT_LEVEL.get(self.kind) if self.level is None else self.level
+
+    @property
+    def alike(self) -> float:
+        """What is added to the weights of gradients, in units of their mean; 0 for other weights."""
+        return self._known_value if self.kind == "gradient" else 0.0
 
     @property
     def _known_value(self) -> float:

@@ -149,6 +149,24 @@ def test_gradients_weight_tokens_and_are_summed(model, images, draws):
             torch.testing.assert_close(each[name].gradient, fisher, rtol=1e-3, atol=1e-4 * fisher.abs().max().item())
 
 
+@pytest.mark.parametrize("held_out", [0.0, 0.5])
+def test_a_level_adds_so_much_of_the_mean_weight_to_each_token(model, images, held_out):
+    alone, alike = (
+        calibrate(model, [images], weighting=weighting, gradients=True, held_out=held_out)
+        for weighting in ("gradient", "none")
+    )
+    both = calibrate(model, [images], weighting=Weighting("gradient", 0.5), gradients=True, held_out=held_out)
+    for stats in zip(alone.items(), alike.values(), both.values(), strict=True):
+        (name, weighted), plain, mixed = stats
+        pull = 0.5 * weighted.rows / plain.rows
+        assert mixed.rows == pytest.approx(1.5 * weighted.rows)
+        for sums in ("gram", "total"):
+            wanted = getattr(weighted, sums) + pull * getattr(plain, sums)
+            found = getattr(mixed, sums)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item(), msg=name)
+        assert torch.equal(mixed.gradient, weighted.gradient)
+
+
 def test_gradients_beside_other_weights_change_no_statistics(model, images):
     plain, both = (calibrate(model, [images], gradients=gradients) for gradients in (False, True))
     for name in plain:
@@ -186,6 +204,11 @@ def test_probes_have_the_second_moment_of_the_gradients_of_drawn_labels():
         ({"kind": "token", "level": 2}, "weighting 'token' takes no level, but it was 2"),
         ({"kind": "clip", "level": 0}, "the level of weighting 'clip' must be a number above 0, but it was 0"),
         ({"kind": "class", "level": float("nan")}, "must be a number above 0, but it was nan"),
+        (
+            {"kind": "gradient", "level": -1},
+            "the level of weighting 'gradient' must be a number at least 0, but it was -1",
+        ),
+        ({"kind": "gradient", "level": float("inf")}, "must be a number at least 0, but it was inf"),
     ],
 )
 def test_weightings_that_cannot_be_are_refused(arguments, message):
