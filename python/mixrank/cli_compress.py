@@ -116,7 +116,8 @@ def compress(
         str,
         typer.Option(
             help="Pull of the factors towards svd, against few images: a number of at least 0; auto: by layer, from "
-            "images held out; oas: from the number of images.",
+            "images held out; oas: from the number of images; measured: one for all, by what the model makes "
+            "of images held out.",
             rich_help_panel="Strategy",
         ),
     ] = "0.3",

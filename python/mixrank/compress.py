@@ -20,6 +20,7 @@ from mixrank.counting import count_parameters
 from mixrank.coverage import describe, left_alone
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
+from mixrank.measured_pull import FIRST, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.plan import Plan
 from mixrank.processes import are_several
@@ -27,6 +28,7 @@ from mixrank.result import CompressionResult, layer_reports, notes
 from mixrank.sample import Sample
 from mixrank.sensitivity import measure_sensitivity
 from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
+from mixrank.shrinkage import MEASURED
 from mixrank.weighting import Weighting
 
 SENSITIVITY_IMAGES = 48
@@ -36,7 +38,7 @@ LEFT_ALONE = 0.2
 # What did best on two real models by images held out, see docs/accuracy.md.
 SHRINK = 0.3
 FORM = "pivoted"
-_SENSITIVITY_BATCH = 24
+SENSITIVITY_BATCH = 24
 
 Value = TypeVar("Value")
 
@@ -88,7 +90,9 @@ def compress(
         sensitivity_images: how many images, drawn at random from those held out, the sensitivity is measured on.
         centre: move the mean of what is lost into the bias; None: not for ``factors="svd"``.
         shrink: pull of the factors towards ``"svd"``, at least 0; guards against few calibration images. ``"auto"``:
-            for each layer by the error on images held out; ``"oas"``: by the number of images.
+            for each layer by the error on images held out; ``"oas"``: by the number of images; ``"measured"``, for
+            classifiers: one for all layers, by the divergence of the whole compressed model on images held out, see
+            :mod:`mixrank.measured_pull`.
         fisher_shrink: pull of the gradients' Gram matrix towards the identity, for ``"fisher"``.
         weighting: how much each calibration token counts, see :mod:`mixrank.weighting`.
         held_out: share of the images on which factors made without them are judged, and the sensitivity measured; the
@@ -125,6 +129,7 @@ def compress(
     undecided = images is not None and not sequential and None in (factors, energy)
     automatic = undecided and energy is None and ranks == "mixed"
     fisher = undecided and factors is None
+    measured = shrink == MEASURED and factors != "svd"
     # What suits every model, so that all can be checked before the first image is touched.
     factors, energy = factors or "aware", energy or "weight"
     fused = dict(model.named_modules()) if split_qkv else {}
@@ -137,6 +142,7 @@ def compress(
         }  # fmt: skip
         calibrated = images is not None
         apart = calibrated and held_out != 0
+        shrink = FIRST if shrink == MEASURED else shrink
         strategy: Strategy = {
             "factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink,
         }  # fmt: skip
@@ -152,14 +158,18 @@ def compress(
             remarks.append(describe(alone, model))
         check_energy(energy, ranks, calibrated=calibrated, held_out=apart)
         twice = ranks == "mixed" and energy != "weight"
-        if undecided and images is not None:
+        if measured and (images is None or not apart or sequential):
+            raise InputError("shrink='measured' needs images that are held out, and no sequential=True")
+        if (undecided or measured) and images is not None:
             classifier, images = classifies(model, images)
+            if measured and not classifier:
+                raise InputError(f"shrink='measured' needs logits of classes, but {type(model).__name__} returns none")
             automatic, fisher = automatic and classifier, fisher and classifier
             if automatic:
                 allocation["energy"] = "sensitivity"
             if fisher:
                 strategy["factors"], measuring["gradients"] = "fisher", True
-            if not classifier:
+            if undecided and not classifier:
                 remarks.append("the model returns no logits of classes, so the layers' outputs and weights decide all")
         if sequential:
             check_sequential(images, factors, shrink, Weighting.of(weighting).kind, ridge, twice=twice)
@@ -171,8 +181,12 @@ def compress(
             stats = timed("calibrate", lambda: calibrate(model, sample, seed=seed, **measuring, **running))
         svd: Strategy = {"factors": "svd", "centre": False}
         first = strategy if stats is not None or not sequential else svd
-        factorisations = timed("decompose", lambda: decompose(model, stats, progress=progress, **first))
-        factorisations = {name: replace(made, shape=shapes[name]) for name, made in factorisations.items()}
+
+        def made(how: Strategy) -> dict[str, Factorisation]:
+            found = decompose(model, stats, progress=progress, **how)
+            return {name: replace(each, shape=shapes[name]) for name, each in found.items()}
+
+        factorisations: Mapping[str, Factorisation] = timed("decompose", lambda: made(first))
         try:
             plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
         except InputError as error:
@@ -181,11 +195,15 @@ def compress(
             allocation["energy"] = "weight"
             plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
+        if measured:
+            again, parts = lambda pull: made({**strategy, "shrink": pull}), sample.images.split(SENSITIVITY_BATCH)
+            choose = partial(measure_pull, model, plan, factorisations, again, parts, running)
+            _, factorisations = timed("shrink", choose)
         if sequential:
             del strategy["fisher_shrink"]
             fit = partial(compress_blocks_, model, batches, plan, ridge=ridge, strategy=strategy, **running)
             fitted, count = timed("sequential", fit)
-            factorisations |= fitted
+            factorisations = {**factorisations, **fitted}
             put_(model, plan, fitted)
         else:
             count = 0 if stats is None else stats.all_images
@@ -240,7 +258,7 @@ def plan_ranks(
     plan = timed("allocate", lambda: allocate(model, factorisations, **first))
     if not measured:
         return plan
-    batches = sample.images.split(_SENSITIVITY_BATCH)
+    batches = sample.images.split(SENSITIVITY_BATCH)
 
     def improved(plan: Plan) -> Plan:
         for number in range(rounds):

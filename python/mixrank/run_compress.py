@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mixrank.data import ImageSource
     from mixrank.evaluate import Evaluation
 
-AUTOMATIC = ("auto", "oas")
+AUTOMATIC = ("auto", "oas", "measured")
 STRATEGY = (
     "factors", "ranks", "energy", "sensitivity_images", "centre", "fisher_shrink", "held_out", "draws", "split_qkv",
     "step", "min_rank", "max_rank", "form", "sequential", "ridge", "seed",
@@ -131,7 +131,7 @@ class CompressOptions:
         try:
             return float(self.shrink)
         except ValueError:
-            raise InputError(f"--shrink must be a number, {' or '.join(AUTOMATIC)}, got {self.shrink}") from None
+            raise InputError(f"--shrink must be a number or one of {', '.join(AUTOMATIC)}, got {self.shrink}") from None
 
     def strategy(self) -> dict[str, Any]:
         """The arguments of :func:`mixrank.compress` that are neither images, their weights nor budget."""

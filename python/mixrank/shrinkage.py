@@ -14,6 +14,8 @@ from torch import Tensor
 from mixrank.errors import InputError
 
 AUTOMATIC = ("auto", "oas")
+MEASURED = "measured"
+"""What :func:`mixrank.compress` and :func:`mixrank.sweep` take besides, see :mod:`mixrank.measured_pull`."""
 GRID = (math.inf, 3.0, 1.0, 0.3, 0.1, 0.0)
 TIE = 1e-3  # scores this close, relatively, are the same: the difference would not repeat on other images
 # Adds nothing that can be seen to an error, and orders directions that no calibration image shows by the weight.

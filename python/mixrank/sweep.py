@@ -19,15 +19,18 @@ from mixrank.allocate import check_budget
 from mixrank.apply import apply_
 from mixrank.arguments import Allocation, Running
 from mixrank.calibrate import calibrate
-from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, check_energy, plan_ranks
+from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, SHRINK, Timer, check_energy, plan_ranks
 from mixrank.data import as_batch
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
 from mixrank.evaluate import Evaluation, ModelSummary, evaluate, summarise
 from mixrank.fidelity import Fidelity, compare
+from mixrank.measured_pull import FIRST, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
 from mixrank.plan import Plan
 from mixrank.sample import Apart, Sample
+from mixrank.shrinkage import MEASURED
+from mixrank.stats import CalibrationStats
 
 # Options of mixrank.compress; what a preset does not name is as in that function.
 _PLAIN = {"factors": "aware", "energy": "weight", "shrink": 0.0, "form": "factors"}
@@ -211,12 +214,17 @@ def sweep(
             return SweepResult(summary, tuple(rows), calibrated, bench.dense.images)
 
         for factors, wanted in groups:
-            made = timed("decompose", partial(decompose, model, stats, progress=progress, **factors))
+            made = timed("decompose", partial(_with_pull, model, stats, factors, progress, _first_pull(factors)))
             for name, share in wanted:
                 once = Timer()
                 allocation: Allocation = {**_allocation(chosen[name]), "keep": share}
                 plan = plan_ranks(model, made, sample, once, allocation, running)
-                candidate = once("apply", partial(_applied, model, plan, made))
+                suited: Mapping[str, Factorisation] = made
+                if factors["shrink"] == MEASURED and factors["factors"] != "svd":
+                    again = partial(_with_pull, model, stats, factors, progress)
+                    batches = sample.images.split(SENSITIVITY_BATCH)
+                    suited = once("shrink", partial(measure_pull, model, plan, made, again, batches, running))[1]
+                candidate = once("apply", partial(_applied, model, plan, suited))
                 score = once("evaluate", partial(bench.score, candidate))
                 fidelity = compare(score.logits, bench.dense.logits)
                 measured = (summarise(candidate, score), fidelity, plan, timed.seconds | once.seconds)
@@ -226,6 +234,16 @@ def sweep(
         return result()
     finally:
         hide_qkv_(model, exposed)
+
+
+def _first_pull(factors: dict[str, Any]) -> float | str:
+    return FIRST if factors["shrink"] == MEASURED else factors["shrink"]
+
+
+def _with_pull(
+    model: nn.Module, stats: CalibrationStats | None, factors: dict[str, Any], progress: bool, pull: float | str
+) -> dict[str, Factorisation]:
+    return decompose(model, stats, progress=progress, **factors | {"shrink": pull})
 
 
 def _applied(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:
@@ -286,7 +304,8 @@ def _check(model: nn.Module, chosen: dict[str, dict[str, Any]], keeps: tuple[flo
     """Raise InputError for what can be known before the calibration."""
     linears = compressible_linears(model)
     for options in chosen.values():
-        centre = check_strategy(**_of(options, _FACTORS), calibrated=True)
+        factors = _of(options, _FACTORS)
+        centre = check_strategy(**factors | {"shrink": _first_pull(factors)}, calibrated=True)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in linears.items()}
         ranks = _allocation(options)
         for share in keeps:

@@ -169,7 +169,7 @@ def test_inputs_are_never_overwritten(world) -> None:
         (["--batch-size", "-1"], "--batch-size"),
         (["--draws", "0"], "--draws"),
         (["--augment", "-1"], "--augment must be at least 0"),
-        (["--shrink", "much"], "--shrink must be a number, auto or oas"),
+        (["--shrink", "much"], "--shrink must be a number or one of auto, oas, measured, got much"),
         (["--shrink", "auto", "--held-out", "0"], "needs images that are held out"),
         (["--weighting", "token", "--weighting-level", "2"], "takes no level"),
         (["--sequential", "--factors", "fisher"], "sequential=True takes"),

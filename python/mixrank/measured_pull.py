@@ -1,0 +1,75 @@
+"""The pull of the factors towards the plain SVD that suits a model and a budget, measured on the compressed model.
+
+How strong a pull is best depends on more than the number of images: the fewer ranks there are, the further the inputs
+of late layers drift from those that calibration saw, and factors fitted closely to the latter go astray. A layer by
+itself shows nothing of that. So the model is compressed by the plan that was found, with factors of a few pulls that
+were made without the images held out, and the one that moves the logits of these least is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from mixrank.apply import put_
+from mixrank.arguments import Running
+from mixrank.decompose import Factorisation
+from mixrank.errors import InputError
+from mixrank.fidelity import compare, logits_of
+from mixrank.plan import Plan
+from mixrank.processes import gathered
+
+PULLS = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0)
+FIRST = 0.3
+
+
+def measure_pull(
+    model: nn.Module,
+    plan: Plan,
+    first: Mapping[str, Factorisation],
+    make: Callable[[float], dict[str, Factorisation]],
+    batches: Sequence[Tensor],
+    running: Running,
+) -> tuple[float, Mapping[str, Factorisation]]:
+    """Walk from :data:`FIRST` to the neighbouring pulls of :data:`PULLS` as long as the divergence falls.
+
+    Args:
+        model: the dense model, in any mode; it is left as it is.
+        plan: the ranks.
+        first: the factorisations with the pull :data:`FIRST`, with trials on images held out.
+        make: the same for another pull.
+        batches: image tensors ``[B, C, H, W]`` of images held out.
+        running: ``dtype`` of the autocast.
+
+    Returns:
+        The best pull and its factorisations.
+
+    Raises:
+        InputError: there are no trials, as no images were held out; the model does not return finite logits of at least
+            two classes.
+    """
+    if any(made.trial is None for made in first.values()):
+        raise InputError("shrink='measured' needs images that are held out, but there were none")
+    dense = copy.deepcopy(model).eval()
+    target = logits_of(dense, batches, running["dtype"])
+
+    def judged(made: Mapping[str, Factorisation]) -> float:
+        trials = {name: each.trial or each for name, each in made.items()}
+        candidate = put_(copy.deepcopy(dense), plan, trials).eval()
+        found = compare(logits_of(candidate, batches, running["dtype"]), target).divergence
+        return gathered(found)[0]  # rounding must not part the processes
+
+    place = PULLS.index(FIRST)
+    best, least = (FIRST, first), judged(first)
+    for steps in (range(place + 1, len(PULLS)), range(place - 1, -1, -1)):
+        for step in steps:
+            made = make(PULLS[step])
+            divergence = judged(made)
+            if divergence >= least:
+                break
+            best, least = (PULLS[step], made), divergence
+        if best[0] != FIRST:
+            break
+    return best

@@ -1,0 +1,116 @@
+"""The pull that is measured on the whole compressed model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from mixrank import InputError, compress, sweep
+from mixrank.allocate import allocate
+from mixrank.apply import apply_
+from mixrank.calibrate import calibrate
+from mixrank.decompose import decompose
+from mixrank.fidelity import compare, logits_of
+from mixrank.measured_pull import FIRST, PULLS, measure_pull
+
+RUNNING = {"dtype": None, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def images():
+    torch.manual_seed(3)
+    kinds = torch.randn(8, 3, 32, 32)
+    return kinds.repeat(8, 1, 1, 1) + 0.5 * torch.randn(64, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    made = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=7).eval()
+    torch.nn.init.normal_(made.head.weight, std=0.2)
+    return made
+
+
+def parts(model, images, keep):
+    stats = calibrate(model, [images], held_out=0.25, gradients=True)
+
+    def make(pull):
+        return decompose(model, stats, factors="fisher", shrink=pull)
+
+    first = make(FIRST)
+    return make, first, allocate(model, first, keep=keep), images[::4]
+
+
+@pytest.mark.parametrize("keep", [0.7, 0.3])
+def test_no_neighbour_of_the_pull_does_better_on_images_held_out(model, images, keep):
+    make, first, plan, apart = parts(model, images, keep)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pull, chosen = measure_pull(model, plan, first, make, [apart], RUNNING)
+    dense = logits_of(model, [apart])
+
+    def judged(made):
+        trials = {name: each.trial for name, each in made.items()}
+        return compare(logits_of(apply_(copy.deepcopy(model), plan, trials), [apart]), dense).divergence
+
+    place = PULLS.index(pull)
+    least = judged(chosen)
+    assert least == judged(make(pull)) <= judged(first)
+    for neighbour in PULLS[max(0, place - 1) : place + 2]:
+        assert neighbour == pull or judged(make(neighbour)) >= least
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_each_pull_is_made_once_and_no_further_than_the_divergence_falls(model, images):
+    make, first, plan, apart = parts(model, images, 0.5)
+    asked = []
+
+    def counted(pull):
+        asked.append(pull)
+        return make(pull)
+
+    pull, _ = measure_pull(model, plan, first, counted, [apart], RUNNING)
+    assert len(set(asked)) == len(asked)
+    assert FIRST not in asked
+    place, start = PULLS.index(pull), PULLS.index(FIRST)
+    reached = {PULLS.index(each) for each in asked}
+    wanted = {start - 1, start + 1} if place == start else {*range(min(place, start), max(place, start) + 1)}
+    assert wanted - {start} <= reached
+    assert all(abs(each - place) <= 1 or min(place, start) <= each <= start + 1 for each in reached)
+
+
+def test_compress_and_sweep_take_it(model, images):
+    with pytest.raises(InputError, match="shrink must be a number, auto or oas, but it was 'measured'"):
+        decompose(model, factors="svd", shrink="measured")
+    compressed, plain = copy.deepcopy(model), copy.deepcopy(model)
+    result = compress(compressed, images.split(16), keep=0.4, shrink="measured")
+    fixed = compress(plain, images.split(16), keep=0.4, shrink=FIRST)
+    assert result.plan == fixed.plan
+    pulls = {layer.shrink for layer in result.layers}
+    assert len(pulls) == 1
+    assert pulls <= set(PULLS)
+    assert "shrink" in result.seconds
+    rows = sweep(model, images.split(16), [0.4], {"a": {"shrink": "measured"}, "b": {}}).rows
+    assert [row.plan for row in rows] == [rows[0].plan] * 2
+    assert "shrink" in rows[0].seconds
+
+
+@pytest.mark.parametrize("options", [{"held_out": 0.0}, {"sequential": True, "factors": "aware"}])
+def test_without_images_held_out_or_in_sequence_it_is_refused(model, images, options):
+    with pytest.raises(InputError, match="shrink='measured' needs images that are held out, and no sequential=True"):
+        compress(copy.deepcopy(model), [images], keep=0.5, shrink="measured", **options)
+    with pytest.raises(InputError, match="shrink='measured' needs images that are held out, but there were none"):
+        compress(copy.deepcopy(model), [images[:3]], keep=0.5, shrink="measured", energy="weight")
+
+
+def test_a_model_without_classes_is_refused(images):
+    features = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    with pytest.raises(InputError, match="shrink='measured' needs logits of classes, but VisionTransformer returns"):
+        compress(features, [images], keep=0.5, shrink="measured")
+
+
+def test_factors_of_the_plain_svd_have_no_pull(model):
+    result = compress(copy.deepcopy(model), keep=0.5, factors="svd", energy="weight", shrink="measured")
+    assert {layer.shrink for layer in result.layers} == {None}
