@@ -61,7 +61,8 @@ def _strategy(row: dict) -> str:
     ranks = "uniform ranks" if s["ranks"] == "uniform" else f"mixed ranks by {by}"
     factors = {"aware": "activation-aware", "fisher": "two-sided (Fisher)", "svd": "plain SVD"}[s["factors"]]
     shrink = f", shrink {s['shrink']}" if s.get("shrink") else ""
-    details = f"{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}{shrink}"
+    tokens = f", tokens by {s['weighting']}" if s.get("weighting", "none") != "none" else ""
+    details = f"{tokens}{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}{shrink}"
     return f"{factors}, {ranks}{details}{', pivoted' if s.get('form') == 'pivoted' else ''}"
 
 

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,17 @@ import mixrank
 from mixrank.allocate import allocate, plan_of
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
-from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, plan_ranks
+from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, SHRINK, Timer, plan_ranks
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
+from mixrank.measured_pull import FIRST, measure_pull
 from mixrank.models import create_model, preprocessing, split_qkv_
 from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
+from mixrank.shrinkage import MEASURED
 from mixrank.stats import CalibrationStats, LayerStats
+from mixrank.weighting import Weighting
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import compare_logits, reference
 from mixrank_bench.memory import peak_megabytes
@@ -52,6 +56,7 @@ KEEPS = (0.6, 0.5, 0.4)
 COST_IMAGES = 256
 SPEED_BATCH = 8
 SUMS = ("gram", "total", "gradient")
+ALIKE = Weighting("none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +69,20 @@ class Strategy:
     energy: str
     centre: bool
     split_qkv: bool
-    shrink: float = 0.0
+    shrink: float | str = 0.0
     form: str = "factors"
+    weighting: str = "none"
+    level: float | None = None
+
+    @property
+    def tokens(self) -> Weighting:
+        """How much each calibration token counts."""
+        return Weighting(self.weighting, self.level)
+
+    @property
+    def pull(self) -> float | str:
+        """``shrink``, or what it is before it is measured."""
+        return FIRST if self.shrink == MEASURED else self.shrink
 
 
 def strategies() -> Iterator[Strategy]:
@@ -80,6 +97,10 @@ def strategies() -> Iterator[Strategy]:
         if (energy, form) != ("weight", "factors"):
             yield Strategy(keep, "aware", "mixed", energy, True, False, 0.3, form)
     yield from map(defaults, KEEPS)
+    for keep, shrink in itertools.product(KEEPS, (SHRINK, MEASURED)):
+        yield dataclasses.replace(defaults(keep), shrink=shrink, weighting="gradient", level=1.0)
+    for keep in KEEPS:
+        yield dataclasses.replace(defaults(keep), shrink=MEASURED)
 
 
 def defaults(keep: float) -> Strategy:
@@ -118,8 +139,15 @@ class Data:
         return source.batches(50)
 
 
-def cached_statistics(data: Data, model: torch.nn.Module, cache: Path | None) -> CalibrationStats:
-    """The statistics of all calibration images, with gradients; with ``cache``, from that file, or written to it."""
+def cached_statistics(
+    data: Data, model: torch.nn.Module, cache: Path | None, tokens: Weighting = ALIKE
+) -> CalibrationStats:
+    """The statistics of all calibration images, with gradients.
+
+    With ``cache``, from that file, or written to it; those of tokens that do not count alike in a file beside it.
+    """
+    if cache is not None and tokens != ALIKE:
+        cache = cache.with_name(f"{cache.stem}_{tokens.kind}_{tokens.value}{cache.suffix}")
     if cache is not None and cache.is_file():
         with safe_open(cache, "pt") as file:
             header = json.loads(file.metadata()["statistics"])
@@ -127,7 +155,8 @@ def cached_statistics(data: Data, model: torch.nn.Module, cache: Path | None) ->
         main.held_out = apart
         return main
     print("calibrating on all images", file=sys.stderr)
-    stats = calibrate(model, data.calibration(model), held_out=None, gradients=True, progress=True)
+    options = {"held_out": None, "gradients": True, "weighting": tokens, "progress": True}
+    stats = calibrate(model, data.calibration(model), **options)
     if cache is not None:
         tensors, header = {}, {}
         for part, found in (("main", stats), ("held_out", stats.held_out)):
@@ -164,23 +193,31 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
     if not any(row["kind"] == "dense" for row in read(out)):
         append(out, {"kind": "dense"} | summarise(dense, dense_score).to_json())
     target = reference(dense, test, logits=dense_score.logits)
-    fused_stats = cached_statistics(data, dense, cache)
     sample = Sample(data.calibration(dense), SENSITIVITY_IMAGES, seed=0, held_out=None)
     list(sample)
-    for (split, factors, centre, shrink), group in itertools.groupby(
+    fused_stats, fused_tokens = None, None
+    for (tokens, split, factors, centre, pull), group in itertools.groupby(
         sorted(wanted, key=_decomposition), key=_decomposition
     ):
+        if fused_stats is None or fused_tokens != tokens:
+            fused_stats = None  # not two at a time
+            fused_stats, fused_tokens = cached_statistics(data, dense, cache, Weighting(*tokens)), tokens
         base = copy.deepcopy(dense)
         stats = with_parts(fused_stats, split_qkv_(base)) if split else fused_stats
-        factorisations = decompose(base, stats, factors=factors, centre=centre, shrink=shrink)
+        make = partial(decompose, base, stats, factors=factors, centre=centre, shrink=pull)
+        factorisations = make()
         for strategy in group:
             allocation = {name: getattr(strategy, name) for name in ("keep", "ranks", "energy", "form")}
             running = {"dtype": fast_dtype(), "progress": True}
             plan = plan_ranks(base, factorisations, sample, Timer(), allocation, running)
-            model = apply_(copy.deepcopy(base), plan, factorisations)
+            found, suited = strategy.shrink, factorisations
+            if found == MEASURED:
+                batches = sample.images.split(SENSITIVITY_BATCH)
+                found, suited = measure_pull(base, plan, factorisations, make, batches, running)
+            model = apply_(copy.deepcopy(base), plan, suited)
             score = evaluate(model, test, progress=True)
-            errors = [factorisations[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]
-            found = compare_logits(score.logits, target)
+            errors = [suited[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]
+            follows = compare_logits(score.logits, target)
             row = {
                 "kind": "strategy",
                 "strategy": dataclasses.asdict(strategy),
@@ -189,9 +226,10 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
                 "mean_relative_error": sum(errors) / len(errors),
                 "dense_layers": sum(p.rank is None for p in plan.layers),
                 "ranks": {p.name: p.rank for p in plan.layers},
-                "agreement": found.agreement,
-                "kl": found.kl,
-                "correct": found.correct,
+                "pull": found,
+                "agreement": follows.agreement,
+                "kl": follows.kl,
+                "correct": follows.correct,
             }
             append(out, row | summarise(model, score).to_json())
             if models is not None and strategy == defaults(strategy.keep):
@@ -215,8 +253,9 @@ def remake_models(data: Data, rows: list[dict[str, Any]], cache: Path | None, mo
         mixrank.save(apply_(copy.deepcopy(dense), plan, factorisations), checkpoint_of(models, keep))
 
 
-def _decomposition(strategy: Strategy) -> tuple[bool, str, bool, float]:
-    return strategy.split_qkv, strategy.factors, strategy.centre, strategy.shrink
+def _decomposition(strategy: Strategy) -> tuple[tuple[str, float | None], bool, str, bool, float | str]:
+    tokens = (strategy.tokens.kind, strategy.tokens.level)
+    return tokens, strategy.split_qkv, strategy.factors, strategy.centre, strategy.pull
 
 
 def with_parts(stats: CalibrationStats, split: tuple[str, ...]) -> CalibrationStats:

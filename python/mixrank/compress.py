@@ -196,7 +196,7 @@ def compress(
             plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
         if measured:
-            again, parts = lambda pull: made({**strategy, "shrink": pull}), sample.images.split(SENSITIVITY_BATCH)
+            again, parts = lambda shrink: made({**strategy, "shrink": shrink}), sample.images.split(SENSITIVITY_BATCH)
             choose = partial(measure_pull, model, plan, factorisations, again, parts, running)
             _, factorisations = timed("shrink", choose)
         if sequential:

@@ -29,7 +29,7 @@ def measure_pull(
     model: nn.Module,
     plan: Plan,
     first: Mapping[str, Factorisation],
-    make: Callable[[float], dict[str, Factorisation]],
+    make: Callable[..., Mapping[str, Factorisation]],
     batches: Sequence[Tensor],
     running: Running,
 ) -> tuple[float, Mapping[str, Factorisation]]:
@@ -39,7 +39,7 @@ def measure_pull(
         model: the dense model, in any mode; it is left as it is.
         plan: the ranks.
         first: the factorisations with the pull :data:`FIRST`, with trials on images held out.
-        make: the same for another pull.
+        make: the same for another pull, its argument ``shrink``.
         batches: image tensors ``[B, C, H, W]`` of images held out.
         running: ``dtype`` of the autocast.
 
@@ -65,7 +65,7 @@ def measure_pull(
     best, least = (FIRST, first), judged(first)
     for steps in (range(place + 1, len(PULLS)), range(place - 1, -1, -1)):
         for step in steps:
-            made = make(PULLS[step])
+            made = make(shrink=PULLS[step])
             divergence = judged(made)
             if divergence >= least:
                 break

@@ -30,7 +30,6 @@ from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
 from mixrank.plan import Plan
 from mixrank.sample import Apart, Sample
 from mixrank.shrinkage import MEASURED
-from mixrank.stats import CalibrationStats
 
 # Options of mixrank.compress; what a preset does not name is as in that function.
 _PLAIN = {"factors": "aware", "energy": "weight", "shrink": 0.0, "form": "factors"}
@@ -214,16 +213,16 @@ def sweep(
             return SweepResult(summary, tuple(rows), calibrated, bench.dense.images)
 
         for factors, wanted in groups:
-            made = timed("decompose", partial(_with_pull, model, stats, factors, progress, _first_pull(factors)))
+            make = partial(decompose, model, stats, progress=progress, **factors | {"shrink": _first_pull(factors)})
+            made = timed("decompose", make)
             for name, share in wanted:
                 once = Timer()
                 allocation: Allocation = {**_allocation(chosen[name]), "keep": share}
                 plan = plan_ranks(model, made, sample, once, allocation, running)
                 suited: Mapping[str, Factorisation] = made
                 if factors["shrink"] == MEASURED and factors["factors"] != "svd":
-                    again = partial(_with_pull, model, stats, factors, progress)
                     batches = sample.images.split(SENSITIVITY_BATCH)
-                    suited = once("shrink", partial(measure_pull, model, plan, made, again, batches, running))[1]
+                    suited = once("shrink", partial(measure_pull, model, plan, made, make, batches, running))[1]
                 candidate = once("apply", partial(_applied, model, plan, suited))
                 score = once("evaluate", partial(bench.score, candidate))
                 fidelity = compare(score.logits, bench.dense.logits)
@@ -238,12 +237,6 @@ def sweep(
 
 def _first_pull(factors: dict[str, Any]) -> float | str:
     return FIRST if factors["shrink"] == MEASURED else factors["shrink"]
-
-
-def _with_pull(
-    model: nn.Module, stats: CalibrationStats | None, factors: dict[str, Any], progress: bool, pull: float | str
-) -> dict[str, Factorisation]:
-    return decompose(model, stats, progress=progress, **factors | {"shrink": pull})
 
 
 def _applied(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:

@@ -9,6 +9,7 @@ import timm
 import torch
 
 import mixrank
+from mixrank.measured_pull import PULLS
 from mixrank_bench import vit_b16
 
 
@@ -48,3 +49,35 @@ def test_lost_models_are_made_from_the_ranks_of_their_rows(tmp_path, monkeypatch
     assert model.blocks[0].mlp.fc1.rank == 8
     monkeypatch.setattr(vit_b16, "cached_statistics", None)
     vit_b16.remake_models(data, rows, None, tmp_path)  # nothing is lost
+
+
+def test_tokens_that_do_not_count_alike_have_a_cache_of_their_own(tmp_path) -> None:
+    data, seen = Folder(), [torch.randn(10, 3, 32, 32)]
+    data.calibration = lambda _model: seen
+    cache, tokens = tmp_path / "cache.safetensors", mixrank.Weighting("gradient", 1.0)
+    plain = vit_b16.cached_statistics(data, data.model(), cache)
+    weighted = vit_b16.cached_statistics(data, data.model(), cache, tokens)
+    assert len(list(tmp_path.iterdir())) == 2
+    seen.clear()  # both come from their files now
+    for made, again in (
+        (plain, vit_b16.cached_statistics(data, data.model(), cache)),
+        (weighted, vit_b16.cached_statistics(data, data.model(), cache, tokens)),
+    ):
+        for name, layer in made.held_out.items():
+            assert torch.equal(layer.gram, again.held_out[name].gram)
+    name = "blocks.0.mlp.fc1"
+    assert not torch.allclose(plain[name].gram, weighted[name].gram)
+
+
+def test_the_pull_of_a_strategy_is_measured_and_told(tmp_path, monkeypatch) -> None:
+    data = Folder()
+    images = torch.randn(20, 3, 32, 32)
+    data.calibration = data.test = lambda _model: [mixrank.data.Batch(images, torch.arange(20) % 7, list("x" * 20))]
+    monkeypatch.setattr(vit_b16, "fast_dtype", lambda: None)
+    strategy = dataclasses.replace(vit_b16.defaults(0.5), shrink="measured", weighting="gradient", level=1.0)
+    assert strategy in vit_b16.strategies()
+    vit_b16.measure_strategies(data, tmp_path / "rows.jsonl", [strategy, vit_b16.defaults(0.5)], None, None)
+    _, *rows = vit_b16.read(tmp_path / "rows.jsonl")
+    pulls = {vit_b16.Strategy(**row["strategy"]): row["pull"] for row in rows}
+    assert pulls[vit_b16.defaults(0.5)] == vit_b16.SHRINK
+    assert pulls[strategy] in PULLS

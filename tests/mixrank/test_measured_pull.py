@@ -37,8 +37,8 @@ def model():
 def parts(model, images, keep):
     stats = calibrate(model, [images], held_out=0.25, gradients=True)
 
-    def make(pull):
-        return decompose(model, stats, factors="fisher", shrink=pull)
+    def make(shrink):
+        return decompose(model, stats, factors="fisher", shrink=shrink)
 
     first = make(FIRST)
     return make, first, allocate(model, first, keep=keep), images[::4]
@@ -67,9 +67,9 @@ def test_each_pull_is_made_once_and_no_further_than_the_divergence_falls(model, 
     make, first, plan, apart = parts(model, images, 0.5)
     asked = []
 
-    def counted(pull):
-        asked.append(pull)
-        return make(pull)
+    def counted(shrink):
+        asked.append(shrink)
+        return make(shrink)
 
     pull, _ = measure_pull(model, plan, first, counted, [apart], RUNNING)
     assert len(set(asked)) == len(asked)
