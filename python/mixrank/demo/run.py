@@ -1,4 +1,4 @@
-"""``mixrank demo``: three budgets from one calibration, measured on real images, in under a minute on two cores."""
+"""``mixrank demo``: three budgets from one calibration, measured on real images."""
 
 from __future__ import annotations
 
