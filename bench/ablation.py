@@ -248,7 +248,7 @@ class Ablation:
             if self.ranks is None:
                 self.plan = self._at_once(model, BASE)
             else:
-                svd = decompose(model, factors="svd")  # errors of the plan alone depend on the factors
+                svd = decompose(model, factors="svd")  # for the shapes, which are all that a plan of given ranks reads
                 self.plan = plan_of(model, svd, self.ranks, FORM)
         return self.plan
 

@@ -39,7 +39,7 @@ from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, SHRINK
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
-from mixrank.measured_pull import FIRST, measure_pull
+from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import create_model, preprocessing, split_qkv_
 from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
@@ -78,11 +78,6 @@ class Strategy:
     def tokens(self) -> Weighting:
         """How much each calibration token counts."""
         return Weighting(self.weighting, self.level)
-
-    @property
-    def pull(self) -> float | str:
-        """``shrink``, or what it is before it is measured."""
-        return FIRST if self.shrink == MEASURED else self.shrink
 
 
 def strategies() -> Iterator[Strategy]:
@@ -255,7 +250,7 @@ def remake_models(data: Data, rows: list[dict[str, Any]], cache: Path | None, mo
 
 def _decomposition(strategy: Strategy) -> tuple[tuple[str, float | None], bool, str, bool, float | str]:
     tokens = (strategy.tokens.kind, strategy.tokens.level)
-    return tokens, strategy.split_qkv, strategy.factors, strategy.centre, strategy.pull
+    return tokens, strategy.split_qkv, strategy.factors, strategy.centre, first_pull(strategy.shrink)
 
 
 def with_parts(stats: CalibrationStats, split: tuple[str, ...]) -> CalibrationStats:

@@ -20,7 +20,7 @@ from mixrank.counting import count_parameters
 from mixrank.coverage import describe, left_alone
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
-from mixrank.measured_pull import FIRST, measure_pull
+from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.plan import Plan
 from mixrank.processes import are_several
@@ -142,7 +142,7 @@ def compress(
         }  # fmt: skip
         calibrated = images is not None
         apart = calibrated and held_out != 0
-        shrink = FIRST if shrink == MEASURED else shrink
+        shrink = first_pull(shrink)
         strategy: Strategy = {
             "factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink,
         }  # fmt: skip

@@ -1,9 +1,8 @@
 """The pull of the factors towards the plain SVD that suits a model and a budget, measured on the compressed model.
 
-How strong a pull is best depends on more than the number of images: the fewer ranks there are, the further the inputs
-of late layers drift from those that calibration saw, and factors fitted closely to the latter go astray. A layer by
-itself shows nothing of that. So the model is compressed by the plan that was found, with factors of a few pulls that
-were made without the images held out, and the one that moves the logits of these least is taken.
+The error of a layer by itself does not tell which pull serves the model with all layers replaced, whose inputs are not
+those that calibration saw. So the model is compressed by the plan that was found, with factors of a few pulls that were
+made without the images held out, and the one that moves the logits of these least is taken.
 """
 
 from __future__ import annotations
@@ -20,9 +19,15 @@ from mixrank.errors import InputError
 from mixrank.fidelity import compare, logits_of
 from mixrank.plan import Plan
 from mixrank.processes import gathered
+from mixrank.shrinkage import MEASURED
 
 PULLS = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0)
 FIRST = 0.3
+
+
+def first_pull(shrink: float | str) -> float | str:
+    """What stands for ``shrink`` until it is measured: :data:`FIRST` for ``"measured"``, else itself."""
+    return FIRST if shrink == MEASURED else shrink
 
 
 def measure_pull(

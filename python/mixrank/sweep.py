@@ -25,7 +25,7 @@ from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_st
 from mixrank.errors import InputError
 from mixrank.evaluate import Evaluation, ModelSummary, evaluate, summarise
 from mixrank.fidelity import Fidelity, compare
-from mixrank.measured_pull import FIRST, measure_pull
+from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
 from mixrank.plan import Plan
 from mixrank.sample import Apart, Sample
@@ -213,7 +213,8 @@ def sweep(
             return SweepResult(summary, tuple(rows), calibrated, bench.dense.images)
 
         for factors, wanted in groups:
-            make = partial(decompose, model, stats, progress=progress, **factors | {"shrink": _first_pull(factors)})
+            start = factors | {"shrink": first_pull(factors["shrink"])}
+            make = partial(decompose, model, stats, progress=progress, **start)
             made = timed("decompose", make)
             for name, share in wanted:
                 once = Timer()
@@ -233,10 +234,6 @@ def sweep(
         return result()
     finally:
         hide_qkv_(model, exposed)
-
-
-def _first_pull(factors: dict[str, Any]) -> float | str:
-    return FIRST if factors["shrink"] == MEASURED else factors["shrink"]
 
 
 def _applied(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:
@@ -298,7 +295,7 @@ def _check(model: nn.Module, chosen: dict[str, dict[str, Any]], keeps: tuple[flo
     linears = compressible_linears(model)
     for options in chosen.values():
         factors = _of(options, _FACTORS)
-        centre = check_strategy(**factors | {"shrink": _first_pull(factors)}, calibrated=True)
+        centre = check_strategy(**factors | {"shrink": first_pull(factors["shrink"])}, calibrated=True)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in linears.items()}
         ranks = _allocation(options)
         for share in keeps:

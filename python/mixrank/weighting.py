@@ -18,8 +18,8 @@ The squared error that factors minimise is a sum over tokens; a weight multiplie
 ``gradient``
     The squared norm of the gradient of the loss with respect to the layer's output at this token: how much the
     model's answer depends on it. No label is needed: the weights are the traces of the Fisher information of the
-    outputs, see :mod:`mixrank.gradients`. Few tokens carry most of it, so ``level`` times the mean weight of all tokens
-    is added to each: 0 by default, 1 for sums that are half of gradients and half of all tokens alike.
+    outputs, see :mod:`mixrank.gradients`. ``level`` times the mean weight of all tokens is added to each: 0 by default,
+    1 for sums that are half of gradients and half of all tokens alike.
 """
 
 from __future__ import annotations

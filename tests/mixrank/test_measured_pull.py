@@ -101,6 +101,9 @@ def test_compress_and_sweep_take_it(model, images):
 def test_without_images_held_out_or_in_sequence_it_is_refused(model, images, options):
     with pytest.raises(InputError, match="shrink='measured' needs images that are held out, and no sequential=True"):
         compress(copy.deepcopy(model), [images], keep=0.5, shrink="measured", **options)
+
+
+def test_too_few_images_to_hold_any_out_are_refused(model, images):
     with pytest.raises(InputError, match="shrink='measured' needs images that are held out, but there were none"):
         compress(copy.deepcopy(model), [images[:3]], keep=0.5, shrink="measured", energy="weight")
 
