@@ -46,6 +46,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "compensation": tables_vit.compensation,
         "peers": tables_peers.peers,
         "subsets": tables_peers.subsets,
+        "oats-speed": tables_peers.sparse_speed,
         "ablation": tables_ablation.switches,
         "by-heart": tables_ablation.by_heart,
     },

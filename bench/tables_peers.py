@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mixrank_bench import vit_b16_peers
+from mixrank_bench import vit_b16_oats_speed, vit_b16_peers
 from mixrank_bench.accuracy_peers.methods import METHODS
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
@@ -52,6 +52,20 @@ def subsets() -> str:
                 numbers = (f"{row['top1']:.1f}", f"{row['agreement']:.1f}", f"{row['kl']:.3f}")
                 lines.append((keep, method, seed, *numbers))
     return table(("keep", "method", "seed", *HEADER[3:6]), lines) if lines else NO_RUN
+
+
+def sparse_speed() -> str:
+    """The speed of OATS' form of the layers beside the dense model and ours, of the last run."""
+    latest = {row["model"]: row for row in read(vit_b16_oats_speed.OUT)}
+    if not latest:
+        return NO_RUN
+    dense = latest["dense"]["images_per_second"]
+    lines = []
+    for name, row in latest.items():
+        rate, spread = row["images_per_second"], f"{row['low']:.2f} - {row['high']:.2f}"
+        lines.append((name, f"{rate:.2f}", spread, f"{rate / dense:.2f}x"))
+    header = ("model", f"images/s, batch {latest['dense']['batch']}", "range", "against dense")
+    return table(header, lines) + "\n" + conditions(latest["dense"])
 
 
 def front() -> dict[str, list[tuple[int, float]]]:

@@ -1,0 +1,109 @@
+"""How fast a ViT-B/16 of sparse plus low-rank weights runs, beside the dense one and ours of the same count of numbers.
+
+    python -m mixrank_bench.vit_b16_oats_speed
+
+OATS (:mod:`mixrank_bench.accuracy_peers.oats`) is measured for accuracy with dense weights. Here its layers run as they
+would be stored: S in compressed rows, multiplied by torch's sparse product (MKL's on x86), and two factors. The places
+of the nonzeros are drawn at random, as their number decides the work; ours has the ranks of the defaults in
+``bench/results/vit_b16.jsonl``. One JSON line for each model goes to ``bench/results/vit_b16_oats_speed.jsonl``, and a
+table of docs/accuracy.md is made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mixrank.allocate import plan_of
+from mixrank.apply import apply_
+from mixrank.decompose import decompose
+from mixrank.evaluate import compare_speed
+from mixrank.models import compressible_linears, create_model
+from mixrank_bench import vit_b16
+from mixrank_bench.accuracy_peers import oats
+from mixrank_bench.accuracy_peers.factored import layer_share
+from mixrank_bench.environment import RESULTS, append, read
+
+OUT = RESULTS / "vit_b16_oats_speed.jsonl"
+KEEPS = (0.5, 0.4)
+ROUNDS = 9
+
+
+class SparsePlusLowRank(nn.Module):
+    """``y = S x + U (V x) + b`` with S in compressed rows.
+
+    Args:
+        sparse: S ``[N, K]`` with zeros.
+        up: U ``[N, R]``.
+        down: V ``[R, K]``.
+        bias: ``[N]`` or None.
+    """
+
+    def __init__(self, sparse: Tensor, up: Tensor, down: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch calls its compressed rows a beta at every first use
+            self.register_buffer("sparse", sparse.to_sparse_csr())
+        self.register_buffer("up", up)
+        self.register_buffer("down", down)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]``."""
+        tokens = x.reshape(-1, x.shape[-1])
+        # Rows of S by columns of tokens is three times as fast as linear() with a sparse weight.
+        found = torch.sparse.mm(self.sparse, tokens.mT.contiguous()).mT
+        found = torch.addmm(found, tokens @ self.down.mT, self.up.mT)
+        return (found if self.bias is None else found + self.bias).reshape(*x.shape[:-1], -1)
+
+
+def sparse_(model: nn.Module, keep: float) -> nn.Module:
+    """Give every compressible layer the sizes that OATS has at a budget, in place."""
+    share, generator = layer_share(model, keep), torch.Generator().manual_seed(0)
+    for name, linear in compressible_linears(model).items():
+        weight = linear.weight.detach()
+        rank, entries = oats.sizes(*weight.shape, share)
+        places = torch.rand(weight.shape, generator=generator).topk(entries, dim=1).indices
+        sparse = torch.zeros_like(weight).scatter_(1, places, weight.gather(1, places))
+        u, s, v = torch.svd_lowrank(weight - sparse, rank)
+        bias = None if linear.bias is None else linear.bias.detach()
+        model.set_submodule(name, SparsePlusLowRank(sparse, (u * s).contiguous(), v.mT.contiguous(), bias))
+    return model
+
+
+def measure(batch: int, rounds: int, out: Path) -> None:
+    """Time all models in turns and add a row for each."""
+    dense = create_model(vit_b16.ARCHITECTURE).eval()
+    factorisations = decompose(dense, factors="svd", centre=False)
+    models = {"dense": dense}
+    ranks = {
+        row["strategy"]["keep"]: row["ranks"]
+        for row in read(vit_b16.OUT)
+        if row["kind"] == "strategy"
+        and vit_b16.Strategy(**row["strategy"]) == vit_b16.defaults(row["strategy"]["keep"])
+    }
+    for keep in KEEPS:
+        models[f"OATS, keep {keep}"] = sparse_(copy.deepcopy(dense), keep)
+        plan = plan_of(dense, factorisations, ranks[keep], vit_b16.FORM)
+        models[vit_b16.speed_name(keep)] = apply_(copy.deepcopy(dense), plan, factorisations)
+    for name, speed in compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=rounds).items():
+        append(out, {"model": name} | asdict(speed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=vit_b16.SPEED_BATCH)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
+    args = parser.parse_args()
+    measure(args.batch, args.rounds, args.out)
+
+
+if __name__ == "__main__":
+    main()
