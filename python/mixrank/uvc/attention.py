@@ -34,9 +34,6 @@ class PrunedAttention(nn.Module):
         torch.Size([2, 5, 32])
     """
 
-    taken: Tensor | None
-    spread: Tensor | None
-
     def __init__(
         self,
         width: int,
@@ -65,36 +62,31 @@ class PrunedAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(total, width, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
-        self._place_columns()
 
-    def _place_columns(self) -> None:
-        """Where columns stand in heads of full width, on the CPU until the module moves; none are missing: None."""
-        total = sum(self.columns)
-        if total == self.attn_dim:
-            self.register_buffer("taken", None)
-            self.register_buffer("spread", None)
-            return
-        heads = enumerate(self.columns)
-        taken = torch.tensor([head * self.head_dim + i for head, count in heads for i in range(count)])
-        spread = torch.full((self.attn_dim,), total)  # the column of zeros that stands behind the values
-        spread[taken] = torch.arange(total)
-        self.register_buffer("taken", taken, persistent=False)
-        self.register_buffer("spread", spread, persistent=False)
+    def _in_full_heads(self, values: Tensor) -> Tensor:
+        """Values ``[B, T, sum(columns)]`` with zeros for the columns that are missing, ``[B, T, h d]``."""
+        parts = []
+        for part in values.split(self.columns, dim=-1):
+            missing = self.head_dim - part.shape[-1]
+            parts += [part, part.new_zeros(()).expand(*part.shape[:-1], missing)] if missing else [part]
+        return torch.cat(parts, dim=-1)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         batch, tokens, _ = x.shape
         queries, keys, values = self.qkv(x).split([self.attn_dim, self.attn_dim, sum(self.columns)], dim=-1)
-        if self.spread is not None:
-            values = F.pad(values, (0, 1)).index_select(-1, self.spread)
+        full = sum(self.columns) == self.attn_dim
+        if not full:
+            values = self._in_full_heads(values)
         shape = (batch, tokens, self.num_heads, self.head_dim)
         queries, keys, values = (part.reshape(shape).transpose(1, 2) for part in (queries, keys, values))
         drop = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(
             self.q_norm(queries), self.k_norm(keys), values, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal
         )
-        x = x.transpose(1, 2).reshape(batch, tokens, self.attn_dim)
-        if self.taken is not None:
-            x = x.index_select(-1, self.taken)
+        if full:
+            x = x.transpose(1, 2).reshape(batch, tokens, self.attn_dim)
+        else:
+            x = torch.cat([head[..., :count] for head, count in zip(x.unbind(1), self.columns, strict=True)], dim=-1)
         return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:
