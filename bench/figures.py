@@ -87,7 +87,7 @@ def front() -> Figure:
     axis.axhline(dense, color="#222222", lw=1, ls=":")
     axis.annotate("dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#222222")
     for number, (method, found) in enumerate((m, f) for m, f in points.items() if m != "dense"):
-        ours = method == tables_peers.OURS
+        ours = method in tables_peers.OURS
         colour = OURS_COLOUR if ours else OTHERS[number % len(OTHERS)]
         style = {"lw": 2.6, "zorder": 3} if ours else {"lw": 1.2, "ls": ("-", "--")[number // len(OTHERS) % 2]}
         axis.plot([x / 1e6 for x, _ in found], [y for _, y in found], color=colour, marker="o", label=method, **style)

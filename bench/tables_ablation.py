@@ -11,7 +11,7 @@ NO_RUN = "No run has been recorded yet.\n"
 
 
 def switches() -> str:
-    """One line for each variant: the divergence on both models, relative to that of the defaults, and the agreement."""
+    """One line for each variant: the divergence on both models, relative to the reference's, and the agreement."""
     rows = read(ablation.OUT)
     if not rows:
         return NO_RUN
@@ -27,7 +27,7 @@ def switches() -> str:
     header = ["switch", "set to"]
     for name in present:
         keep = latest[name, ablation.BASE.switch, ""]["keep"]
-        header += [f"{MODELS[name]}, keep {keep}: KL, nats", "times the defaults'", "agreement, %"]
+        header += [f"{MODELS[name]}, keep {keep}: KL, nats", "times the reference's", "agreement, %"]
     return table(header, lines) + "\n" + conditions(rows[-1])
 
 

@@ -9,7 +9,8 @@ from mixrank_bench.accuracy_peers.methods import METHODS
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
-OURS = "mixrank, defaults"
+OURS = ("mixrank, defaults", "mixrank, tokens alike")
+"""The first of these that was measured at a budget is what the others there are compared with."""
 PAIRED = "right: only ours / only this"
 HEADER = ("method", "ranks", "parameters", "top-1, %", "agreement, %", "KL, nats", PAIRED, "p", "source")
 NO_RUN = "Not measured yet.\n"
@@ -24,7 +25,8 @@ def peers() -> str:
     for keep in sorted({keep for method, keep in latest if method != "dense"}, reverse=True):
         found = [row for (method, at), row in latest.items() if at == keep and method != "dense"]
         found.sort(key=lambda row: (-row["top1"], row["kl"]))
-        ours = next((row["correct"] for row in found if row["method"] == OURS), None)
+        by_method = {row["method"]: row for row in found}
+        ours = next((by_method[name] for name in OURS if name in by_method), None)
         parts.append(f"### keep {keep}\n\n" + table(HEADER, [_line(row, ours) for row in found]))
     absent = [name for name in METHODS if not any(method == name for method, _ in latest)]
     if absent:
@@ -80,14 +82,14 @@ def _dense(row: dict) -> str:
     return f"Dense: {row['parameters']:,} parameters, top-1 {row['top1']:.1f} %.\n"
 
 
-def _line(row: dict, ours: str | None) -> tuple:
+def _line(row: dict, ours: dict | None) -> tuple:
     parameters = f"{row['parameters']:,}"
     if "parameters_with_indices" in row:
         parameters += f" ({row['parameters_with_indices']:,} with the places of the nonzeros)"
     numbers = (f"{row['top1']:.1f}", f"{row['agreement']:.1f}", f"{row['kl']:.3f}")
     paired = ("", "")
-    if ours is not None and row["method"] != OURS:
-        counts = discordant(ours, row["correct"])
+    if ours is not None and row is not ours:
+        counts = discordant(ours["correct"], row["correct"])
         paired = (f"{counts[0]} / {counts[1]}", f"{mcnemar(*counts):.2g}")
     return (row["method"], row["how"], parameters, *numbers, *paired, row["source"])
 

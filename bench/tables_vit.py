@@ -62,6 +62,7 @@ def _strategy(row: dict) -> str:
     factors = {"aware": "activation-aware", "fisher": "two-sided (Fisher)", "svd": "plain SVD"}[s["factors"]]
     shrink = f", shrink {s['shrink']}" if s.get("shrink") else ""
     tokens = f", tokens by {s['weighting']}" if s.get("weighting", "none") != "none" else ""
+    tokens += " and alike" if s.get("level") else ""
     details = f"{tokens}{', centred' if s['centre'] else ''}{', q k v split' if s['split_qkv'] else ''}{shrink}"
     return f"{factors}, {ranks}{details}{', pivoted' if s.get('form') == 'pivoted' else ''}"
 

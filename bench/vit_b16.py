@@ -35,17 +35,18 @@ import mixrank
 from mixrank.allocate import allocate, plan_of
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
-from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, SHRINK, Timer, plan_ranks
+from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, Timer, plan_ranks
+from mixrank.counting import count_macs
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
-from mixrank.measured_pull import first_pull, measure_pull
+from mixrank.measured_pull import FIRST, first_pull, measure_pull
 from mixrank.models import create_model, preprocessing, split_qkv_
 from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
 from mixrank.shrinkage import MEASURED
 from mixrank.stats import CalibrationStats, LayerStats
-from mixrank.weighting import Weighting
+from mixrank.weighting import AUTOMATIC, Weighting
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import compare_logits, reference
 from mixrank_bench.memory import peak_megabytes
@@ -92,15 +93,15 @@ def strategies() -> Iterator[Strategy]:
         if (energy, form) != ("weight", "factors"):
             yield Strategy(keep, "aware", "mixed", energy, True, False, 0.3, form)
     yield from map(defaults, KEEPS)
-    for keep, shrink in itertools.product(KEEPS, (SHRINK, MEASURED)):
-        yield dataclasses.replace(defaults(keep), shrink=shrink, weighting="gradient", level=1.0)
     for keep in KEEPS:
-        yield dataclasses.replace(defaults(keep), shrink=MEASURED)
+        alike = dataclasses.replace(defaults(keep), weighting="none", level=None)
+        yield from (alike, dataclasses.replace(alike, shrink=FIRST), dataclasses.replace(defaults(keep), shrink=FIRST))
 
 
 def defaults(keep: float) -> Strategy:
     """What :func:`mixrank.compress` does without options."""
-    return Strategy(keep, "fisher", "mixed", "sensitivity", True, False, SHRINK, FORM)
+    tokens = (AUTOMATIC.kind, AUTOMATIC.level)
+    return Strategy(keep, "fisher", "mixed", "sensitivity", True, False, MEASURED, FORM, *tokens)
 
 
 def speed_name(keep: float) -> str:
@@ -234,17 +235,17 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
 
 def remake_models(data: Data, rows: list[dict[str, Any]], cache: Path | None, models: Path) -> None:
     """The models of the defaults that have a row but no file in ``models``: from the ranks of the row."""
-    strategies = {Strategy(**row["strategy"]): row["ranks"] for row in rows if row["kind"] == "strategy"}
+    strategies = {Strategy(**row["strategy"]): row for row in rows if row["kind"] == "strategy"}
     lost = {keep: strategies[defaults(keep)] for keep in KEEPS if defaults(keep) in strategies}
-    lost = {keep: ranks for keep, ranks in lost.items() if not checkpoint_of(models, keep).is_file()}
+    lost = {keep: row for keep, row in lost.items() if not checkpoint_of(models, keep).is_file()}
     if not lost:
         return
     dense = data.model()
-    stats = cached_statistics(data, dense, cache)
     made = defaults(KEEPS[0])
-    factorisations = decompose(dense, stats, factors=made.factors, centre=made.centre, shrink=made.shrink)
-    for keep, ranks in lost.items():
-        plan = plan_of(dense, factorisations, ranks, made.form)
+    stats = cached_statistics(data, dense, cache, made.tokens)
+    for keep, row in lost.items():
+        factorisations = decompose(dense, stats, factors=made.factors, centre=made.centre, shrink=row["pull"])
+        plan = plan_of(dense, factorisations, row["ranks"], made.form)
         mixrank.save(apply_(copy.deepcopy(dense), plan, factorisations), checkpoint_of(models, keep))
 
 
@@ -342,7 +343,7 @@ def measure_speed(data: Data, out: Path) -> None:
     that the defaults found, in their form.
     """
     rows = read(out)
-    done = {row["model"] for row in rows if row["kind"] == "speed"}
+    done = {(row["model"], row.get("macs")) for row in rows if row["kind"] == "speed"}
     dense = data.model()
     factorisations = decompose(dense, factors="svd", centre=False)
     plans = {f"keep {keep}": allocate(dense, factorisations, keep=keep) for keep in KEEPS}
@@ -350,14 +351,15 @@ def measure_speed(data: Data, out: Path) -> None:
         strategy = Strategy(**row["strategy"]) if row["kind"] == "strategy" else None
         if strategy is not None and strategy == defaults(strategy.keep):
             plans[speed_name(strategy.keep)] = plan_of(dense, factorisations, row["ranks"], strategy.form)
-    if done >= plans.keys():
-        return
     models = {"dense": dense}
     models |= {name: apply_(copy.deepcopy(dense), plan, factorisations) for name, plan in plans.items()}
+    macs = {name: count_macs(model) for name, model in models.items()}
+    if done >= set(macs.items()):
+        return
     for batch in (1, SPEED_BATCH):
         results = compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=9)
         for name, speed in results.items():
-            append(out, {"kind": "speed", "model": name} | dataclasses.asdict(speed))
+            append(out, {"kind": "speed", "model": name, "macs": macs[name]} | dataclasses.asdict(speed))
 
 
 def _selected(strategy: Strategy, args: argparse.Namespace) -> bool:

@@ -1,7 +1,8 @@
 """What 8-bit weights change of a real ViT-B/16, dense and compressed: agreement, divergence, top-1, bytes.
 
-    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --only '{"factors": "fisher"}' --models MODELS
-    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_int8 --models MODELS
+    export MIXRANK_DATA=FOLDER
+    python -m mixrank_bench.vit_b16 --part strategies --only '{"weighting": "gradient"}' --models MODELS
+    python -m mixrank_bench.vit_b16_int8 --models MODELS
 
 FOLDER is that of :mod:`mixrank_bench.vit_b16`, and its first command writes what the defaults of ``mixrank.compress``
 make into MODELS. Every quantised model is compared with the same model in fp32. One JSON line for each goes to

@@ -13,6 +13,7 @@ from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.compress import compress
 from mixrank.decompose import Factorisation, decompose
+from mixrank.measured_pull import FIRST
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, structured, svd_llm
 from mixrank_bench.accuracy_peers.factored import Compressed, compress_mixed, compress_uniform, compressed
 from mixrank_bench.accuracy_peers.statistics import Calibration
@@ -49,8 +50,8 @@ def _product(model: nn.Module, factorisations: Mapping[str, Factorisation], keep
     return compressed(apply_(model, plan, factorisations), plan)
 
 
-def _defaults(model: nn.Module, calibration: Calibration, keep: float) -> Compressed:
-    return compressed(model, compress(model, calibration.images, keep=keep, dtype=calibration.dtype).plan)
+def _ours(model: nn.Module, calibration: Calibration, keep: float, **options: Any) -> Compressed:
+    return compressed(model, compress(model, calibration.images, keep=keep, dtype=calibration.dtype, **options).plan)
 
 
 UNIFORM, MIXED, SEARCHED, ONE_RATIO = "uniform", "mixed", "searched", "one ratio"
@@ -65,7 +66,8 @@ METHODS = {
     "SVD-LLM": Method("Wang et al. 2024, arXiv 2403.07378", UNIFORM, svd_llm.prepare, compress_uniform),
     "CorDA": Method("Yang et al. 2024, arXiv 2406.05223", UNIFORM, corda.prepare, compress_uniform),
     "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform),
-    "mixrank, defaults": Method("this library", MIXED, _images, _defaults),
+    "mixrank, defaults": Method("this library", MIXED, _images, _ours),
+    "mixrank, tokens alike": Method("this library", MIXED, _images, partial(_ours, weighting="none", shrink=FIRST)),
     "OATS": Method("Zhang and Papyan 2024, arXiv 2409.13652", UNIFORM, _images, oats.compress),
     "Torch-Pruning, uniform": Method(TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=False)),
     "Torch-Pruning, bottleneck": Method(

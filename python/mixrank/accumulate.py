@@ -70,10 +70,11 @@ class _Sums:
     def copied(self) -> _Sums:
         return _Sums(self.gram.clone(), self.total.clone(), self.rows)
 
-    def blended(self, share: float, other: _Sums) -> _Sums:
-        """``share`` times these and all of the other."""
-        gram, total = share * self.gram + other.gram, share * self.total + other.total
-        return _Sums(gram, total, share * self.rows + other.rows)
+    def add_share_(self, share: float, other: _Sums) -> None:
+        """Add ``share`` times the other."""
+        self.gram.add_(other.gram, alpha=share)
+        self.total.add_(other.total, alpha=share)
+        self.rows += share * other.rows
 
 
 @dataclass
@@ -190,10 +191,19 @@ class Accumulator:
         self.tokens = int(tokens)
 
     def finish(self, images: int) -> LayerStats:
-        """Return the sums over some images, those of outputs with the bias taken out."""
-        sums = self.sums
+        """Return the sums over some images, those of outputs with the bias taken out. Nothing can be added after."""
         if self.alike is not None:
-            sums = self.alike.blended(self.measure.weighting.alike * sums.rows / self.tokens, sums)
+            share = self.measure.weighting.alike * self.sums.rows / self.tokens
+            self.sums.add_share_(share, self.alike)
+            self.alike = None
+        return self._finished(self.sums, images)
+
+    def finish_alike(self, images: int) -> LayerStats:
+        """Return the sums of tokens that count alike, which are there beside the others, before :meth:`finish`."""
+        assert self.alike is not None
+        return self._finished(self.alike.copied(), images)
+
+    def _finished(self, sums: _Sums, images: int) -> LayerStats:
         gram, total = sums.gram, sums.total
         if self.side == "output" and self.module.bias is not None:
             bias = self.module.bias.detach().double()
@@ -292,13 +302,17 @@ class Part:
             accumulator.add_up()
         self.images = sum(gathered(self.images))
 
-    def finish(self, views: int) -> dict[str, LayerStats]:
-        """The statistics by layer name, of the layers that were called; an image came in ``views`` views."""
+    def finish(self, views: int, *, alike: bool = False) -> dict[str, LayerStats]:
+        """The statistics by layer name, of the layers that were called; an image came in ``views`` views.
+
+        ``alike``: those of tokens that count alike, where they are summed beside others; before the others.
+        """
+        images = -(-self.images // views)
         finished = {
             name: stats
             for each in self.accumulators
             if each.tokens
-            for stats in [each.finish(-(-self.images // views))]
+            for stats in [each.finish_alike(images) if alike else each.finish(images)]
             for name in each.layers
         }
         return {name: finished[name] for name in self.linears if name in finished}

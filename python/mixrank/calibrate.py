@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from mixrank.models import compressible_linears
 from mixrank.processes import are_several, gathered, is_first
 from mixrank.progress import track
 from mixrank.stats import CalibrationStats
-from mixrank.weighting import Weighting
+from mixrank.weighting import AUTOMATIC, Weighting
 
 CHUNK = 8  # images whose activations are held at once where gradients have to flow
 DEFAULT_HELD_OUT = 0.2
@@ -115,6 +116,64 @@ def calibrate(
         torch.Size([192, 192])
     """
     measure = check_calibration(model, held_out=held_out, weighting=weighting, draws=draws, gradients=gradients)
+    return _summed(model, batches, measure, held_out, draws, seed, progress, dtype).finish()
+
+
+def calibrate_both(
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    held_out: float | None = 0.0,
+    draws: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[CalibrationStats, CalibrationStats]:
+    """Statistics of tokens by :data:`mixrank.weighting.AUTOMATIC` and of tokens alike, from one pass, with gradients.
+
+    The arguments and errors are those of :func:`calibrate`.
+    """
+    measure = check_calibration(model, held_out=held_out, weighting=AUTOMATIC, draws=draws, gradients=True)
+    sums = _summed(model, batches, measure, held_out, draws, seed, progress, dtype)
+    alike = sums.finish(alike=True)
+    return sums.finish(), alike
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What passed through the layers of a model: of the images that are used, and of those held out."""
+
+    linears: dict[str, nn.Linear]
+    parts: list[Part]
+    views: int
+    seconds: float
+
+    def finish(self, *, alike: bool = False) -> CalibrationStats:
+        """The statistics; those of tokens alike have to come first."""
+        layers, *others = (part.finish(self.views, alike=alike) for part in self.parts)
+        reached = {name for name in layers if all(name in other for other in others)}
+        idle = tuple(name for name in self.linears if name not in reached)
+        if not reached:
+            raise InputError(f"layer {idle[0]} ({len(idle)} in all) was never called, so there are no statistics")
+        counts = (-(-part.images // self.views) for part in self.parts)
+        results = [
+            CalibrationStats({name: found[name] for name in found if name in reached}, images, self.seconds, idle=idle)
+            for found, images in zip((layers, *others), counts, strict=True)
+        ]
+        results[0].held_out = results[1] if others else None
+        return results[0]
+
+
+def _summed(
+    model: nn.Module,
+    batches: Iterable,
+    measure: Measure,
+    held_out: float | None,
+    draws: int,
+    seed: int,
+    progress: bool,
+    dtype: torch.dtype | None,
+) -> _Sums:
     linears = compressible_linears(model)
     if not linears:
         raise InputError(f"the model ({type(model).__name__}) has no linear layer that can be compressed")
@@ -162,7 +221,7 @@ def calibrate(
         raise InputError("calibration needs at least one image, but there was none")
     if held_out and any(part.images == 0 for part in parts):
         raise InputError(f"held_out={held_out} needs more images, but there were {-(-total // views)}")
-    return _finish(linears, [part for part in parts if part.images], views, seconds)
+    return _Sums(linears, [part for part in parts if part.images], views, seconds)
 
 
 def _over_processes(parts: list[Part]) -> None:
@@ -180,17 +239,3 @@ def _over_processes(parts: list[Part]) -> None:
 
 def _once(model: nn.Module, image: Tensor) -> object:
     return model(image.clone())
-
-
-def _finish(linears: dict[str, nn.Linear], parts: list[Part], views: int, seconds: float) -> CalibrationStats:
-    layers, *others = (part.finish(views) for part in parts)
-    reached = {name for name in layers if all(name in other for other in others)}
-    idle = tuple(name for name in linears if name not in reached)
-    if not reached:
-        raise InputError(f"layer {idle[0]} ({len(idle)} in all) was never called, so there are no statistics")
-    results = [
-        CalibrationStats({name: found[name] for name in found if name in reached}, images, seconds, idle=idle)
-        for found, images in zip((layers, *others), (-(-part.images // views) for part in parts), strict=True)
-    ]
-    results[0].held_out = results[1] if others else None
-    return results[0]

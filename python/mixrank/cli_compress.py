@@ -113,26 +113,28 @@ def compress(
         ),
     ] = None,
     shrink: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Pull of the factors towards svd, against few images: a number of at least 0; auto: by layer, from "
             "images held out; oas: from the number of images; measured: one for all, by what the model makes "
             "of images held out.",
+            show_default="measured for fisher, else 0.3",
             rich_help_panel="Strategy",
         ),
-    ] = "0.3",
+    ] = None,
     fisher_shrink: Annotated[
         float, typer.Option(help="Pull of the metric of fisher towards the plain one.", rich_help_panel="Strategy")
     ] = 2.0,
     weighting: Annotated[
-        WeightingKind,
+        WeightingKind | None,
         typer.Option(
             help="How much each calibration token counts: none: alike; image, token: errors relative to the image's or "
             "the token's output; clip: long outputs less; class: the class token more; gradient: by its effect on "
             "the model's answer.",
+            show_default="gradient with level 1 for fisher, else none",
             rich_help_panel="Calibration",
         ),
-    ] = WeightingKind.none,
+    ] = None,
     weighting_level: Annotated[
         float | None,
         typer.Option(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,15 +29,14 @@ from mixrank.sample import Sample
 from mixrank.sensitivity import measure_sensitivity
 from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
 from mixrank.shrinkage import MEASURED
-from mixrank.weighting import Weighting
+from mixrank.weighting import AUTOMATIC, Weighting
 
 SENSITIVITY_IMAGES = 48
 SENSITIVITY_ROUNDS = 2
 LEFT_ALONE = 0.2
 """The share of parameters outside the layers to compress above which a note tells."""
-# What did best on two real models by images held out, see docs/accuracy.md.
-SHRINK = 0.3
 FORM = "pivoted"
+"""Did best on two real models by images held out, see docs/accuracy.md."""
 SENSITIVITY_BATCH = 24
 
 Value = TypeVar("Value")
@@ -55,9 +54,9 @@ def compress(
     energy: str | None = None,
     sensitivity_images: int = SENSITIVITY_IMAGES,
     centre: bool | None = None,
-    shrink: float | str = SHRINK,
+    shrink: float | str | None = None,
     fisher_shrink: float = FISHER_SHRINK,
-    weighting: str | Weighting = "none",
+    weighting: str | Weighting | None = None,
     held_out: float | None = None,
     draws: int = 1,
     seed: int = 0,
@@ -92,9 +91,10 @@ def compress(
         shrink: pull of the factors towards ``"svd"``, at least 0; guards against few calibration images. ``"auto"``:
             for each layer by the error on images held out; ``"oas"``: by the number of images; ``"measured"``, for
             classifiers: one for all layers, by the divergence of the whole compressed model on images held out, see
-            :mod:`mixrank.measured_pull`.
+            :mod:`mixrank.measured_pull`. None: measured for fisher where it can be (the result says why not), else 0.3.
         fisher_shrink: pull of the gradients' Gram matrix towards the identity, for ``"fisher"``.
-        weighting: how much each calibration token counts, see :mod:`mixrank.weighting`.
+        weighting: how much each calibration token counts, see :mod:`mixrank.weighting`. None: by its gradients and
+            alike, half and half, for fisher; else alike.
         held_out: share of the images on which factors made without them are judged, and the sensitivity measured; the
             factors in the model are made from all. None: a fifth, or none of fewer than five images.
         draws: random probes of each image's answer where gradients are needed, see :mod:`mixrank.gradients`.
@@ -129,7 +129,7 @@ def compress(
     undecided = images is not None and not sequential and None in (factors, energy)
     automatic = undecided and energy is None and ranks == "mixed"
     fisher = undecided and factors is None
-    measured = shrink == MEASURED and factors != "svd"
+    measured, unpulled = shrink == MEASURED and factors != "svd", shrink is None
     # What suits every model, so that all can be checked before the first image is touched.
     factors, energy = factors or "aware", energy or "weight"
     fused = dict(model.named_modules()) if split_qkv else {}
@@ -142,7 +142,8 @@ def compress(
         }  # fmt: skip
         calibrated = images is not None
         apart = calibrated and held_out != 0
-        shrink = first_pull(shrink)
+        shrink, unweighted = first_pull(shrink), weighting is None
+        weighting = weighting or "none"
         strategy: Strategy = {
             "factors": factors, "centre": centre, "shrink": shrink, "fisher_shrink": fisher_shrink,
         }  # fmt: skip
@@ -171,6 +172,9 @@ def compress(
                 strategy["factors"], measuring["gradients"] = "fisher", True
             if undecided and not classifier:
                 remarks.append("the model returns no logits of classes, so the layers' outputs and weights decide all")
+        if strategy["factors"] == "fisher":
+            measured = measured or (unpulled and apart)
+            measuring["weighting"] = AUTOMATIC if unweighted else weighting
         if sequential:
             check_sequential(images, factors, shrink, Weighting.of(weighting).kind, ridge, twice=twice)
         stats = None
@@ -182,8 +186,8 @@ def compress(
         svd: Strategy = {"factors": "svd", "centre": False}
         first = strategy if stats is not None or not sequential else svd
 
-        def made(how: Strategy) -> dict[str, Factorisation]:
-            found = decompose(model, stats, progress=progress, **how)
+        def made(how: Strategy, **other: Any) -> dict[str, Factorisation]:
+            found = decompose(model, stats, progress=progress, **{**how, **other})
             return {name: replace(each, shape=shapes[name]) for name, each in found.items()}
 
         factorisations: Mapping[str, Factorisation] = timed("decompose", lambda: made(first))
@@ -195,10 +199,15 @@ def compress(
             allocation["energy"] = "weight"
             plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
-        if measured:
-            again, parts = lambda shrink: made({**strategy, "shrink": shrink}), sample.images.split(SENSITIVITY_BATCH)
-            choose = partial(measure_pull, model, plan, factorisations, again, parts, running)
-            _, factorisations = timed("shrink", choose)
+        if measured and (not unpulled or (stats is not None and stats.held_out is not None)):
+            try:
+                again, parts = partial(made, strategy), sample.images.split(SENSITIVITY_BATCH)
+                choose = partial(measure_pull, model, plan, factorisations, again, parts, running)
+                _, factorisations = timed("shrink", choose)
+            except InputError as error:
+                if not unpulled:
+                    raise
+                remarks.append(f"shrink is {first_pull(None)}, as it cannot be measured: {error}")
         if sequential:
             del strategy["fisher_shrink"]
             fit = partial(compress_blocks_, model, batches, plan, ridge=ridge, strategy=strategy, **running)

@@ -25,9 +25,9 @@ PULLS = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0)
 FIRST = 0.3
 
 
-def first_pull(shrink: float | str) -> float | str:
-    """What stands for ``shrink`` until it is measured: :data:`FIRST` for ``"measured"``, else itself."""
-    return FIRST if shrink == MEASURED else shrink
+def first_pull(shrink: float | str | None) -> float | str:
+    """What stands for ``shrink`` until it is measured: :data:`FIRST` for ``"measured"`` and None, else itself."""
+    return FIRST if shrink is None or shrink == MEASURED else shrink
 
 
 def measure_pull(

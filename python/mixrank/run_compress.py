@@ -62,9 +62,9 @@ class CompressOptions:
     energy: str
     sensitivity_images: int
     centre: bool | None
-    shrink: str
+    shrink: str | None
     fisher_shrink: float
-    weighting: str
+    weighting: str | None
     weighting_level: float | None
     held_out: float | None
     draws: int
@@ -107,6 +107,8 @@ class CompressOptions:
             raise InputError(f"--augment must be at least 0, got {self.augment}")
         check_device(self.device)
         self.pull()
+        if self.weighting_level is not None and self.weighting is None:
+            raise InputError("--weighting-level belongs to --weighting, which is missing")
         if self.weights is not None and not self.weights.is_file():
             raise InputError(f"--weights {self.weights} does not exist or is not a file")
         if self.labels is not None and self.eval_images is None:
@@ -124,9 +126,9 @@ class CompressOptions:
             if self.trains and not self.resume and path.exists():
                 raise InputError(f"{path} is of an interrupted run: go on with --resume, or delete it")
 
-    def pull(self) -> float | str:
+    def pull(self) -> float | str | None:
         """``--shrink`` as a number, where it is one."""
-        if self.shrink in AUTOMATIC:
+        if self.shrink is None or self.shrink in AUTOMATIC:
             return self.shrink
         try:
             return float(self.shrink)
@@ -314,7 +316,7 @@ def _compress(
         calibration.batches(options.batch_size, part=place()),
         **options.budget(),
         **options.strategy(),
-        weighting=Weighting(options.weighting, options.weighting_level),
+        weighting=None if options.weighting is None else Weighting(options.weighting, options.weighting_level),
         dtype=chosen_dtype(options.dtype, next(dense.parameters()).device),
         progress=not options.quiet,
     )

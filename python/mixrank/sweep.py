@@ -17,9 +17,9 @@ from torch import nn
 
 from mixrank.allocate import check_budget
 from mixrank.apply import apply_
-from mixrank.arguments import Allocation, Running
-from mixrank.calibrate import calibrate
-from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, SHRINK, Timer, check_energy, plan_ranks
+from mixrank.arguments import Allocation, Running, Strategy
+from mixrank.calibrate import calibrate, calibrate_both
+from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, Timer, check_energy, plan_ranks
 from mixrank.data import as_batch
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
@@ -30,9 +30,10 @@ from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
 from mixrank.plan import Plan
 from mixrank.sample import Apart, Sample
 from mixrank.shrinkage import MEASURED
+from mixrank.stats import CalibrationStats
 
 # Options of mixrank.compress; what a preset does not name is as in that function.
-_PLAIN = {"factors": "aware", "energy": "weight", "shrink": 0.0, "form": "factors"}
+_PLAIN = {"factors": "aware", "energy": "weight", "shrink": 0.0, "form": "factors", "weighting": "none"}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "default": {},
     "svd": _PLAIN | {"factors": "svd"},
@@ -47,7 +48,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "sensitivity-pivoted": _PLAIN | {"energy": "sensitivity", "form": "pivoted"},
 }
 DEFAULT_STRATEGIES = ("default", "svd", "svd-uniform", "aware", "aware-pivoted", "sensitivity")
-_FACTORS = {"factors": "fisher", "centre": None, "shrink": SHRINK, "fisher_shrink": FISHER_SHRINK}
+_FACTORS = {"factors": "fisher", "centre": None, "shrink": None, "fisher_shrink": FISHER_SHRINK, "weighting": None}
 _RANKS = {"ranks": "mixed", "energy": None, "step": 8, "min_rank": None, "max_rank": None, "form": FORM}
 
 
@@ -154,8 +155,8 @@ def sweep(
         images: batches of calibration images as for :func:`mixrank.calibrate`; gone through once.
         keep: the budgets, shares of all parameters in (0, 1].
         strategies: names of :data:`STRATEGIES`, or options of :func:`mixrank.compress` by a name of your own: those of
-            the factors (``factors``, ``centre``, ``shrink``, ``fisher_shrink``) and of the ranks (``ranks``,
-            ``energy``, ``step``, ``min_rank``, ``max_rank``, ``form``).
+            the factors (``factors``, ``centre``, ``shrink``, ``fisher_shrink``; ``weighting``: None or ``"none"``) and
+            of the ranks (``ranks``, ``energy``, ``step``, ``min_rank``, ``max_rank``, ``form``).
         evaluation: batches of the images that the models are compared on, that can be gone through again; with labels
             for accuracy. None: images that are held out of the calibration, without labels; they are kept in memory.
         held_out: their share, in (0, 1), spread evenly. Of the images that remain a fifth judges factors, as in
@@ -195,12 +196,9 @@ def sweep(
         sample = Sample(images if apart is None else apart, sensitivity_images, seed, None)
         running: Running = {"progress": progress, "dtype": dtype}
         timed = Timer()
-        fisher = any(options["factors"] == "fisher" for options, _ in groups)
-        stats = None
         if groups:
-            measure = partial(calibrate, model, sample, held_out=None, gradients=fisher, seed=seed, **running)
-            stats = timed("calibrate", measure)
-            calibrated = stats.all_images
+            weighted, alike = timed("calibrate", partial(_calibrated, model, sample, groups, seed, running))
+            calibrated = alike.all_images
         else:
             calibrated = sum(len(as_batch(item).images) for item in sample) // sample.views
         if apart is not None:
@@ -213,15 +211,15 @@ def sweep(
             return SweepResult(summary, tuple(rows), calibrated, bench.dense.images)
 
         for factors, wanted in groups:
-            start = factors | {"shrink": first_pull(factors["shrink"])}
-            make = partial(decompose, model, stats, progress=progress, **start)
+            stats = weighted if factors["weighting"] is None else alike
+            make = partial(decompose, model, stats, progress=progress, **_first(factors))
             made = timed("decompose", make)
             for name, share in wanted:
                 once = Timer()
                 allocation: Allocation = {**_allocation(chosen[name]), "keep": share}
                 plan = plan_ranks(model, made, sample, once, allocation, running)
                 suited: Mapping[str, Factorisation] = made
-                if factors["shrink"] == MEASURED and factors["factors"] != "svd":
+                if factors["shrink"] == MEASURED or (factors["shrink"] is None and stats.held_out is not None):
                     batches = sample.images.split(SENSITIVITY_BATCH)
                     suited = once("shrink", partial(measure_pull, model, plan, made, make, batches, running))[1]
                 candidate = once("apply", partial(_applied, model, plan, suited))
@@ -268,6 +266,10 @@ def _strategies(given: Sequence[str] | Mapping[str, dict[str, Any]]) -> dict[str
         other = next((option for option in options if option not in known), None)
         if other is not None:
             raise InputError(f"strategy {name!r} must have options among {', '.join(known)}, but one was {other!r}")
+        if options.get("weighting") not in (None, "none"):
+            raise InputError(
+                f"strategy {name!r} must have None or 'none' as weighting, but it was {options['weighting']!r}"
+            )
     return chosen
 
 
@@ -283,6 +285,32 @@ def _of(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return defaults | {name: value for name, value in options.items() if name in defaults}
 
 
+def _factors(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the factors, with those that :func:`mixrank.compress` takes by itself."""
+    factors = _of(options, _FACTORS)
+    if factors["factors"] != "fisher":
+        shrink = first_pull(None) if factors["shrink"] is None else factors["shrink"]
+        factors |= {"weighting": "none", "shrink": 0.0 if factors["factors"] == "svd" else shrink}
+    return factors
+
+
+def _first(factors: dict[str, Any]) -> Strategy:
+    """The arguments of :func:`mixrank.decompose` until the pull is measured."""
+    found = {name: value for name, value in factors.items() if name != "weighting"}
+    return cast(Strategy, found | {"shrink": first_pull(factors["shrink"])})
+
+
+def _calibrated(
+    model: nn.Module, sample: Sample, groups: Sequence[tuple[dict[str, Any], Any]], seed: int, running: Running
+) -> tuple[CalibrationStats, CalibrationStats]:
+    """Statistics of tokens as :func:`mixrank.compress` weights them and of tokens alike, as far as they are wanted."""
+    if any(factors["weighting"] is None for factors, _ in groups):
+        return calibrate_both(model, sample, held_out=None, seed=seed, **running)
+    fisher = any(factors["factors"] == "fisher" for factors, _ in groups)
+    alike = calibrate(model, sample, held_out=None, gradients=fisher, seed=seed, **running)
+    return alike, alike
+
+
 def _allocation(options: dict[str, Any]) -> Allocation:
     """The options of the ranks, and the energy that :func:`mixrank.compress` takes by itself."""
     ranks = cast(Allocation, _of(options, _RANKS))
@@ -294,8 +322,7 @@ def _check(model: nn.Module, chosen: dict[str, dict[str, Any]], keeps: tuple[flo
     """Raise InputError for what can be known before the calibration."""
     linears = compressible_linears(model)
     for options in chosen.values():
-        factors = _of(options, _FACTORS)
-        centre = check_strategy(**factors | {"shrink": first_pull(factors["shrink"])}, calibrated=True)
+        centre = check_strategy(**_first(_factors(options)), calibrated=True)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in linears.items()}
         ranks = _allocation(options)
         for share in keeps:
@@ -310,7 +337,7 @@ def _groups(
     """What is to be made, by the options of its factors, so that only one set of factors is held at a time."""
     groups: list[tuple[dict[str, Any], list[tuple[str, float]]]] = []
     for name, options in chosen.items():
-        factors = _of(options, _FACTORS)
+        factors = _factors(options)
         rows = sorted((row for row in wanted if row[0] == name), key=lambda row: -row[1])
         same = next((members for other, members in groups if other == factors), None)
         if rows and same is None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import timm
 import torch
 
+from mixrank import compress
 from mixrank.counting import count_parameters
+from mixrank.fidelity import compare, logits_of
 from mixrank_bench import ablation, tables_ablation
 from mixrank_bench.ablation import BASE, VARIANTS, Ablation, Subject, Variant
 
 SVD = {"factors": "svd", "centre": True}
+
+
+def measured_images():
+    torch.manual_seed(1)
+    kinds = torch.randn(5, 3, 32, 32)  # so that what is learnt on some images holds on others
+    return [kinds.repeat(count, 1, 1, 1) + 0.3 * torch.randn(5 * count, 3, 32, 32) for count in (8, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +29,7 @@ def measured():
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=7).eval()
     torch.nn.init.normal_(model.head.weight, std=0.1)
-    kinds = torch.randn(5, 3, 32, 32)  # so that what is learnt on some images holds on others
-    images, apart = (kinds.repeat(count, 1, 1, 1) + 0.3 * torch.randn(5 * count, 3, 32, 32) for count in (8, 2))
+    images, apart = measured_images()
     subject = Subject(model, images, apart, keep=0.5, batch_size=16, steps=20, dtype=None)
     run = Ablation(subject)
     wanted = {
@@ -37,13 +45,15 @@ def measured():
         "trained": Variant("", "", factors=SVD, training={"learning_rate": 1e-4, "min_scale": 1.0}),
         "again": BASE,
         "by heart": Variant("", "", images=12, by_heart=True),
+        "measured": Variant("", "", factors={"shrink": "measured"}),
+        "defaults": next(variant for variant in VARIANTS if variant.switch == "defaults"),
     }
     rows = {name: run.measure(variant) for name, variant in wanted.items()}
     rows["resumed"] = Ablation(subject, rows["base"]["ranks"]).measure(wanted["svd"])
     return model, rows
 
 
-def test_what_changes_the_factors_takes_the_ranks_of_the_defaults(measured):
+def test_what_changes_the_factors_takes_the_ranks_of_the_reference(measured):
     _, rows = measured
     for name in ("svd", "few", "views", "sequence", "blocks", "trained"):
         assert rows[name]["ranks"] == rows["base"]["ranks"]
@@ -62,7 +72,18 @@ def test_every_variant_holds_the_budget_and_the_same_gives_the_same(measured):
     assert rows["again"]["kl"] == rows["base"]["kl"]
 
 
-def test_a_run_that_goes_on_takes_the_ranks_that_the_defaults_had(measured):
+def test_the_variant_that_is_the_default_is_what_compress_does(measured):
+    model, rows = measured
+    kinds, apart = measured_images()
+    compressed = copy.deepcopy(model)
+    plan = compress(compressed, kinds.split(16), keep=0.5).plan
+    assert rows["defaults"]["ranks"] == {layer.name: layer.rank for layer in plan.layers}
+    found = compare(logits_of(compressed, [apart]), logits_of(model, [apart]))
+    assert rows["defaults"]["kl"] == pytest.approx(found.divergence, rel=1e-3)
+    assert rows["measured"]["ranks"] == rows["base"]["ranks"]
+
+
+def test_a_run_that_goes_on_takes_the_ranks_that_the_reference_had(measured):
     _, rows = measured
     assert rows["resumed"] | {"seconds": 0} == rows["svd"] | {"seconds": 0}
 
@@ -79,7 +100,7 @@ def test_names_of_variants_are_their_own():
     assert len(set(names)) == len(names)
 
 
-def test_the_table_sets_each_beside_the_defaults_of_its_model(tmp_path, monkeypatch):
+def test_the_table_sets_each_beside_the_reference_of_its_model(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "OUT", tmp_path / "rows.jsonl")
     assert tables_ablation.switches() == tables_ablation.NO_RUN
     environment = {"cpu": "a", "threads": 1, "torch": "2", "timm": "1", "commit": "c", "date": "2026-01-01"}
@@ -89,13 +110,13 @@ def test_the_table_sets_each_beside_the_defaults_of_its_model(tmp_path, monkeypa
         return json.dumps(found | {"environment": environment}) + "\n"
 
     rows = [
-        row("vit_b16", "defaults", "", 0.5),
-        row("fashion", "defaults", "", 0.01),
+        row("vit_b16", "reference", "", 0.5),
+        row("fashion", "reference", "", 0.01),
         row("fashion", "qkv", "split", 0.02),
     ]
     ablation.OUT.write_text("".join(rows))
     lines = tables_ablation.switches().splitlines()
-    assert lines[2] == "| defaults |  | 0.5 | 1.00 | 90.0 | 0.01 | 1.00 | 90.0 |"
+    assert lines[2] == "| reference |  | 0.5 | 1.00 | 90.0 | 0.01 | 1.00 | 90.0 |"
     assert lines[3] == "| qkv | split | not measured |  |  | 0.02 | 2.00 | 90.0 |"
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import mixrank
-from mixrank.measured_pull import PULLS
+from mixrank.measured_pull import FIRST, PULLS
 from mixrank_bench import vit_b16
 
 
@@ -37,6 +37,7 @@ def test_lost_models_are_made_from_the_ranks_of_their_rows(tmp_path, monkeypatch
             "kind": "strategy",
             "strategy": dataclasses.asdict(vit_b16.defaults(keep)),
             "ranks": ranks | {"blocks.0.attn.proj": own},
+            "pull": 0.1,
         }
         for keep, own in ((first, 16), (second, None))
     ]
@@ -74,10 +75,24 @@ def test_the_pull_of_a_strategy_is_measured_and_told(tmp_path, monkeypatch) -> N
     images = torch.randn(20, 3, 32, 32)
     data.calibration = data.test = lambda _model: [mixrank.data.Batch(images, torch.arange(20) % 7, list("x" * 20))]
     monkeypatch.setattr(vit_b16, "fast_dtype", lambda: None)
-    strategy = dataclasses.replace(vit_b16.defaults(0.5), shrink="measured", weighting="gradient", level=1.0)
+    strategy = dataclasses.replace(vit_b16.defaults(0.5), shrink=FIRST, weighting="none", level=None)
     assert strategy in vit_b16.strategies()
     vit_b16.measure_strategies(data, tmp_path / "rows.jsonl", [strategy, vit_b16.defaults(0.5)], None, None)
     _, *rows = vit_b16.read(tmp_path / "rows.jsonl")
     pulls = {vit_b16.Strategy(**row["strategy"]): row["pull"] for row in rows}
-    assert pulls[vit_b16.defaults(0.5)] == vit_b16.SHRINK
-    assert pulls[strategy] in PULLS
+    assert pulls[strategy] == FIRST
+    assert pulls[vit_b16.defaults(0.5)] in PULLS
+
+
+def test_what_the_defaults_are_called_is_what_compress_does(tmp_path, monkeypatch) -> None:
+    """The row of the defaults is of the model that the one call makes of the same images."""
+    data = Folder()
+    images = torch.randn(20, 3, 32, 32)
+    data.calibration = data.test = lambda _model: [mixrank.data.Batch(images, torch.arange(20) % 7, list("x" * 20))]
+    monkeypatch.setattr(vit_b16, "fast_dtype", lambda: None)
+    vit_b16.measure_strategies(data, tmp_path / "rows.jsonl", [vit_b16.defaults(0.5)], None, tmp_path)
+    model = data.model()
+    plan = mixrank.compress(model, data.calibration(model), keep=0.5).plan
+    row = vit_b16.read(tmp_path / "rows.jsonl")[-1]
+    assert row["ranks"] == {layer.name: layer.rank for layer in plan.layers}
+    assert row["parameters"] == plan.parameters_after

@@ -69,9 +69,20 @@ def test_the_table_has_the_most_accurate_first_and_the_latest_of_each(out):
         "| EVA | uniform | 1,234,567 | 60.0 | 90.0 | 0.123 | 0 / 0 | 1 | somebody 2024 |",
         "| EVA | uniform | 1,234,567 | 20.0 | 90.0 | 0.123 |  |  | somebody 2024 |",
     ]
+    assert next(line for line in lines if line.startswith("| mixrank, defaults")).count("|  |") == 1
     absent = [name for name in METHODS if name not in ("EVA", "OATS", "mixrank, defaults")]
     assert f"Not measured yet: {'; '.join(absent)}." in lines
     assert "512 calibration images (seed 0), 500 test images, evaluated in bfloat16." in lines[-1]
+
+
+def test_where_the_defaults_are_not_measured_an_earlier_row_of_ours_is_compared_with(out):
+    others = {"OATS": "0101", "mixrank, tokens alike": "1100"}
+    write(out, row("dense", 1.0, 90.2), *(row(name, 0.4, 50.0, correct=right) for name, right in others.items()))
+    assert "| 1 / 1 | 1 | somebody 2024 |" in tables_peers.peers()
+    write(
+        out, *(row(name, 0.4, 50.0, correct=right) for name, right in {**others, "mixrank, defaults": "1111"}.items())
+    )
+    assert "| 2 / 0 | 0.5 | somebody 2024 |" in tables_peers.peers()
 
 
 def test_the_exact_test_of_mcnemar():

@@ -33,7 +33,7 @@ def test_compress_does_it_all_in_place(model, images, split):
     dense = copy.deepcopy(model)
     result = compress(model, [images[:3], images[3:]], keep=0.6, split_qkv=split)
     assert result.images == 6
-    assert set(result.seconds) == {"calibrate", "decompose", "allocate", "sensitivity", "apply"}
+    assert set(result.seconds) == {"calibrate", "decompose", "allocate", "sensitivity", "shrink", "apply"}
     assert count_parameters(model) == result.plan.parameters_after <= 0.6 * count_parameters(dense)
     assert [layer.name for layer in result.layers] == [layer.name for layer in result.plan.layers]
     assert bool(result.plan.split) == split
@@ -76,8 +76,37 @@ def test_one_image_is_enough(model, images):
     result = compress(model, [images[:1]], keep=0.5)
     assert result.images == 1
     assert result.notes == []
+    assert {layer.shrink for layer in result.layers} == {0.3}
     assert all(layer.held_out_error is None for layer in result.layers)
     assert model(images).isfinite().all()
+
+
+def test_factors_by_gradients_are_of_tokens_by_gradients_with_a_measured_pull(model, images):
+    """What the defaults are, option by option; other factors are of tokens alike with a fixed pull."""
+    options = {"weighting": mixrank.Weighting("gradient", 1.0), "shrink": "measured", "factors": "fisher"}
+    defaults, chosen = copy.deepcopy(model), copy.deepcopy(model)
+    compress(defaults, [images], keep=0.4)
+    compress(chosen, [images], keep=0.4, **options)
+    assert torch.equal(defaults(images), chosen(images))
+    for other in ({"weighting": "none"}, {"shrink": 0.9}):
+        changed = copy.deepcopy(model)
+        compress(changed, [images], keep=0.4, **other)
+        assert not torch.equal(changed(images), chosen(images))
+    aware, explicit = copy.deepcopy(model), copy.deepcopy(model)
+    result = compress(aware, [images], keep=0.4, factors="aware")
+    compress(explicit, [images], keep=0.4, factors="aware", weighting="none", shrink=0.3)
+    assert torch.equal(aware(images), explicit(images))
+    assert "shrink" not in result.seconds
+
+
+def test_a_pull_that_cannot_be_measured_is_noted(model):
+    """Images of two sizes are not one batch."""
+    model.pos_embed, model.dynamic_img_size, model.patch_embed.strict_img_size = None, True, False
+    batches = [torch.randn(5, 3, size, size) for size in (32, 32, 48, 48)]
+    result = compress(copy.deepcopy(model), batches, keep=0.4, energy="weight")
+    assert result.notes[0].startswith("shrink is 0.3, as it cannot be measured: sensitivity needs images of one size")
+    with pytest.raises(InputError, match="images of one size"):
+        compress(copy.deepcopy(model), batches, keep=0.4, energy="weight", shrink="measured")
 
 
 def test_too_few_images_are_noted_with_the_gap(model):

@@ -106,6 +106,7 @@ def test_options_of_ones_own_have_a_name_of_ones_own(model, many):
         ({"strategies": []}, "at least one"),
         ({"strategies": {"mine": {"sequential": True}}}, "'mine' must have options among .*'sequential'"),
         ({"strategies": {"mine": {"factors": "best"}}}, "factors must be one of"),
+        ({"strategies": {"mine": {"weighting": "clip"}}}, "'mine' must have None or 'none' as weighting, .*'clip'"),
         ({"keep": []}, "at least one share"),
         ({"keep": [0.5, 0.001]}, "keep must be at least"),
         ({"keep": [2.0]}, r"keep must be in \(0, 1\]"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixrank import InputError, Weighting, calibrate
+from mixrank.calibrate import calibrate_both
 from mixrank.gradients import probes
 from mixrank.models import compressible_linears
 from mixrank.stats import output_frame
@@ -165,6 +166,25 @@ def test_a_level_adds_so_much_of_the_mean_weight_to_each_token(model, images, he
             found = getattr(mixed, sums)
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item(), msg=name)
         assert torch.equal(mixed.gradient, weighted.gradient)
+
+
+def test_both_statistics_come_from_one_pass(model, images):
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    automatic, alike = calibrate_both(model, [images], held_out=0.5, seed=2)
+    passes = len(seen)
+    wanted = [
+        calibrate(model, [images], weighting=weighting, gradients=True, held_out=0.5, seed=2)
+        for weighting in (Weighting("gradient", 1.0), "none")
+    ]
+    assert len(seen) == 3 * passes
+    for found, alone in zip((automatic, alike), wanted, strict=True):
+        assert found.images == alone.images
+        for one, other in ((found, alone), (found.held_out, alone.held_out)):
+            for name in one:
+                for sums in ("gram", "total", "gradient"):
+                    assert torch.equal(getattr(one[name], sums), getattr(other[name], sums)), name
+                assert one[name].rows == other[name].rows
 
 
 def test_gradients_beside_other_weights_change_no_statistics(model, images):

@@ -7,7 +7,8 @@ import dataclasses
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +21,29 @@ from mixrank.arguments import Allocation, Running, Strategy
 from mixrank.attributes import note_
 from mixrank.calibrate import calibrate
 from mixrank.cli_output import Stopwatch, gigamacs, megabytes, percent, rate, ratio, versions, write_json
-from mixrank.compress import FORM, SENSITIVITY_IMAGES, SHRINK, Timer, plan_ranks
+from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, Timer, plan_ranks
 from mixrank.data import Batch
 from mixrank.decompose import decompose
 from mixrank.demo import ARCHITECTURE, ASSETS, IMAGES, MEAN, MODEL_ARGS, PREPROCESSING, STD, WEIGHTS
 from mixrank.errors import InputError
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.files import check_writable, write_text
+from mixrank.measured_pull import FIRST, measure_pull
 from mixrank.models import create_model
 from mixrank.report import write_report
 from mixrank.result import layer_reports
 from mixrank.sample import Sample
+from mixrank.shrinkage import MEASURED
+from mixrank.weighting import AUTOMATIC
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 KEEPS = (0.6, 0.45, 0.3)
-FACTORS: Strategy = {"factors": "fisher", "shrink": SHRINK}
+FACTORS: Strategy = {"factors": "fisher", "shrink": FIRST}
 RANKS: Allocation = {"ranks": "mixed", "energy": "sensitivity", "step": 8, "form": FORM}
-STRATEGY: dict[str, object] = {**FACTORS, **RANKS}
+TOKENS = {"weighting": AUTOMATIC.kind, "weighting_level": AUTOMATIC.level}
+STRATEGY: dict[str, object] = {**FACTORS, "shrink": MEASURED, **TOKENS, **RANKS}
 SPEED_BATCH = 32
 BATCH = 100
 COLUMNS = ("", "parameters", "MB", "GMACs", "top-1", "images/s", "speed-up")
@@ -126,12 +131,13 @@ def run(
         dense_score = evaluate(dense, test, progress=progress)
     with watch.stage("calibrate"):
         sample = Sample(batches(images["calibration_images"]), SENSITIVITY_IMAGES, seed=0, held_out=None)
-        stats = calibrate(dense, sample, held_out=None, gradients=True, progress=progress)
+        stats = calibrate(dense, sample, held_out=None, gradients=True, weighting=AUTOMATIC, progress=progress)
     with watch.stage("decompose"):
-        factorisations = decompose(dense, stats, **FACTORS, progress=progress)
+        make = partial(decompose, dense, stats, progress=progress)
+        factorisations = make(**FACTORS)
 
     with watch.stage("compress_and_evaluate"):
-        variants = [_variant(dense, factorisations, sample, keep, test, progress) for keep in keeps]
+        variants = [_variant(dense, factorisations, make, sample, keep, test, progress) for keep in keeps]
     with watch.stage("speed"):
         models = {"dense": dense} | {variant.label: variant.model for variant in variants}
         speed = compare_speed(models, test[0].images[:SPEED_BATCH])
@@ -191,13 +197,21 @@ def _prepare_folder(out: Path) -> None:
 
 
 def _variant(
-    dense: torch.nn.Module, factorisations: Any, sample: Sample, keep: float, test: list[Batch], progress: bool
+    dense: torch.nn.Module,
+    factorisations: Any,
+    make: Callable[..., Any],
+    sample: Sample,
+    keep: float,
+    test: list[Batch],
+    progress: bool,
 ) -> Variant:
     label = f"keep {keep:g}"
     if progress:
         print(label, file=sys.stderr)
     running: Running = {"dtype": None, "progress": progress}
     plan = plan_ranks(dense, factorisations, sample, Timer(), {**RANKS, "keep": keep}, running)
+    parts = sample.images.split(SENSITIVITY_BATCH)
+    _, factorisations = measure_pull(dense, plan, factorisations, partial(make, factors="fisher"), parts, running)
     model = apply_(copy.deepcopy(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
     return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))
