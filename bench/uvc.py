@@ -88,7 +88,7 @@ def _below_a_threshold(model: nn.Module, budget: float, groups: list[Groups]) ->
         middle = (low + high) / 2
         kept = [kept_by(found, one) for found, one in zip(groups, shares(middle), strict=True)]
         low, high = (low, middle) if macs_of(structure, kept) <= budget * structure.macs() else (middle, high)
-    return land(structure, groups, shares(high), everything, budget)
+    return land(structure, groups, shares(high), everything, budget, UVCOptions.multiple)
 
 
 def depth(model: nn.Module, budget: float, seed: int) -> Chosen:
@@ -98,7 +98,7 @@ def depth(model: nn.Module, budget: float, seed: int) -> Chosen:
     count, each = len(groups), structure.block_macs(len(groups[0].heads), structure.width, len(groups[0].neurons))
     stay = max(1, int((budget * structure.macs() - structure.fixed_macs) / each))
     gates = torch.tensor([1.0 if index < stay else 0.4 - 0.001 * index for index in range(count)])
-    return land(structure, groups, shares, gates, budget)
+    return land(structure, groups, shares, gates, budget, UVCOptions.multiple)
 
 
 CHOICES: dict[str, Callable[[nn.Module, float, int], Chosen] | None] = {

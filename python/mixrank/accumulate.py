@@ -139,6 +139,8 @@ class Accumulator:
                 call = _Call(observed.clone(), torch.zeros(output.shape[:-1], dtype=torch.float64))
                 output.register_hook(lambda gradient: self._receive(gradient, call))
                 self.waiting.append(call)
+            elif self.alike is not None:
+                self._add(observed, None)  # it does not see the images: a bias that is computed, as Swin v2 has them
             return
         if self.gradient is not None and output.requires_grad:
             output.register_hook(lambda gradient: self._receive(gradient, None))
@@ -162,11 +164,12 @@ class Accumulator:
         self.waiting = []
 
     def _add(self, observed: Tensor, weight: Tensor | None) -> None:
-        self.sums.add(observed, weight)
+        if weight is not None or self.alike is None:
+            self.sums.add(observed, weight)
         if self.alike is not None:
             self.alike.add(observed, None)
         self.tokens += observed.numel() // observed.shape[-1]
-        if not self.sums.total.isfinite().all():
+        if not all(sums.total.isfinite().all() for sums in (self.sums, self.alike) if sums is not None):
             raise InputError(
                 f"the {self.side} of layer {self.name} has NaN or infinite values for {self._culprit(observed)}"
             )
@@ -194,7 +197,7 @@ class Accumulator:
         """Return the sums over some images, those of outputs with the bias taken out. Nothing can be added after."""
         if self.alike is not None:
             share = self.measure.weighting.alike * self.sums.rows / self.tokens
-            self.sums.add_share_(share, self.alike)
+            self.sums.add_share_(share or 1.0, self.alike)
             self.alike = None
         return self._finished(self.sums, images)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mixrank import InputError, Weighting, calibrate
 from mixrank.calibrate import calibrate_both
+from mixrank.decompose import decompose
 from mixrank.gradients import probes
 from mixrank.models import compressible_linears
 from mixrank.stats import output_frame
@@ -166,6 +167,25 @@ def test_a_level_adds_so_much_of_the_mean_weight_to_each_token(model, images, he
             found = getattr(mixed, sums)
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item(), msg=name)
         assert torch.equal(mixed.gradient, weighted.gradient)
+
+
+def test_layers_that_do_not_see_the_images_count_their_tokens_alike(images):
+    """The biases of positions that Swin v2 computes depend on no image, so that no gradient comes to them."""
+    torch.manual_seed(0)
+    args = {"img_size": 32, "window_size": 4, "depths": (1,), "num_heads": (2,), "embed_dim": 32, "num_classes": 5}
+    swin = timm.create_model("swinv2_tiny_window8_256", **args).eval()
+    name = "layers.0.blocks.0.attn.cpb_mlp.0"
+    mixed, plain, alone = (
+        calibrate(swin, [images], weighting=weighting, gradients=True, held_out=0.5)
+        for weighting in (Weighting("gradient", 1.0), "none", "gradient")
+    )
+    assert name in alone.idle
+    assert mixed.idle == plain.idle == ()
+    for part, same in ((mixed, plain), (mixed.held_out, plain.held_out)):
+        assert torch.equal(part[name].gram, same[name].gram)
+        assert part[name].rows == same[name].rows
+    made = decompose(swin, mixed, factors="fisher")[name]
+    assert made.factors(2)[0].isfinite().all()
 
 
 def test_both_statistics_come_from_one_pass(model, images):

@@ -2,13 +2,14 @@
 
 Rounding to whole groups misses a budget by some per cent, and gates drop blocks at once. So all shares are raised or
 lowered alike until what stays fits, and then neurons and columns come back, those of the largest norm first, until no
-further one fits: they are the smallest things that can be removed.
+further one fits: they are the smallest things that can be removed. At last their numbers are made multiples of what
+processors like.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from torch import Tensor
@@ -48,9 +49,14 @@ def contributions(structure: Structure, kept: Sequence[KeptBlock | None]) -> Rem
 
 
 def land(
-    structure: Structure, groups: Sequence[Groups], shares: Sequence[BlockVariables], gates: Tensor, budget: float
+    structure: Structure,
+    groups: Sequence[Groups],
+    shares: Sequence[BlockVariables],
+    gates: Tensor,
+    budget: float,
+    multiple: int = 1,
 ) -> list[KeptBlock | None]:
-    """Choose what stays: no more than the budget, and less only by what one neuron takes, where that can be had.
+    """Choose what stays: no more than the budget, and less by fewer than ``multiple`` neurons, where that can be had.
 
     Args:
         structure: of the model.
@@ -59,6 +65,7 @@ def land(
         gates: ``[blocks]``, the probability that each is kept. Blocks below a half go, those of the lowest gates first,
             unless the others cannot fill the budget; further ones go where nothing else fits.
         budget: share of the multiply-adds that may remain, in (0, 1).
+        multiple: of which the columns of each head and the neurons of each block are, if they are that many.
 
     Returns:
         For each block what stays, or None.
@@ -76,7 +83,7 @@ def land(
     for count in range(blocks, 0, -1):
         found = _fitted(structure, groups, shares, set(order[:count]), allowed)
         if found is not None:
-            return _filled(structure, groups, found, allowed)
+            return _aligned(structure, groups, _filled(structure, groups, found, allowed), allowed, multiple)
     least = (structure.fixed_macs + structure.block_macs(1, 1, 1)) / structure.macs()
     raise InputError(f"budget must be above {least:.4f} (one block of one head), but it was {budget}")
 
@@ -161,6 +168,57 @@ def _filled(
         for _, index, neuron in heapq.nsmallest(max(0, excess), _present(groups, kept)):
             one = stays(index)
             kept[index] = KeptBlock(one.columns, tuple(i for i in one.neurons if i != neuron))
+
+
+def _aligned(
+    structure: Structure, groups: Sequence[Groups], kept: Sequence[KeptBlock | None], allowed: int, multiple: int
+) -> list[KeptBlock | None]:
+    """What stays in multiples: those of the smallest norm above one go, and where there is room they come in multiples.
+
+    Columns and neurons cost the same. The largest mean norm relative to its kind comes first.
+    """
+    if multiple == 1:
+        return list(kept)
+    each = structure.block_macs(0, 0, 1)
+    found = [
+        None if one is None else _whole_multiples(block, one, multiple) for block, one in zip(groups, kept, strict=True)
+    ]
+    while True:
+        free = (allowed - macs_of(structure, found)) // each
+        chunks = [
+            (-sum(norm for _, norm in chunk) / len(chunk), index, head, [place for place, _ in chunk])
+            for index, one in enumerate(found)
+            if one is not None
+            for head, chunk in _next_chunks(groups[index], one, multiple)
+            if len(chunk) <= free
+        ]
+        if not chunks:
+            return found
+        _, index, head, places = min(chunks)
+        for place in places:
+            found[index] = _with(cast(KeptBlock, found[index]), head, place)
+
+
+def _whole_multiples(groups: Groups, kept: KeptBlock, multiple: int) -> KeptBlock:
+    def fewer(norms: Tensor, present: tuple[int, ...]) -> tuple[int, ...]:
+        count = len(present)
+        if count in (0, len(norms)):
+            return present
+        ordered = sorted(present, key=lambda place: -norms[place].item())
+        return tuple(sorted(ordered[: max(count - count % multiple, min(count, multiple))]))
+
+    columns = tuple(fewer(norms, one) for norms, one in zip(groups.columns, kept.columns, strict=True))
+    return KeptBlock(columns, fewer(groups.neurons, kept.neurons))
+
+
+def _next_chunks(groups: Groups, kept: KeptBlock, multiple: int) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+    """By head, and -1 for neurons: what has to come back for the next multiple, or for all; places and their norms."""
+    pairs = [(-1, groups.neurons, kept.neurons)]
+    pairs += [(head, groups.columns[head], columns) for head, columns in enumerate(kept.columns) if columns]
+    for head, norms, present in pairs:
+        missing = sorted(_missing(norms, present), key=lambda entry: -entry[1])
+        if missing:
+            yield head, missing[: multiple - len(present) % multiple]
 
 
 def _with(kept: KeptBlock, head: int, place: int) -> KeptBlock:

@@ -71,6 +71,7 @@ class UVCOptions(FinetuneOptions):
         gate_weight: of the multiplier of the budget in the gradient of the gates.
         gate_temperature: of the samples of the gates.
         reached: share of the search after which the target is the budget.
+        multiple: of which the numbers of columns of a head and of neurons of a block are that stay; processors like 8.
     """
 
     budget: float = 0.5
@@ -83,6 +84,7 @@ class UVCOptions(FinetuneOptions):
     gate_weight: float = 0.01
     gate_temperature: float = 0.5
     reached: float = 0.7
+    multiple: int = 8
 
     _POSITIVE = (*FinetuneOptions._POSITIVE, "gate_temperature", "gate_speed", "share_speed", "group_speed")
     _SHARES = (*FinetuneOptions._SHARES, "warm_up", "search")
@@ -95,6 +97,8 @@ class UVCOptions(FinetuneOptions):
         super().check()
         if self.interval < 1:
             raise InputError(f"interval must be at least 1, but it was {self.interval}")
+        if self.multiple < 1:
+            raise InputError(f"multiple must be at least 1, but it was {self.multiple}")
         if not 0 < self.reached <= 1:
             raise InputError(f"reached must be above 0 and at most 1, but it was {self.reached}")
         if not 0 < self.search <= 1 - self.warm_up:

@@ -205,7 +205,7 @@ class _Search(Training):
         """Choose what stays, take the rest away, and start to train that."""
         groups = [Groups.of(part) for part in parts_of(self.model)]
         keep = self.gates.probability().detach().cpu()
-        kept = land(self.structure, groups, self.duals.shares, keep, self.options.budget)
+        kept = land(self.structure, groups, self.duals.shares, keep, self.options.budget, self.options.multiple)
         self._shrink(kept)
         self.landed = self.top1(self.model)
         self.note({"landed": macs_of(self.structure, kept) / self.structure.macs(), "top1": self.landed})

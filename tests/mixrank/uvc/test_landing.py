@@ -57,9 +57,23 @@ def test_it_lands_on_the_budget_to_a_neuron(model, budget, seed):
     assert macs_of(structure, smaller) < macs
 
 
-def test_groups_of_the_smallest_norm_go(model):
+@pytest.mark.parametrize("budget", [0.15, 0.3, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize("multiple", [8, 24])
+def test_it_lands_on_multiples_below_the_budget_by_less_than_one(model, budget, multiple):
     structure, groups = structure_of(model), [Groups.of(part) for part in parts_of(model)]
-    kept = land(structure, groups, shares(3), torch.ones(BLOCKS), 0.5)
+    kept = land(structure, groups, shares(4), torch.tensor([0.9, 0.4, 0.7, 0.45]), budget, multiple)
+    below = budget * structure.macs() - macs_of(structure, kept)
+    assert 0 <= below < structure.block_macs(0, 0, multiple)
+    counts = [(len(columns), 64) for one in kept if one is not None for columns in one.columns if columns]
+    counts += [(len(one.neurons), 768) for one in kept if one is not None]
+    assert all(count % multiple == 0 or count == whole or count < multiple for count, whole in counts)
+    assert any(count < whole for count, whole in counts)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_groups_of_the_smallest_norm_go(model, multiple):
+    structure, groups = structure_of(model), [Groups.of(part) for part in parts_of(model)]
+    kept = land(structure, groups, shares(3), torch.ones(BLOCKS), 0.5, multiple)
     for one, found in zip(kept, groups, strict=True):
         for columns, norms in zip(one.columns, found.columns, strict=True):
             gone = sorted(set(range(len(norms))) - set(columns))
