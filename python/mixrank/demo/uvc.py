@@ -28,7 +28,7 @@ from mixrank.uvc.options import UVCOptions, UVCResult
 from mixrank.uvc.run import compress_uvc_
 
 BATCH = 128
-EPOCHS = 4.0
+EPOCHS = 2.0
 
 
 def compress(
