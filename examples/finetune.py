@@ -15,7 +15,7 @@ from mixrank.uvc.finetune import finetune_
 from mixrank.uvc.options import FinetuneOptions, FinetuneResult
 
 
-def main(keep: float = 0.06, epochs: float = 2.0) -> FinetuneResult:
+def main(keep: float = 0.07, epochs: float = 2.0) -> FinetuneResult:
     """Returns what the training did."""
     dense, images = load_model(), load_images()
     model = load_model()
