@@ -260,13 +260,13 @@ class Ablation:
     def _at_once(self, model: nn.Module, variant: Variant) -> Plan:
         plan = self.base() if variant.allocation is None else None
         factorisations, sample = self._made(model, variant)
+        running = {"dtype": self.subject.dtype, "progress": False}
         if plan is None:
             allocation = ALLOCATION | {"keep": self.subject.keep} | variant.allocation
-            running = {"dtype": self.subject.dtype, "progress": False}
             plan = plan_ranks(model, factorisations, sample, Timer(), allocation, running, variant.rounds)
         if variant.factors.get("shrink") == MEASURED:
             make = partial(decompose, model, self._statistics[1][0], **{**FACTORS, **variant.factors})
-            parts, running = sample.images.split(SENSITIVITY_BATCH), {"dtype": self.subject.dtype, "progress": False}
+            parts = sample.images.split(SENSITIVITY_BATCH)
             _, factorisations = measure_pull(model, plan, factorisations, make, parts, running)
         apply_(model, plan, factorisations)
         if variant == BASE:

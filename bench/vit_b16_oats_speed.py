@@ -57,7 +57,7 @@ class SparsePlusLowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``."""
         tokens = x.reshape(-1, x.shape[-1])
-        # Rows of S by columns of tokens is three times as fast as linear() with a sparse weight.
+        # Rows of S by columns of tokens: linear() with a sparse weight is slower.
         found = torch.sparse.mm(self.sparse, tokens.mT.contiguous()).mT
         found = torch.addmm(found, tokens @ self.down.mT, self.up.mT)
         return (found if self.bias is None else found + self.bias).reshape(*x.shape[:-1], -1)

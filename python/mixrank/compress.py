@@ -199,7 +199,8 @@ def compress(
             allocation["energy"] = "weight"
             plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
-        if measured and (not unpulled or (stats is not None and stats.held_out is not None)):
+        trials = stats is not None and stats.held_out is not None
+        if measured and (trials or not unpulled):
             try:
                 again, parts = partial(made, strategy), sample.images.split(SENSITIVITY_BATCH)
                 choose = partial(measure_pull, model, plan, factorisations, again, parts, running)

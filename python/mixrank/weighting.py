@@ -130,8 +130,7 @@ class Weighting:
 
 
 AUTOMATIC = Weighting("gradient", 1.0)
-"""How tokens count where gradients flow anyway and nothing else is asked for: did best on two real models by images
-held out, see docs/accuracy.md."""
+"""How tokens count where gradients flow anyway and nothing else is asked for."""
 
 
 def _by_class(shape: torch.Size, images: int, prefix: int, ratio: float) -> Tensor:

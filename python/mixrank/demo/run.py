@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 KEEPS = (0.6, 0.45, 0.3)
-FACTORS: Strategy = {"factors": "fisher", "shrink": FIRST}
+FACTORS: Strategy = {"factors": "fisher"}
 RANKS: Allocation = {"ranks": "mixed", "energy": "sensitivity", "step": 8, "form": FORM}
 TOKENS = {"weighting": AUTOMATIC.kind, "weighting_level": AUTOMATIC.level}
 STRATEGY: dict[str, object] = {**FACTORS, "shrink": MEASURED, **TOKENS, **RANKS}
@@ -133,8 +133,8 @@ def run(
         sample = Sample(batches(images["calibration_images"]), SENSITIVITY_IMAGES, seed=0, held_out=None)
         stats = calibrate(dense, sample, held_out=None, gradients=True, weighting=AUTOMATIC, progress=progress)
     with watch.stage("decompose"):
-        make = partial(decompose, dense, stats, progress=progress)
-        factorisations = make(**FACTORS)
+        make = partial(decompose, dense, stats, **FACTORS, progress=progress)
+        factorisations = make(shrink=FIRST)
 
     with watch.stage("compress_and_evaluate"):
         variants = [_variant(dense, factorisations, make, sample, keep, test, progress) for keep in keeps]
@@ -211,7 +211,7 @@ def _variant(
     running: Running = {"dtype": None, "progress": progress}
     plan = plan_ranks(dense, factorisations, sample, Timer(), {**RANKS, "keep": keep}, running)
     parts = sample.images.split(SENSITIVITY_BATCH)
-    _, factorisations = measure_pull(dense, plan, factorisations, partial(make, factors="fisher"), parts, running)
+    _, factorisations = measure_pull(dense, plan, factorisations, make, parts, running)
     model = apply_(copy.deepcopy(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
     return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))

@@ -172,6 +172,7 @@ def test_inputs_are_never_overwritten(world) -> None:
         (["--shrink", "much"], "--shrink must be a number or one of auto, oas, measured, got much"),
         (["--shrink", "auto", "--held-out", "0"], "needs images that are held out"),
         (["--weighting", "token", "--weighting-level", "2"], "takes no level"),
+        (["--weighting-level", "2"], "--weighting-level belongs to --weighting, which is missing"),
         (["--sequential", "--factors", "fisher"], "sequential=True takes"),
         (["--min-rank", "20", "--max-rank", "10"], "is above max_rank"),
     ],
