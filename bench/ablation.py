@@ -144,8 +144,8 @@ VARIANTS = (
     Variant("highest rank", "a half", allocation={"max_rank": 0.5}),
     Variant("sensitivity", "on images that the factors were made from", allocation={}, seen=True),
     Variant("qkv", "split", allocation={}, split=True),
+    Variant("images", "all", by_heart=True),  # first, as it has the statistics of the reference
     *(Variant("images", str(count), images=count, by_heart=True) for count in (100, 200, 400)),
-    Variant("images", "all", by_heart=True),
     Variant("views", "2 random ones of each image more", views=2),
     *(Variant("weighting", kind, calibration={"weighting": kind}) for kind in WEIGHTINGS if kind != "none"),
     *(
