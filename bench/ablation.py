@@ -32,7 +32,7 @@ from mixrank.allocate import plan_of
 from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, held_out_images
 from mixrank.compensate import CompensationOptions, compensate_
-from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS, Timer, plan_ranks
+from mixrank.compress import FORM
 from mixrank.decompose import decompose, factorise
 from mixrank.demo import ARCHITECTURE, MODEL_ARGS, WEIGHTS
 from mixrank.demo.run import batches, load_images
@@ -40,6 +40,7 @@ from mixrank.fidelity import compare, logits_of
 from mixrank.measured_pull import FIRST, first_pull, measure_pull
 from mixrank.models import create_model, split_qkv_
 from mixrank.plan import Plan
+from mixrank.planning import SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS, plan_ranks
 from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
 from mixrank.sequential import compress_blocks_
@@ -263,11 +264,10 @@ class Ablation:
         running = {"dtype": self.subject.dtype, "progress": False}
         if plan is None:
             allocation = ALLOCATION | {"keep": self.subject.keep} | variant.allocation
-            plan = plan_ranks(model, factorisations, sample, Timer(), allocation, running, variant.rounds)
+            plan = plan_ranks(model, factorisations, sample, allocation, running, rounds=variant.rounds)
         if variant.factors.get("shrink") == MEASURED:
             make = partial(decompose, model, self._statistics[1][0], **{**FACTORS, **variant.factors})
-            parts = sample.images.split(SENSITIVITY_BATCH)
-            _, factorisations = measure_pull(model, plan, factorisations, make, parts, running)
+            _, factorisations = measure_pull(model, plan, factorisations, make, sample.parts, running)
         apply_(model, plan, factorisations)
         if variant == BASE:
             self.plan = plan

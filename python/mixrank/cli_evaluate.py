@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixrank.cli_input import check_outputs, check_positive, first_images
-from mixrank.cli_output import Stopwatch, comparison_table, versions, write_json
+from mixrank.cli_output import comparison_table, versions, write_json
 from mixrank.errors import InputError
+from mixrank.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from mixrank.checkpoint import Header

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 UNKNOWN = "-"
-
-
-class Stopwatch:
-    """Seconds by stage, for the ``times`` of a result."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
 
 
 def versions() -> dict[str, Any]:

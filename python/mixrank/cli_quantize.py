@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from mixrank.cli_input import check_outputs
-from mixrank.cli_output import Stopwatch, change, megabytes, versions, write_json
+from mixrank.cli_output import change, megabytes, versions, write_json
 from mixrank.errors import InputError
+from mixrank.stopwatch import Stopwatch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,9 +142,10 @@ def _run(options: _Options) -> None:
     options.check()
     args = model_arguments(options.model_args)
 
-    from mixrank.cli_output import Stopwatch, versions, write_json
+    from mixrank.cli_output import versions, write_json
     from mixrank.data import open_images
     from mixrank.models import create_model, preprocessing
+    from mixrank.stopwatch import Stopwatch
     from mixrank.sweep import DEFAULT_STRATEGIES, sweep
 
     watch = Stopwatch()

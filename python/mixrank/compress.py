@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from mixrank.allocate import ENERGIES, NEAR, allocate, check_budget, ranks_to_measure
+from mixrank.allocate import ENERGIES, check_budget
 from mixrank.apply import apply_, put_
 from mixrank.arguments import Allocation, Measuring, Running, Strategy
 from mixrank.automatic import classifies
@@ -22,24 +21,19 @@ from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_st
 from mixrank.errors import InputError
 from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
-from mixrank.plan import Plan
+from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
 from mixrank.processes import are_several
 from mixrank.result import CompressionResult, layer_reports, notes
 from mixrank.sample import Sample
-from mixrank.sensitivity import measure_sensitivity
 from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
 from mixrank.shrinkage import MEASURED
+from mixrank.stopwatch import Stopwatch
 from mixrank.weighting import AUTOMATIC, Weighting
 
-SENSITIVITY_IMAGES = 48
-SENSITIVITY_ROUNDS = 2
 LEFT_ALONE = 0.2
 """The share of parameters outside the layers to compress above which a note tells."""
 FORM = "pivoted"
 """Did best on two real models by images held out, see docs/accuracy.md."""
-SENSITIVITY_BATCH = 24
-
-Value = TypeVar("Value")
 
 
 def compress(
@@ -125,7 +119,7 @@ def compress(
         >>> result.plan.keep <= 0.5
         True
     """
-    timed, remarks = Timer(), []
+    watch, remarks = Stopwatch(), []
     undecided = images is not None and not sequential and None in (factors, energy)
     automatic = undecided and energy is None and ranks == "mixed"
     fisher = undecided and factors is None
@@ -182,7 +176,8 @@ def compress(
         sample = Sample(batches, sensitivity_images, seed, held_out)
         running: Running = {"progress": progress, "dtype": dtype}
         if calibrated and (twice or not sequential):
-            stats = timed("calibrate", lambda: calibrate(model, sample, seed=seed, **measuring, **running))
+            with watch.stage("calibrate"):
+                stats = calibrate(model, sample, seed=seed, **measuring, **running)
         svd: Strategy = {"factors": "svd", "centre": False}
         first = strategy if stats is not None or not sequential else svd
 
@@ -190,95 +185,44 @@ def compress(
             found = decompose(model, stats, progress=progress, **{**how, **other})
             return {name: replace(each, shape=shapes[name]) for name, each in found.items()}
 
-        factorisations: Mapping[str, Factorisation] = timed("decompose", lambda: made(first))
+        with watch.stage("decompose"):
+            factorisations: Mapping[str, Factorisation] = made(first)
+        planned = partial(plan_ranks, model, factorisations, sample, allocation, running, watch=watch)
         try:
-            plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
+            plan = planned()
         except InputError as error:
             if not automatic:
                 raise
             allocation["energy"] = "weight"
-            plan = plan_ranks(model, factorisations, sample, timed, allocation, running)
+            plan = planned()
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
         trials = stats is not None and stats.held_out is not None
         if measured and (trials or not unpulled):
             try:
-                again, parts = partial(made, strategy), sample.images.split(SENSITIVITY_BATCH)
-                choose = partial(measure_pull, model, plan, factorisations, again, parts, running)
-                _, factorisations = timed("shrink", choose)
+                with watch.stage("shrink"):
+                    again = partial(made, strategy)
+                    _, factorisations = measure_pull(model, plan, factorisations, again, sample.parts, running)
             except InputError as error:
                 if not unpulled:
                     raise
                 remarks.append(f"shrink is {first_pull(None)}, as it cannot be measured: {error}")
         if sequential:
             del strategy["fisher_shrink"]
-            fit = partial(compress_blocks_, model, batches, plan, ridge=ridge, strategy=strategy, **running)
-            fitted, count = timed("sequential", fit)
+            with watch.stage("sequential"):
+                fitted, count = compress_blocks_(model, batches, plan, ridge=ridge, strategy=strategy, **running)
             factorisations = {**factorisations, **fitted}
             put_(model, plan, fitted)
         else:
             count = 0 if stats is None else stats.all_images
-            timed("apply", lambda: apply_(model, plan, factorisations))
+            with watch.stage("apply"):
+                apply_(model, plan, factorisations)
         reports = layer_reports(plan, factorisations)
     except BaseException:
         for name in split:
             model.set_submodule(name, fused[name])
         hide_qkv_(model, exposed)
         raise
-    return CompressionResult(plan, reports, count, timed.seconds, remarks + notes(reports, stats), alone)
-
-
-class Timer:
-    """Wall-clock seconds of steps, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str, step: Callable[[], Value]) -> Value:
-        """Do a step and note how long it took."""
-        started = time.perf_counter()
-        value = step()
-        self.seconds[name] = time.perf_counter() - started
-        return value
-
-
-def plan_ranks(
-    model: nn.Module,
-    factorisations: Mapping[str, Factorisation],
-    sample: Sample,
-    timed: Timer,
-    allocation: Allocation,
-    running: Running,
-    rounds: int = SENSITIVITY_ROUNDS,
-) -> Plan:
-    """The plan of an allocation; sensitivity is measured at one by weight energy, then at the plan that it gives.
-
-    Args:
-        model: the dense model.
-        factorisations: of its layers.
-        sample: the images to measure sensitivity on, after they were gone through.
-        timed: notes the seconds of ``allocate`` and ``sensitivity``.
-        allocation: arguments of :func:`mixrank.allocate.allocate`.
-        running: ``dtype`` and ``progress`` of :func:`mixrank.sensitivity.measure_sensitivity`.
-        rounds: how often sensitivity is measured.
-    """
-    measured = allocation["energy"] == "sensitivity" and allocation["ranks"] == "mixed"
-    first = allocation.copy()
-    if allocation["energy"] == "sensitivity":
-        first["energy"] = "weight"
-    plan = timed("allocate", lambda: allocate(model, factorisations, **first))
-    if not measured:
-        return plan
-    batches = sample.images.split(SENSITIVITY_BATCH)
-
-    def improved(plan: Plan) -> Plan:
-        for number in range(rounds):
-            ranks = ranks_to_measure(model, factorisations, plan)
-            found = measure_sensitivity(model, ranks, factorisations, batches, **running)
-            near = NEAR[min(number, len(NEAR) - 1)]
-            plan = allocate(model, factorisations, sensitivities=found, near=near, **allocation)
-        return plan
-
-    return timed("sensitivity", lambda: improved(plan))
+    return CompressionResult(plan, reports, count, watch.seconds, remarks + notes(reports, stats), alone)
 
 
 def check_energy(energy: str, ranks: str, *, calibrated: bool, held_out: bool) -> None:

@@ -19,11 +19,12 @@ from mixrank.cli_input import (
     first_images,
     model_arguments,
 )
-from mixrank.cli_output import Stopwatch, comparison_table, plain, versions, write_json
+from mixrank.cli_output import comparison_table, plain, versions, write_json
 from mixrank.errors import InputError
 from mixrank.launch import started_processes
 from mixrank.precision import Precision
 from mixrank.processes import are_several, gathered, is_first, joined, place
+from mixrank.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,8 @@ from mixrank.data import Batch, as_batch
 from mixrank.errors import InputError
 from mixrank.processes import gathered
 
+PART = 24
+
 
 class Sample:
     """Batches passed on as they are, of which ``size`` images are kept (reservoir sampling, Vitter 1985, algorithm R).
@@ -86,6 +88,11 @@ class Sample:
         if len(sizes) > 1:
             raise InputError(f"sensitivity needs images of one size, but there were {sorted(sizes)}")
         return torch.stack(self._kept)
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """The same in batches of at most :data:`PART`."""
+        return self.images.split(PART)
 
 
 def _merged(parts: list[dict[int, tuple[int, Tensor]]]) -> list[Tensor]:

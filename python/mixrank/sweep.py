@@ -19,7 +19,7 @@ from mixrank.allocate import check_budget
 from mixrank.apply import apply_
 from mixrank.arguments import Allocation, Running, Strategy
 from mixrank.calibrate import calibrate, calibrate_both
-from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, Timer, check_energy, plan_ranks
+from mixrank.compress import FORM, check_energy
 from mixrank.data import as_batch
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
@@ -28,9 +28,11 @@ from mixrank.fidelity import Fidelity, compare
 from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
 from mixrank.plan import Plan
+from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
 from mixrank.sample import Apart, Sample
 from mixrank.shrinkage import MEASURED
 from mixrank.stats import CalibrationStats
+from mixrank.stopwatch import Stopwatch
 
 # Options of mixrank.compress; what a preset does not name is as in that function.
 _PLAIN = {"factors": "aware", "energy": "weight", "shrink": 0.0, "form": "factors", "weighting": "none"}
@@ -195,9 +197,10 @@ def sweep(
         apart = Apart(images, held_out) if evaluation is None else None
         sample = Sample(images if apart is None else apart, sensitivity_images, seed, None)
         running: Running = {"progress": progress, "dtype": dtype}
-        timed = Timer()
+        watch = Stopwatch()
         if groups:
-            weighted, alike = timed("calibrate", partial(_calibrated, model, sample, groups, seed, running))
+            with watch.stage("calibrate"):
+                weighted, alike = _calibrated(model, sample, groups, seed, running)
             calibrated = alike.all_images
         else:
             calibrated = sum(len(as_batch(item).images) for item in sample) // sample.views
@@ -213,19 +216,22 @@ def sweep(
         for factors, wanted in groups:
             stats = weighted if factors["weighting"] is None else alike
             make = partial(decompose, model, stats, progress=progress, **_first(factors))
-            made = timed("decompose", make)
+            with watch.stage("decompose"):
+                made = make()
             for name, share in wanted:
-                once = Timer()
+                once = Stopwatch()
                 allocation: Allocation = {**_allocation(chosen[name]), "keep": share}
-                plan = plan_ranks(model, made, sample, once, allocation, running)
+                plan = plan_ranks(model, made, sample, allocation, running, watch=once)
                 suited: Mapping[str, Factorisation] = made
                 if factors["shrink"] == MEASURED or (factors["shrink"] is None and stats.held_out is not None):
-                    batches = sample.images.split(SENSITIVITY_BATCH)
-                    suited = once("shrink", partial(measure_pull, model, plan, made, make, batches, running))[1]
-                candidate = once("apply", partial(_applied, model, plan, suited))
-                score = once("evaluate", partial(bench.score, candidate))
+                    with once.stage("shrink"):
+                        _, suited = measure_pull(model, plan, made, make, sample.parts, running)
+                with once.stage("apply"):
+                    candidate = _applied(model, plan, suited)
+                with once.stage("evaluate"):
+                    score = bench.score(candidate)
                 fidelity = compare(score.logits, bench.dense.logits)
-                measured = (summarise(candidate, score), fidelity, plan, timed.seconds | once.seconds)
+                measured = (summarise(candidate, score), fidelity, plan, watch.seconds | once.seconds)
                 rows.append(SweepRow(name, share, dict(chosen[name]), *measured))
                 if on_row is not None:
                     on_row(result())

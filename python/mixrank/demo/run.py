@@ -20,8 +20,8 @@ from mixrank.apply import apply_
 from mixrank.arguments import Allocation, Running, Strategy
 from mixrank.attributes import note_
 from mixrank.calibrate import calibrate
-from mixrank.cli_output import Stopwatch, gigamacs, megabytes, percent, rate, ratio, versions, write_json
-from mixrank.compress import FORM, SENSITIVITY_BATCH, SENSITIVITY_IMAGES, Timer, plan_ranks
+from mixrank.cli_output import gigamacs, megabytes, percent, rate, ratio, versions, write_json
+from mixrank.compress import FORM
 from mixrank.data import Batch
 from mixrank.decompose import decompose
 from mixrank.demo import ARCHITECTURE, ASSETS, IMAGES, MEAN, MODEL_ARGS, PREPROCESSING, STD, WEIGHTS
@@ -30,10 +30,12 @@ from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.files import check_writable, write_text
 from mixrank.measured_pull import FIRST, measure_pull
 from mixrank.models import create_model
+from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
 from mixrank.report import write_report
 from mixrank.result import layer_reports
 from mixrank.sample import Sample
 from mixrank.shrinkage import MEASURED
+from mixrank.stopwatch import Stopwatch
 from mixrank.weighting import AUTOMATIC
 
 if TYPE_CHECKING:
@@ -209,9 +211,8 @@ def _variant(
     if progress:
         print(label, file=sys.stderr)
     running: Running = {"dtype": None, "progress": progress}
-    plan = plan_ranks(dense, factorisations, sample, Timer(), {**RANKS, "keep": keep}, running)
-    parts = sample.images.split(SENSITIVITY_BATCH)
-    _, factorisations = measure_pull(dense, plan, factorisations, make, parts, running)
+    plan = plan_ranks(dense, factorisations, sample, {**RANKS, "keep": keep}, running)
+    _, factorisations = measure_pull(dense, plan, factorisations, make, sample.parts, running)
     model = apply_(copy.deepcopy(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
     return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))
