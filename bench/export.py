@@ -1,6 +1,7 @@
 """The compressed ViT-B/16 in other runtimes: images per second of each, in turns, beside the dense model there.
 
-    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --only '{"factors": "fisher"}' --models MODELS
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --models MODELS \
+        --only '{"weighting": "gradient"}'
     MIXRANK_DATA=FOLDER python -m mixrank_bench.export --models MODELS
 
 FOLDER is that of :mod:`mixrank_bench.vit_b16`, and its first command writes what the defaults of ``mixrank.compress``

@@ -35,6 +35,7 @@ from mixrank_bench.gpu_timing import FLUSH_BYTES, recorded, turns
 from mixrank_bench.measures import SERVED
 from mixrank_bench.ops import KEEPS, Case
 from mixrank_bench.timing import Turn, interleaved
+from mixrank_bench.variant import Variant
 from mixrank_kernels import backend
 from mixrank_kernels._register import bind
 from mixrank_kernels._schema import SCHEMAS
@@ -134,7 +135,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> Iterator[dict[str,
     if case.m == 1:
         alone = {key: fields[0].variants[key[0]][key[1]] for key in verdicts if key not in refused}
 
-        def turn(variant: peers.Variant, seconds: float) -> float:
+        def turn(variant: Variant, seconds: float) -> float:
             with variant.within():
                 return turns(device)(variant.call, seconds)
 

@@ -35,8 +35,10 @@ from torch import Tensor
 
 from mixrank_bench import engines as libraries
 from mixrank_bench.engines import Engine, Program, Unavailable
-from mixrank_bench.measures import ADDMM, OUT_DTYPE, SERVED, SSYRK, UNPACKED
+from mixrank_bench.measures import SERVED, UNPACKED
 from mixrank_bench.ops import INT8, TOKENS, Case
+from mixrank_bench.peers_gram import gram_peers, rounded_gram
+from mixrank_bench.variant import Variant
 from mixrank_kernels import backend, cuda, ops, packing, reference, testing
 
 ENGINES = {
@@ -62,25 +64,6 @@ FORMS = {
     "two launches, tiles of 128": cuda.Form(2, cuda.Tile.LARGE),
 }
 _PEER_FACTOR = 4.0
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to serve a case.
-
-    Attributes:
-        call: what is timed.
-        answer: how its first result becomes a comparable tensor.
-        within: what the call is made in, which takes no part in its time.
-    """
-
-    call: Callable[[], Tensor | None]
-    answer: Callable[[Tensor], Tensor] = lambda result: result
-    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-
-    def __call__(self) -> Tensor | None:
-        with self.within():
-            return self.call()
 
 
 @dataclass(frozen=True)
@@ -135,10 +118,10 @@ def field(
                 offer(group, name, build)
         return found
     if "gram" in case.op:
-        for name, build in _gram_peers(case, arguments).items():
+        for name, build in gram_peers(case, arguments).items():
             offer("gram", name, build)
         if rounded and case.dtype.itemsize == 2:
-            offer(ROUNDED, f"torch addmm_ in {case.dtype_name}", lambda: _rounded_gram(case, arguments))
+            offer(ROUNDED, f"torch addmm_ in {case.dtype_name}", lambda: rounded_gram(case, arguments))
         return found
     for group, program in _programs(case, arguments).items():
         for name, engine in (ENGINES if engines is None else engines).items():
@@ -336,84 +319,3 @@ def _sparse_add(case: Case, arguments: dict[str, Tensor | None]) -> Callable[[],
     except RuntimeError as error:
         raise Unavailable(f"torch refuses it: {str(error).splitlines()[0]}") from None
     return lambda: dense() + (residual @ x.mT).mT
-
-
-def _gram_peers(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Callable[[], Variant]]:
-    x = arguments["x"]
-    z = arguments.get("z", x)
-
-    def zeros(extra: int = 0) -> Tensor:
-        return _zeros(case, x.device, extra=extra)
-
-    def out_dtype() -> Variant:
-        """What a user would take who knows of it; there is no such form that adds."""
-        total, product = zeros(), torch.bmm if case.batch else torch.mm
-        return Variant(lambda: total.add_(product(x.mT, z, out_dtype=torch.float32)), Tensor.clone)
-
-    def addmm() -> Variant:
-        total = zeros()
-        add = total.baddbmm_ if case.batch else total.addmm_
-
-        def call() -> Tensor:
-            wide = x.float()
-            return add(wide.mT, wide if z is x else z.float())
-
-        return Variant(call, Tensor.clone)
-
-    def images() -> Variant:
-        """Matrices of single images, then their sum: the hook of published compressors."""
-        total, images, targets = zeros(), x.view(-1, TOKENS, case.k), z.view(-1, TOKENS, z.shape[-1])
-
-        def call() -> Tensor:
-            wide = images.float()
-            return total.add_((wide.mT @ (wide if z is x else targets.float())).sum(0))
-
-        return Variant(call, Tensor.clone)
-
-    def kronfluence() -> Variant:
-        """A copy in fp32, a column of ones for the bias, and the product of all of it."""
-        total = zeros(extra=1)
-
-        def call() -> Tensor:
-            wide = x.to(torch.float32, copy=True)
-            wide = torch.cat([wide, wide.new_ones(len(wide), 1)], dim=-1)
-            return total.addmm_(wide.mT, wide)
-
-        return Variant(call, lambda result: result[:-1, :-1].clone())
-
-    def scipy() -> Variant:
-        total = zeros()
-        parts = [(x, total)] if not case.batch else list(zip(x, total, strict=True))
-        calls = [libraries.ssyrk(rows, matrix) for rows, matrix in parts]
-
-        def call() -> Tensor:
-            for part in calls:
-                part()
-            return total
-
-        return Variant(call, lambda result: result.tril() + result.tril(-1).mT)
-
-    found = {ADDMM: addmm}
-    if x.is_cuda and case.dtype.itemsize == 2:
-        found[OUT_DTYPE] = out_dtype
-    if not case.batch:
-        found["batched matmul, then sum"] = images
-    if case.op == "gram_accumulate_":
-        if x.device.type == "cpu":
-            found[SSYRK] = scipy
-        if not case.batch:
-            found["as kronfluence does"] = kronfluence
-    return found
-
-
-def _rounded_gram(case: Case, arguments: dict[str, Tensor | None]) -> Variant:
-    x = arguments["x"]
-    total = _zeros(case, x.device, dtype=case.dtype)
-    add, z = total.baddbmm_ if case.batch else total.addmm_, arguments.get("z", x)
-    return Variant(lambda: add(x.mT, z), Tensor.clone)
-
-
-def _zeros(case: Case, device: torch.device, *, extra: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A Gram matrix to add to, with so many columns and rows more."""
-    lead = (case.batch,) if case.batch else ()
-    return torch.zeros(*lead, case.k + extra, (case.n or case.k) + extra, dtype=dtype, device=device)

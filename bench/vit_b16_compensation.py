@@ -1,6 +1,7 @@
 """Train the compressed ViT-B/16 for some minutes to follow the dense one, and count what it wins back.
 
-    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --only '{"factors": "fisher"}' --models MODELS
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --models MODELS \
+        --only '{"weighting": "gradient"}'
     MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_compensation --models MODELS
 
 FOLDER is that of :mod:`mixrank_bench.vit_b16`, and its first command writes what the defaults of ``mixrank.compress``

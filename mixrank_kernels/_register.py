@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-from mixrank_kernels import _autograd, _checks, choice, composite, cuda, reference
+from mixrank_kernels import _autograd, _checks, _contents, choice, composite, cuda, reference
 from mixrank_kernels._load import load_extension
 from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, Argument, Arguments, library, overload
 
@@ -33,7 +33,7 @@ def checked(name: str, implementation: Callable) -> Callable:
     def call(*args: Argument, **kwargs: Argument) -> Tensor | None:
         arguments = bind(name, *args, **kwargs)
         check(*arguments)
-        _checks.memory_and_contents(name, dict(zip(names, arguments, strict=True)))
+        _contents.memory_and_contents(name, dict(zip(names, arguments, strict=True)))
         with _without_autocast(arguments[0].device.type):
             return implementation(*arguments)
 

@@ -21,42 +21,11 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels import _register
+from mixrank_kernels._packed_entry import Entry, is_plain
 from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, Argument, library, overload
 
-
-class _Entry:
-    """Packed factors, and the weights as they were when they were packed.
-
-    It keeps the memory that was packed alive, so that no other memory can take its address unnoticed: a weight that is
-    given new memory frees the old one at the next call of :func:`packed`.
-    """
-
-    __slots__ = ("memory", "packed", "references", "states")
-
-    packed: Tensor
-
-    def __init__(self, weights: tuple[Tensor, ...], forget: Callable[[weakref.ref], None]) -> None:
-        self.references = [weakref.ref(weight, forget) for weight in weights]
-        self.memory = [weight.untyped_storage() for weight in weights]
-        self.states = [_state(weight) for weight in weights]
-
-    def is_of(self, weights: tuple[Tensor, ...]) -> bool:
-        """Whether these are the weights that were packed, with the same memory, not written to since."""
-        if len(weights) != len(self.references):
-            return False
-        for weight, reference, state in zip(weights, self.references, self.states, strict=True):
-            if reference() is not weight or _state(weight) != state:
-                return False
-        return True
-
-
-def _state(weight: Tensor) -> tuple:
-    # Assigning to weight.data can change any of these alone, and the version counts none of that.
-    return weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
-
-
 # By the identity of the first weight, for codes with the kind of arithmetic.
-_entries: dict[int | tuple[int, bool], _Entry] = {}
+_entries: dict[int | tuple[int, bool], Entry] = {}
 _enabled = True
 
 
@@ -324,7 +293,7 @@ def nbytes() -> int:
 
 def _pack(key: int | tuple[int, bool], given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor | None:
     _entries.pop(key, None)
-    if not _enabled or _register.extension is None or not all(_is_plain(weight) for weight in given):
+    if not _enabled or _register.extension is None or not all(is_plain(weight) for weight in given):
         return None
 
     def forget(reference: weakref.ref) -> None:
@@ -334,20 +303,11 @@ def _pack(key: int | tuple[int, bool], given: tuple[Tensor, ...], make: Callable
             _entries.pop(key, None)
 
     # Made before the weights are read, so that a write from another thread meanwhile shows at the next call.
-    entry = _Entry(given, forget)
+    entry = Entry(given, forget)
     with torch.no_grad():
         entry.packed = make()
     _entries[key] = entry
     return entry.packed
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return (
-        type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
-        and not weight.is_inference()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
-    )
 
 
 def _self_packed(op: str) -> str:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixrank_kernels import reference
-from mixrank_kernels._samples import Sample, every_other_row, sample_inputs, slice_of_wider, transposed
+from mixrank_kernels._sample_makers import Sample, every_other_row, slice_of_wider, transposed
+from mixrank_kernels._samples import sample_inputs
 from mixrank_kernels._schema import Argument, tensor_of
 
 __all__ = [

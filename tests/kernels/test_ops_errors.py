@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from mixrank_kernels import _checks, backend, ops
+from mixrank_kernels import _contents, backend, ops
 from mixrank_kernels._samples import sample_inputs
 from mixrank_kernels._schema import INT8_SCHEMAS, SCHEMAS, overload
 
@@ -231,8 +231,8 @@ def test_pivots_out_of_order_are_named(implementation, op, changed, message, row
 
 def test_pivots_are_read_once_and_again_after_a_write(monkeypatch):
     read = []
-    original = _checks._read_pivots
-    monkeypatch.setattr(_checks, "_read_pivots", lambda *arguments: read.append(1) or original(*arguments))
+    original = _contents._read_pivots
+    monkeypatch.setattr(_contents, "_read_pivots", lambda *arguments: read.append(1) or original(*arguments))
     arguments = good_arguments(PIVOTED)
     with backend.use("reference"):
         for _ in range(3):
@@ -262,8 +262,8 @@ def test_bad_indices_are_named(implementation, op, changed, message, index):
 
 def test_indices_are_read_once_and_again_after_a_write(monkeypatch):
     read = []
-    original = _checks._read_indices
-    monkeypatch.setattr(_checks, "_read_indices", lambda *arguments: read.append(1) or original(*arguments))
+    original = _contents._read_indices
+    monkeypatch.setattr(_contents, "_read_indices", lambda *arguments: read.append(1) or original(*arguments))
     crow, col = torch.tensor([0, 2, 2, 3]), torch.tensor([1, 0, 1])
     arguments = good_arguments(RESIDUAL) | {"crow": crow, "col": col}
     with backend.use("reference"):

@@ -1,0 +1,50 @@
+"""What was packed for some weights, and whether it still is theirs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Entry:
+    """Packed factors, and the weights as they were when they were packed.
+
+    It keeps the memory that was packed alive, so that no other memory can take its address unnoticed: a weight that is
+    given new memory frees the old one at the next call of :func:`mixrank_kernels.packing.packed`.
+    """
+
+    __slots__ = ("memory", "packed", "references", "states")
+
+    packed: Tensor
+
+    def __init__(self, weights: tuple[Tensor, ...], forget: Callable[[weakref.ref], None]) -> None:
+        self.references = [weakref.ref(weight, forget) for weight in weights]
+        self.memory = [weight.untyped_storage() for weight in weights]
+        self.states = [_state(weight) for weight in weights]
+
+    def is_of(self, weights: tuple[Tensor, ...]) -> bool:
+        """Whether these are the weights that were packed, with the same memory, not written to since."""
+        if len(weights) != len(self.references):
+            return False
+        for weight, reference, state in zip(weights, self.references, self.states, strict=True):
+            if reference() is not weight or _state(weight) != state:
+                return False
+        return True
+
+
+def _state(weight: Tensor) -> tuple:
+    # Assigning to weight.data can change any of these alone, and the version counts none of that.
+    return weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether it has memory of its own on the CPU, of which every write is counted."""
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.device.type == "cpu"
+        and not weight.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
+    )
