@@ -332,6 +332,7 @@ def main() -> None:
     parser.add_argument("model", choices=("vit_b16", "fashion"))
     parser.add_argument("--assets", type=Path, help="the folder of the fashion model")
     parser.add_argument("--switch", action="append", help="only variants of this switch (repeatable)")
+    parser.add_argument("--value", action="append", help="only those that set it to this (repeatable)")
     parser.add_argument("--threads", type=int, default=1, help="threads of one operation")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     args = parser.parse_args()
@@ -339,6 +340,7 @@ def main() -> None:
     done = {(row["model"], row["switch"], row["value"]) for row in read(args.out)}
     wanted = [v for v in VARIANTS if (args.model, v.switch, v.value) not in done]
     wanted = [v for v in wanted if args.switch is None or v.switch in args.switch]
+    wanted = [v for v in wanted if args.value is None or v.value in args.value]
     with tempfile.TemporaryDirectory() as scratch:
         if args.model == "vit_b16":
             if "MIXRANK_DATA" not in os.environ:
