@@ -30,6 +30,7 @@ from mixrank.models import create_model
 from mixrank_bench.environment import RESULTS, append
 
 OUT = RESULTS / "interruptions.jsonl"
+COMMANDS = ("compress", "compensate", "uvc")
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 4, "depth": 3, "num_classes": 2}
 IMAGES = 24
@@ -146,13 +147,12 @@ def run(name: str, runs: int, seed: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = ("compress", "compensate", "uvc")
-    parser.add_argument("--command", choices=commands, action="append", help="only this one (repeatable)")
+    parser.add_argument("--command", choices=COMMANDS, action="append", help="only this one (repeatable)")
     parser.add_argument("--runs", type=int, default=51, help="of all commands together")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     args = parser.parse_args()
-    names = args.command or commands
+    names = args.command or COMMANDS
     failed = False
     for name in names:
         row = run(name, -(-args.runs // len(names)), args.seed)

@@ -26,6 +26,7 @@ from mixrank_bench import (
     tables_ops,
     tables_peers,
     tables_pivoted,
+    tables_reliability,
     tables_scale,
     tables_triton,
     tables_uvc,
@@ -74,6 +75,10 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
     },
     "docs/kernels/int8.md": {"int8-speed": tables_int8.speed, "int8-accuracy": tables_int8.accuracy},
     "docs/kernels/pivoted.md": {"pivoted-speed": tables_pivoted.speed},
+    "docs/reliability.md": {
+        "interruptions": tables_reliability.interruptions,
+        "hostile": tables_reliability.hostile,
+    },
     "docs/scale.md": {
         "scale-measured": tables_scale.measured,
         "scale-large": tables_scale.large,
