@@ -28,7 +28,8 @@ def switches() -> str:
     for name in present:
         keep = latest[name, ablation.BASE.switch, ""]["keep"]
         header += [f"{MODELS[name]}, keep {keep}: KL, nats", "times the reference's", "agreement, %"]
-    return table(header, lines) + "\n" + conditions(rows[-1])
+    last = {row["model"]: row for row in rows}
+    return table(header, lines) + "\n" + "\n".join(f"{MODELS[name]}: {conditions(last[name])}" for name in present)
 
 
 def by_heart() -> str:

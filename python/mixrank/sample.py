@@ -15,6 +15,7 @@ from mixrank.errors import InputError
 from mixrank.processes import gathered
 
 PART = 24
+"""Images that go through the model together where a sample is measured on."""
 
 
 class Sample:
