@@ -56,6 +56,7 @@ HELD_OUT = 0.2
 SEED = 0
 VIEW_SCALE = 0.6
 FACTORS = {"factors": "fisher", "centre": True, "shrink": FIRST}
+DEFAULT_SENSITIVITY = (SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS)
 ALLOCATION = {"ranks": "mixed", "energy": "sensitivity", "form": FORM}
 
 
@@ -97,7 +98,7 @@ class Variant:
         allocation: arguments of :func:`mixrank.allocate`; None: the ranks of the reference.
         blocks: size of the blocks of a sparse residual and their share of a layer's numbers; None: no such residual.
         training: options of a training afterwards; None: none.
-        rounds: how often sensitivity is measured.
+        sensitivity: how many images it is measured on, and which share of them in each round.
         seen: measure it on images that the factors were made from, and without others to judge them.
         split: factor q, k and v apart.
         by_heart: judge it on images that the factors were made from too.
@@ -113,7 +114,7 @@ class Variant:
     allocation: Mapping[str, Any] | None = None
     blocks: tuple[int, float] | None = None
     training: Mapping[str, Any] | None = None
-    rounds: int = SENSITIVITY_ROUNDS
+    sensitivity: tuple[int, tuple[float, ...]] = (48, (1.0, 1.0))
     seen: bool = False
     split: bool = False
     by_heart: bool = False
@@ -121,13 +122,20 @@ class Variant:
     @property
     def statistics(self) -> tuple:
         """What the statistics depend on."""
-        return (self.images, self.views, self.seen, tuple(self.calibration.items()), self.split)
+        return (self.images, self.views, self.seen, self.sensitivity[0], tuple(self.calibration.items()), self.split)
 
 
 BASE = Variant("reference", "", allocation={})
 VARIANTS = (
     BASE,
-    Variant("defaults", "", calibration={"weighting": AUTOMATIC}, factors={"shrink": MEASURED}, allocation={}),
+    Variant(
+        "defaults",
+        "",
+        calibration={"weighting": AUTOMATIC},
+        factors={"shrink": MEASURED},
+        allocation={},
+        sensitivity=DEFAULT_SENSITIVITY,
+    ),
     Variant("factors", "plain SVD", factors={"factors": "svd", "centre": True}),
     Variant("factors", "plain SVD, not centred", factors={"factors": "svd", "centre": False}),
     Variant("factors", "activation-aware", factors={"factors": "aware"}),
@@ -137,8 +145,9 @@ VARIANTS = (
     *(Variant("shrink", str(pull), factors={"shrink": pull}) for pull in (0.0, 0.1, 1.0, 3.0, "auto", "oas", MEASURED)),
     Variant("ranks", "uniform", allocation={"ranks": "uniform", "energy": "weight"}),
     *(Variant("energy", kind, allocation={"energy": kind}) for kind in ("weight", "output", "held_out", "mixed")),
-    Variant("sensitivity", "one round", allocation={}, rounds=1),
-    Variant("sensitivity", "three rounds", allocation={}, rounds=3),
+    Variant("sensitivity", "one round", allocation={}, sensitivity=(48, (1.0,))),
+    Variant("sensitivity", "three rounds", allocation={}, sensitivity=(48, (1.0, 1.0, 1.0))),
+    Variant("sensitivity", "second round on 96 other images", allocation={}, sensitivity=DEFAULT_SENSITIVITY),
     Variant("form", "factors", allocation={"form": "factors"}),
     *(Variant("rank step", str(step), allocation={"step": step}) for step in (4, 16)),
     Variant("least rank", "a twelfth", allocation={"min_rank": 1 / 12}),
@@ -264,7 +273,7 @@ class Ablation:
         running = {"dtype": self.subject.dtype, "progress": False}
         if plan is None:
             allocation = ALLOCATION | {"keep": self.subject.keep} | variant.allocation
-            plan = plan_ranks(model, factorisations, sample, allocation, running, rounds=variant.rounds)
+            plan = plan_ranks(model, factorisations, sample, allocation, running, rounds=variant.sensitivity[1])
         if variant.factors.get("shrink") == MEASURED:
             make = partial(decompose, model, self._statistics[1][0], **{**FACTORS, **variant.factors})
             _, factorisations = measure_pull(model, plan, factorisations, make, sample.parts, running)
@@ -277,7 +286,7 @@ class Ablation:
         if self._statistics is None or self._statistics[0] != variant.statistics:
             self._statistics = self._factors = None  # not two at a time
             share = 0 if variant.seen else None
-            sample = Sample(self._batches(variant), SENSITIVITY_IMAGES, SEED, share)
+            sample = Sample(self._batches(variant), variant.sensitivity[0], SEED, share)
             options = {"held_out": share, "gradients": True, "seed": SEED} | variant.calibration
             options |= {"dtype": self.subject.dtype}
             self._statistics = (variant.statistics, (calibrate(model, sample, **options), sample))

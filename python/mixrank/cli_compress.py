@@ -103,7 +103,7 @@ def compress(
     sensitivity_images: Annotated[
         int,
         typer.Option(help="How many images --energy sensitivity is measured on.", rich_help_panel="Calibration"),
-    ] = 48,
+    ] = 128,
     centre: Annotated[
         bool | None,
         typer.Option(

@@ -67,7 +67,7 @@ def sweep(
             show_default="0.2",
         ),
     ] = None,
-    sensitivity_images: Annotated[int, typer.Option(help="How many images sensitivity is measured on.")] = 48,
+    sensitivity_images: Annotated[int, typer.Option(help="How many images sensitivity is measured on.")] = 128,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the sweep in --json: only rows that it lacks are made.")
     ] = False,

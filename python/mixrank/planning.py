@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mixrank.allocate import NEAR, allocate, ranks_to_measure
 from mixrank.arguments import Allocation, Running
 from mixrank.decompose import Factorisation
 from mixrank.plan import Plan
-from mixrank.sample import Sample
+from mixrank.sample import PART, Sample
 from mixrank.sensitivity import measure_sensitivity
 from mixrank.stopwatch import Stopwatch
 
-SENSITIVITY_IMAGES = 48
-SENSITIVITY_ROUNDS = 2
+SENSITIVITY_IMAGES = 128
+SENSITIVITY_ROUNDS = (0.25, 0.75)
+"""The share of these that each round of measurements has. The last one decides, on images that no plan was made by."""
 
 
 def plan_ranks(
@@ -26,7 +28,7 @@ def plan_ranks(
     running: Running,
     *,
     watch: Stopwatch | None = None,
-    rounds: int = SENSITIVITY_ROUNDS,
+    rounds: Sequence[float] = SENSITIVITY_ROUNDS,
 ) -> Plan:
     """The plan of an allocation; sensitivity is measured at one by weight energy, then at the plan that it gives.
 
@@ -37,7 +39,8 @@ def plan_ranks(
         allocation: arguments of :func:`mixrank.allocate.allocate`.
         running: ``dtype`` and ``progress`` of :func:`mixrank.sensitivity.measure_sensitivity`.
         watch: notes the stages ``allocate`` and ``sensitivity``.
-        rounds: how often sensitivity is measured.
+        rounds: the share of the sample that sensitivity is measured on, in (0, 1], once for each share: one portion
+            after the other, and after the last image the first.
 
     Raises:
         InputError: from :func:`mixrank.allocate.allocate` and :func:`mixrank.sensitivity.measure_sensitivity`.
@@ -52,9 +55,18 @@ def plan_ranks(
     if not measured:
         return plan
     with watch.stage("sensitivity"):
-        for number in range(rounds):
+        for number, portion in enumerate(portions(sample.images, rounds)):
             ranks = ranks_to_measure(model, factorisations, plan)
-            found = measure_sensitivity(model, ranks, factorisations, sample.parts, **running)
+            found = measure_sensitivity(model, ranks, factorisations, portion.split(PART), **running)
             near = NEAR[min(number, len(NEAR) - 1)]
             plan = allocate(model, factorisations, sensitivities=found, near=near, **allocation)
     return plan
+
+
+def portions(images: Tensor, shares: Sequence[float]) -> Iterator[Tensor]:
+    """A share of the images ``[B, ...]`` after the other, at least one image each, beginning again where they end."""
+    first = 0
+    for share in shares:
+        count = max(1, round(share * len(images)))
+        yield images[torch.arange(first, first + count) % len(images)]
+        first += count

@@ -62,6 +62,7 @@ class Sample:
             yield item
         self._kept = _merged(gathered(kept)) or _merged(gathered({n: (n, image) for n, image in spare.items()}))
         del self._kept[self.size :]
+        random.Random(self.seed).shuffle(self._kept)  # any part of them is a sample too
 
     def _orders(self, numbers: Sequence[int]) -> list[int | None]:
         """Which of those that may be kept each is: of images held out the plain view, or without such images any."""
@@ -80,7 +81,7 @@ class Sample:
 
     @property
     def images(self) -> Tensor:
-        """What was kept, ``[images, C, H, W]``.
+        """What was kept, in random order, ``[images, C, H, W]``.
 
         Raises:
             InputError: the images are of different sizes.

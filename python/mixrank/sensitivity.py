@@ -13,6 +13,7 @@ any, which know nothing of the images held out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ def measure_sensitivity(
 ) -> dict[str, Sensitivity]:
     """Replace some layers, one at a time, and measure the divergence of the logits.
 
-    One pass through the model for each layer, from the layer's block on: what the blocks before it return is kept.
-    Several processes divide the layers.
+    One pass through the model for each layer and batch, from the layer's block on: what the blocks before it return is
+    kept, for one batch at a time. Several processes divide the layers.
 
     Args:
         model: the dense model, in any mode; it is as it was afterwards.
@@ -72,76 +73,70 @@ def measure_sensitivity(
     Raises:
         InputError: there is no image, or the model does not return finite logits of at least two classes.
     """
-    parameter = next(model.parameters())
+    parameter, blocks = next(model.parameters()), list(blocks_of(model))
     batches = [batch.to(parameter.device, parameter.dtype) for batch in batches]
     if not batches:
         raise InputError("sensitivity needs at least one image, but there was none")
     modes = {module: module.training for module in model.modules()}
     model.eval()
+
+    def work(names: list[str]) -> dict[str, Sensitivity]:
+        total, replay = dict.fromkeys(names, 0.0), None
+        pairs = list(itertools.product(batches, names))
+        for batch, name in track(pairs, "measuring layers", enabled=progress and is_first()):
+            if replay is None or replay.batch is not batch:
+                replay = _Replay(model, batch)
+            total[name] += replay.divergence(name, factorisations[name], ranks[name]) * len(batch)
+        images = sum(map(len, batches))
+        return {name: Sensitivity(ranks[name], total[name] / images) for name in names}
+
     try:
         with torch.inference_mode(), torch.autocast(parameter.device.type, dtype, enabled=dtype is not None):
-            replay = _Replay(model, batches)
-
-            def work(names: list[str]) -> dict[str, Sensitivity]:
-                shown = track(names, "measuring layers", enabled=progress and is_first())
-                return {n: Sensitivity(ranks[n], replay.divergence(n, factorisations[n], ranks[n])) for n in shown}
-
-            return divided({name: replay.cost(name) for name in ranks}, work)
+            return divided({name: len(blocks) - len(_earlier(blocks, name)) for name in ranks}, work)
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
+def _earlier(blocks: list[str], name: str) -> list[str]:
+    """The blocks before a layer's own."""
+    return blocks[: blocks.index(block_of(name, blocks))]
+
+
 class _Replay:
-    """The dense model on some batches, gone through again from any block on."""
+    """The dense model on a batch, gone through again from any block on."""
 
-    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
-        self.model, self.batches, self.blocks = model, batches, blocks_of(model)
-        self.outputs: list[dict[str, list[object]]] = []  # for each batch, by block, of each of its calls
-        logits = []
-        for batch in batches:
-            outputs: dict[str, list[object]] = {name: [] for name in self.blocks}
-            handles = [
-                block.register_forward_hook(lambda _m, _a, output, calls=outputs[name]: calls.append(output))
-                for name, block in self.blocks.items()
-            ]
-            try:
-                logits.append(model(batch))
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self.outputs.append(outputs)
-        self.logits = torch.cat(logits).float()
-
-    def cost(self, name: str) -> int:
-        """How many blocks a layer's own pass goes through."""
-        return len(self.blocks) - len(self._earlier(name))
-
-    def _earlier(self, name: str) -> list[str]:
-        """The blocks before a layer's own."""
-        names = list(self.blocks)
-        return names[: names.index(block_of(name, names))]
+    def __init__(self, model: nn.Module, batch: Tensor) -> None:
+        self.model, self.batch, self.blocks = model, batch, blocks_of(model)
+        self.outputs: dict[str, list[object]] = {name: [] for name in self.blocks}  # of each call
+        handles = [
+            block.register_forward_hook(lambda _m, _a, output, calls=self.outputs[name]: calls.append(output))
+            for name, block in self.blocks.items()
+        ]
+        try:
+            self.logits = model(batch).float()
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def divergence(self, name: str, factorisation: Factorisation, rank: int) -> float:
         """Mean KL of the logits with one layer replaced."""
-        linear, earlier = self.model.get_submodule(name), self._earlier(name)
+        linear = self.model.get_submodule(name)
         factors = (factorisation.trial or factorisation).factors(rank)
         self.model.set_submodule(name, MixedRankLinear.from_factors(*factors).eval())
         try:
-            logits = []
-            for batch, outputs in zip(self.batches, self.outputs, strict=True):
-                with self._replayed(earlier, outputs):
-                    logits.append(self.model(batch))
+            with self._replayed(_earlier(list(self.blocks), name)):
+                logits = self.model(self.batch)
         finally:
             self.model.set_submodule(name, linear)
-        return compare(torch.cat(logits).float(), self.logits).divergence
+        return compare(logits.float(), self.logits).divergence
 
     @contextmanager
-    def _replayed(self, names: list[str], outputs: dict[str, list[object]]) -> Iterator[None]:
+    def _replayed(self, names: list[str]) -> Iterator[None]:
         """Blocks that return what they returned before, without any work."""
         try:
             for name in names:
-                calls = iter(outputs[name])
+                calls = iter(self.outputs[name])
                 self.blocks[name].forward = lambda *_args, calls=calls, **_kwargs: next(calls)
             yield
         finally:
