@@ -40,9 +40,9 @@ from mixrank.counting import count_macs
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
-from mixrank.measured_pull import FIRST, first_pull, measure_pull
+from mixrank.measured_pull import FIRST, first_pull
 from mixrank.models import create_model, preprocessing, split_qkv_
-from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
+from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
 from mixrank.shrinkage import MEASURED
@@ -206,10 +206,11 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
         for strategy in group:
             allocation = {name: getattr(strategy, name) for name in ("keep", "ranks", "energy", "form")}
             running = {"dtype": fast_dtype(), "progress": True}
-            plan = plan_ranks(base, factorisations, sample, allocation, running)
-            found, suited = strategy.shrink, factorisations
-            if found == MEASURED:
-                found, suited = measure_pull(base, plan, factorisations, make, sample.parts, running)
+            if strategy.shrink == MEASURED:
+                plan, found, suited = plan_and_pull(base, factorisations, make, sample, allocation, running)
+            else:
+                plan, found = plan_ranks(base, factorisations, sample, allocation, running), strategy.shrink
+                suited = factorisations
             model = apply_(copy.deepcopy(base), plan, suited)
             score = evaluate(model, test, progress=True)
             errors = [suited[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]

@@ -11,9 +11,15 @@ from torch import nn
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
-from mixrank.compress import compress
+from mixrank.arguments import Allocation, Running
+from mixrank.calibrate import calibrate
+from mixrank.compress import FORM
 from mixrank.decompose import Factorisation, decompose
-from mixrank.measured_pull import FIRST
+from mixrank.measured_pull import FIRST, first_pull
+from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
+from mixrank.sample import Sample
+from mixrank.shrinkage import MEASURED
+from mixrank.weighting import AUTOMATIC, Weighting
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, structured, svd_llm
 from mixrank_bench.accuracy_peers.factored import Compressed, compress_mixed, compress_uniform, compressed
 from mixrank_bench.accuracy_peers.statistics import Calibration
@@ -50,8 +56,30 @@ def _product(model: nn.Module, factorisations: Mapping[str, Factorisation], keep
     return compressed(apply_(model, plan, factorisations), plan)
 
 
-def _ours(model: nn.Module, calibration: Calibration, keep: float, **options: Any) -> Compressed:
-    return compressed(model, compress(model, calibration.images, keep=keep, dtype=calibration.dtype, **options).plan)
+@dataclass(frozen=True)
+class _Calibrated:
+    """What :func:`mixrank.compress` makes of the images before it knows the budget."""
+
+    sample: Sample
+    make: Callable[..., dict[str, Factorisation]]
+    running: Running
+
+
+def _calibrated(model: nn.Module, calibration: Calibration, *, weighting: str | Weighting = AUTOMATIC) -> _Calibrated:
+    running: Running = {"dtype": calibration.dtype, "progress": False}
+    sample = Sample(calibration.images, SENSITIVITY_IMAGES, seed=0, held_out=None)
+    stats = calibrate(model, sample, gradients=True, weighting=weighting, held_out=None, **running)
+    return _Calibrated(sample, partial(decompose, model, stats, factors="fisher"), running)
+
+
+def _ours(model: nn.Module, found: _Calibrated, keep: float, *, shrink: float | str = MEASURED) -> Compressed:
+    allocation: Allocation = {"keep": keep, "ranks": "mixed", "energy": "sensitivity", "form": FORM}
+    first: Mapping[str, Factorisation] = found.make(shrink=first_pull(shrink))
+    if shrink == MEASURED:
+        plan, _, first = plan_and_pull(model, first, found.make, found.sample, allocation, found.running)
+    else:
+        plan = plan_ranks(model, first, found.sample, allocation, found.running)
+    return compressed(apply_(model, plan, first), plan)
 
 
 UNIFORM, MIXED, SEARCHED, ONE_RATIO = "uniform", "mixed", "searched", "one ratio"
@@ -66,8 +94,10 @@ METHODS = {
     "SVD-LLM": Method("Wang et al. 2024, arXiv 2403.07378", UNIFORM, svd_llm.prepare, compress_uniform),
     "CorDA": Method("Yang et al. 2024, arXiv 2406.05223", UNIFORM, corda.prepare, compress_uniform),
     "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform),
-    "mixrank, defaults": Method("this library", MIXED, _images, _ours),
-    "mixrank, tokens alike": Method("this library", MIXED, _images, partial(_ours, weighting="none", shrink=FIRST)),
+    "mixrank, defaults": Method("this library", MIXED, _calibrated, _ours),
+    "mixrank, tokens alike": Method(
+        "this library", MIXED, partial(_calibrated, weighting="none"), partial(_ours, shrink=FIRST)
+    ),
     "OATS": Method("Zhang and Papyan 2024, arXiv 2409.13652", UNIFORM, _images, oats.compress),
     "Torch-Pruning, uniform": Method(TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=False)),
     "Torch-Pruning, bottleneck": Method(

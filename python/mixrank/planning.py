@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mixrank.allocate import NEAR, allocate, ranks_to_measure
 from mixrank.arguments import Allocation, Running
 from mixrank.decompose import Factorisation
+from mixrank.measured_pull import measure_pull
 from mixrank.plan import Plan
 from mixrank.sample import PART, Sample
 from mixrank.sensitivity import measure_sensitivity
@@ -61,6 +62,39 @@ def plan_ranks(
             near = NEAR[min(number, len(NEAR) - 1)]
             plan = allocate(model, factorisations, sensitivities=found, near=near, **allocation)
     return plan
+
+
+def plan_and_pull(
+    model: nn.Module,
+    first: Mapping[str, Factorisation],
+    make: Callable[..., Mapping[str, Factorisation]],
+    sample: Sample,
+    allocation: Allocation,
+    running: Running,
+    *,
+    watch: Stopwatch | None = None,
+) -> tuple[Plan, float, Mapping[str, Factorisation]]:
+    """:func:`plan_ranks`, then the pull that suits this plan, on the same images.
+
+    Args:
+        model: the dense model.
+        first: the factorisations that the ranks go by, with the pull :data:`mixrank.measured_pull.FIRST`.
+        make: the same for another pull, its argument ``shrink``.
+        sample: as for :func:`plan_ranks`, of images held out.
+        allocation: the same.
+        running: the same, and for :func:`mixrank.measured_pull.measure_pull`.
+        watch: notes the stage ``shrink`` too.
+
+    Returns:
+        The plan, the pull and its factorisations.
+
+    Raises:
+        InputError: from both.
+    """
+    watch = watch or Stopwatch()
+    plan = plan_ranks(model, first, sample, allocation, running, watch=watch)
+    with watch.stage("shrink"):
+        return plan, *measure_pull(model, plan, first, make, sample.parts, running)
 
 
 def portions(images: Tensor, shares: Sequence[float]) -> Iterator[Tensor]:

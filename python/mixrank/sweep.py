@@ -25,10 +25,10 @@ from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_st
 from mixrank.errors import InputError
 from mixrank.evaluate import Evaluation, ModelSummary, evaluate, summarise
 from mixrank.fidelity import Fidelity, compare
-from mixrank.measured_pull import first_pull, measure_pull
+from mixrank.measured_pull import first_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
 from mixrank.plan import Plan
-from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
+from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.sample import Apart, Sample
 from mixrank.shrinkage import MEASURED
 from mixrank.stats import CalibrationStats
@@ -221,11 +221,11 @@ def sweep(
             for name, share in wanted:
                 once = Stopwatch()
                 allocation: Allocation = {**_allocation(chosen[name]), "keep": share}
-                plan = plan_ranks(model, made, sample, allocation, running, watch=once)
                 suited: Mapping[str, Factorisation] = made
                 if factors["shrink"] == MEASURED or (factors["shrink"] is None and stats.held_out is not None):
-                    with once.stage("shrink"):
-                        _, suited = measure_pull(model, plan, made, make, sample.parts, running)
+                    plan, _, suited = plan_and_pull(model, made, make, sample, allocation, running, watch=once)
+                else:
+                    plan = plan_ranks(model, made, sample, allocation, running, watch=once)
                 with once.stage("apply"):
                     candidate = _applied(model, plan, suited)
                 with once.stage("evaluate"):

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mixrank.compress import compress
 from mixrank.counting import count_parameters
 from mixrank.decompose import factorise
 from mixrank.errors import InputError
@@ -300,3 +301,15 @@ def test_every_method_keeps_the_budget_and_gives_finite_logits(name, calibration
         assert model(images()[0]).isfinite().all()
     for left, right in zip(dense.parameters(), small_model().parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("mixrank, defaults", {}), ("mixrank, tokens alike", {"weighting": "none", "shrink": 0.3})]
+)
+def test_ours_is_what_compress_makes(name, options):
+    batches = list(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(3)).split(8))
+    expected, found, method = small_model(), small_model(), METHODS[name]
+    plan = compress(expected, batches, keep=0.5, **options).plan
+    prepared = method.prepare(found, Calibration(batches, {}))
+    assert method.compress(found, prepared, 0.5).parameters == plan.parameters_after
+    assert all(torch.equal(tensor, found.state_dict()[key]) for key, tensor in expected.state_dict().items())

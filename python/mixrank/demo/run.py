@@ -28,9 +28,9 @@ from mixrank.demo import ARCHITECTURE, ASSETS, IMAGES, MEAN, MODEL_ARGS, PREPROC
 from mixrank.errors import InputError
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.files import check_writable, write_text
-from mixrank.measured_pull import FIRST, measure_pull
+from mixrank.measured_pull import FIRST
 from mixrank.models import create_model
-from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
+from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull
 from mixrank.report import write_report
 from mixrank.result import layer_reports
 from mixrank.sample import Sample
@@ -211,8 +211,7 @@ def _variant(
     if progress:
         print(label, file=sys.stderr)
     running: Running = {"dtype": None, "progress": progress}
-    plan = plan_ranks(dense, factorisations, sample, {**RANKS, "keep": keep}, running)
-    _, factorisations = measure_pull(dense, plan, factorisations, make, sample.parts, running)
+    plan, _, factorisations = plan_and_pull(dense, factorisations, make, sample, {**RANKS, "keep": keep}, running)
     model = apply_(copy.deepcopy(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
     return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))
