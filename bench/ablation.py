@@ -275,8 +275,8 @@ class Ablation:
             allocation = ALLOCATION | {"keep": self.subject.keep} | variant.allocation
             plan = plan_ranks(model, factorisations, sample, allocation, running, rounds=variant.sensitivity[1])
         if variant.factors.get("shrink") == MEASURED:
-            make = partial(decompose, model, self._statistics[1][0], **{**FACTORS, **variant.factors})
-            _, factorisations = measure_pull(model, plan, factorisations, make, sample.parts, running)
+            stats, make = self._statistics[1][0], partial(decompose, model, **{**FACTORS, **variant.factors})
+            _, factorisations = measure_pull(model, plan, factorisations, stats, make, sample.parts, running)
         apply_(model, plan, factorisations)
         if variant == BASE:
             self.plan = plan

@@ -201,13 +201,13 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
             fused_stats, fused_tokens = cached_statistics(data, dense, cache, Weighting(*tokens)), tokens
         base = copy.deepcopy(dense)
         stats = with_parts(fused_stats, split_qkv_(base)) if split else fused_stats
-        make = partial(decompose, base, stats, factors=factors, centre=centre, shrink=pull)
-        factorisations = make()
+        make = partial(decompose, base, factors=factors, centre=centre, shrink=pull)
+        factorisations = make(stats)
         for strategy in group:
             allocation = {name: getattr(strategy, name) for name in ("keep", "ranks", "energy", "form")}
             running = {"dtype": fast_dtype(), "progress": True}
             if strategy.shrink == MEASURED:
-                plan, found, suited = plan_and_pull(base, factorisations, make, sample, allocation, running)
+                plan, found, suited = plan_and_pull(base, factorisations, stats, make, sample, allocation, running)
             else:
                 plan, found = plan_ranks(base, factorisations, sample, allocation, running), strategy.shrink
                 suited = factorisations

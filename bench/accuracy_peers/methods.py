@@ -19,6 +19,7 @@ from mixrank.measured_pull import FIRST, first_pull
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.sample import Sample
 from mixrank.shrinkage import MEASURED
+from mixrank.stats import CalibrationStats
 from mixrank.weighting import AUTOMATIC, Weighting
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, structured, svd_llm
 from mixrank_bench.accuracy_peers.factored import Compressed, compress_mixed, compress_uniform, compressed
@@ -61,6 +62,7 @@ class _Calibrated:
     """What :func:`mixrank.compress` makes of the images before it knows the budget."""
 
     sample: Sample
+    stats: CalibrationStats
     make: Callable[..., dict[str, Factorisation]]
     running: Running
 
@@ -69,14 +71,14 @@ def _calibrated(model: nn.Module, calibration: Calibration, *, weighting: str | 
     running: Running = {"dtype": calibration.dtype, "progress": False}
     sample = Sample(calibration.images, SENSITIVITY_IMAGES, seed=0, held_out=None)
     stats = calibrate(model, sample, gradients=True, weighting=weighting, held_out=None, **running)
-    return _Calibrated(sample, partial(decompose, model, stats, factors="fisher"), running)
+    return _Calibrated(sample, stats, partial(decompose, model, factors="fisher"), running)
 
 
 def _ours(model: nn.Module, found: _Calibrated, keep: float, *, shrink: float | str = MEASURED) -> Compressed:
     allocation: Allocation = {"keep": keep, "ranks": "mixed", "energy": "sensitivity", "form": FORM}
-    first: Mapping[str, Factorisation] = found.make(shrink=first_pull(shrink))
+    first: Mapping[str, Factorisation] = found.make(found.stats, shrink=first_pull(shrink))
     if shrink == MEASURED:
-        plan, _, first = plan_and_pull(model, first, found.make, found.sample, allocation, found.running)
+        plan, _, first = plan_and_pull(model, first, found.stats, found.make, found.sample, allocation, found.running)
     else:
         plan = plan_ranks(model, first, found.sample, allocation, found.running)
     return compressed(apply_(model, plan, first), plan)

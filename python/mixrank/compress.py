@@ -27,6 +27,7 @@ from mixrank.result import CompressionResult, layer_reports, notes
 from mixrank.sample import Sample
 from mixrank.sequential import RIDGE, check_ridge, compress_blocks_
 from mixrank.shrinkage import MEASURED
+from mixrank.stats import CalibrationStats
 from mixrank.stopwatch import Stopwatch
 from mixrank.weighting import AUTOMATIC, Weighting
 
@@ -182,12 +183,12 @@ def compress(
         svd: Strategy = {"factors": "svd", "centre": False}
         first = strategy if stats is not None or not sequential else svd
 
-        def made(how: Strategy, **other: Any) -> dict[str, Factorisation]:
-            found = decompose(model, stats, progress=progress, **{**how, **other})
+        def made(of: CalibrationStats | None, how: Strategy, **other: Any) -> dict[str, Factorisation]:
+            found = decompose(model, of, progress=progress, **{**how, **other})
             return {name: replace(each, shape=shapes[name]) for name, each in found.items()}
 
         with watch.stage("decompose"):
-            factorisations: Mapping[str, Factorisation] = made(first)
+            factorisations: Mapping[str, Factorisation] = made(stats, first)
         planned = partial(plan_ranks, model, factorisations, sample, allocation, running, watch=watch)
         try:
             plan = planned()
@@ -197,12 +198,11 @@ def compress(
             allocation["energy"] = "weight"
             plan = planned()
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
-        trials = stats is not None and stats.held_out is not None
-        if measured and (trials or not unpulled):
+        if measured and stats is not None and (stats.held_out is not None or not unpulled):
             try:
                 with watch.stage("shrink"):
-                    again = partial(made, strategy)
-                    _, factorisations = measure_pull(model, plan, factorisations, again, sample.parts, running)
+                    again = partial(made, how=strategy)
+                    _, factorisations = measure_pull(model, plan, factorisations, stats, again, sample.parts, running)
             except InputError as error:
                 if not unpulled:
                     raise

@@ -20,6 +20,7 @@ from mixrank.fidelity import compare, logits_of
 from mixrank.plan import Plan
 from mixrank.processes import gathered
 from mixrank.shrinkage import MEASURED
+from mixrank.stats import CalibrationStats
 
 PULLS = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0)
 FIRST = 0.3
@@ -34,6 +35,7 @@ def measure_pull(
     model: nn.Module,
     plan: Plan,
     first: Mapping[str, Factorisation],
+    stats: CalibrationStats,
     make: Callable[..., Mapping[str, Factorisation]],
     batches: Sequence[Tensor],
     running: Running,
@@ -44,7 +46,8 @@ def measure_pull(
         model: the dense model, in any mode; it is left as it is.
         plan: the ranks.
         first: the factorisations with the pull :data:`FIRST`, with trials on images held out.
-        make: the same for another pull, its argument ``shrink``.
+        stats: the statistics that these were made from.
+        make: makes such factorisations of statistics, with the pull ``shrink``.
         batches: image tensors ``[B, C, H, W]`` of images held out.
         running: ``dtype`` of the autocast.
 
@@ -52,29 +55,27 @@ def measure_pull(
         The best pull and its factorisations.
 
     Raises:
-        InputError: there are no trials, as no images were held out; the model does not return finite logits of at least
+        InputError: no images were held out; the model does not return finite logits of at least
             two classes.
     """
-    if any(made.trial is None for made in first.values()):
+    if stats.held_out is None:
         raise InputError("shrink='measured' needs images that are held out, but there were none")
     dense = copy.deepcopy(model).eval()
     target = logits_of(dense, batches, running["dtype"])
 
-    def judged(made: Mapping[str, Factorisation]) -> float:
-        trials = {name: each.trial or each for name, each in made.items()}
+    def judged(trials: Mapping[str, Factorisation]) -> float:
         candidate = put_(copy.deepcopy(dense), plan, trials).eval()
         found = compare(logits_of(candidate, batches, running["dtype"]), target).divergence
         return gathered(found)[0]  # rounding must not part the processes
 
-    place = PULLS.index(FIRST)
-    best, least = (FIRST, first), judged(first)
+    seen, place = stats.without_held_out(), PULLS.index(FIRST)
+    best, least = FIRST, judged({name: made.trial or made for name, made in first.items()})
     for steps in (range(place + 1, len(PULLS)), range(place - 1, -1, -1)):
         for step in steps:
-            made = make(shrink=PULLS[step])
-            divergence = judged(made)
+            divergence = judged(make(seen, shrink=PULLS[step]))
             if divergence >= least:
                 break
-            best, least = (PULLS[step], made), divergence
-        if best[0] != FIRST:
-            break
-    return best
+            best, least = PULLS[step], divergence
+        if best != FIRST:
+            return best, make(stats, shrink=best)
+    return best, first

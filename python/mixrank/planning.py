@@ -14,6 +14,7 @@ from mixrank.measured_pull import measure_pull
 from mixrank.plan import Plan
 from mixrank.sample import PART, Sample
 from mixrank.sensitivity import measure_sensitivity
+from mixrank.stats import CalibrationStats
 from mixrank.stopwatch import Stopwatch
 
 SENSITIVITY_IMAGES = 128
@@ -67,6 +68,7 @@ def plan_ranks(
 def plan_and_pull(
     model: nn.Module,
     first: Mapping[str, Factorisation],
+    stats: CalibrationStats,
     make: Callable[..., Mapping[str, Factorisation]],
     sample: Sample,
     allocation: Allocation,
@@ -79,7 +81,8 @@ def plan_and_pull(
     Args:
         model: the dense model.
         first: the factorisations that the ranks go by, with the pull :data:`mixrank.measured_pull.FIRST`.
-        make: the same for another pull, its argument ``shrink``.
+        stats: the statistics that these were made from.
+        make: as for :func:`mixrank.measured_pull.measure_pull`.
         sample: as for :func:`plan_ranks`, of images held out.
         allocation: the same.
         running: the same, and for :func:`mixrank.measured_pull.measure_pull`.
@@ -94,7 +97,7 @@ def plan_and_pull(
     watch = watch or Stopwatch()
     plan = plan_ranks(model, first, sample, allocation, running, watch=watch)
     with watch.stage("shrink"):
-        return plan, *measure_pull(model, plan, first, make, sample.parts, running)
+        return plan, *measure_pull(model, plan, first, stats, make, sample.parts, running)
 
 
 def portions(images: Tensor, shares: Sequence[float]) -> Iterator[Tensor]:

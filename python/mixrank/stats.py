@@ -77,6 +77,10 @@ class CalibrationStats(Mapping[str, LayerStats]):
         """Number of images, those held out included."""
         return self.images + (0 if self.held_out is None else self.held_out.images)
 
+    def without_held_out(self) -> CalibrationStats:
+        """Statistics of the images that were not held out, with none held out."""
+        return CalibrationStats(self._layers, self.images, self.seconds, idle=self.idle)
+
     def merged(self) -> CalibrationStats:
         """Statistics of all images, with none held out any more."""
         if self.held_out is None:

@@ -215,15 +215,15 @@ def sweep(
 
         for factors, wanted in groups:
             stats = weighted if factors["weighting"] is None else alike
-            make = partial(decompose, model, stats, progress=progress, **_first(factors))
+            make = partial(decompose, model, progress=progress, **_first(factors))
             with watch.stage("decompose"):
-                made = make()
+                made = make(stats)
             for name, share in wanted:
                 once = Stopwatch()
                 allocation: Allocation = {**_allocation(chosen[name]), "keep": share}
                 suited: Mapping[str, Factorisation] = made
                 if factors["shrink"] == MEASURED or (factors["shrink"] is None and stats.held_out is not None):
-                    plan, _, suited = plan_and_pull(model, made, make, sample, allocation, running, watch=once)
+                    plan, _, suited = plan_and_pull(model, made, stats, make, sample, allocation, running, watch=once)
                 else:
                     plan = plan_ranks(model, made, sample, allocation, running, watch=once)
                 with once.stage("apply"):

@@ -37,18 +37,18 @@ def model():
 def parts(model, images, keep):
     stats = calibrate(model, [images], held_out=0.25, gradients=True)
 
-    def make(shrink):
+    def make(stats, shrink):
         return decompose(model, stats, factors="fisher", shrink=shrink)
 
-    first = make(FIRST)
-    return make, first, allocate(model, first, keep=keep), images[::4]
+    first = make(stats, FIRST)
+    return stats, make, first, allocate(model, first, keep=keep), images[::4]
 
 
 @pytest.mark.parametrize("keep", [0.7, 0.3])
 def test_no_neighbour_of_the_pull_does_better_on_images_held_out(model, images, keep):
-    make, first, plan, apart = parts(model, images, keep)
+    stats, make, first, plan, apart = parts(model, images, keep)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pull, chosen = measure_pull(model, plan, first, make, [apart], RUNNING)
+    pull, chosen = measure_pull(model, plan, first, stats, make, [apart], RUNNING)
     dense = logits_of(model, [apart])
 
     def judged(made):
@@ -57,21 +57,22 @@ def test_no_neighbour_of_the_pull_does_better_on_images_held_out(model, images, 
 
     place = PULLS.index(pull)
     least = judged(chosen)
-    assert least == judged(make(pull)) <= judged(first)
+    assert least == judged(make(stats, pull)) <= judged(first)
     for neighbour in PULLS[max(0, place - 1) : place + 2]:
-        assert neighbour == pull or judged(make(neighbour)) >= least
+        assert neighbour == pull or judged(make(stats, neighbour)) >= least
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_each_pull_is_made_once_and_no_further_than_the_divergence_falls(model, images):
-    make, first, plan, apart = parts(model, images, 0.5)
+    stats, make, first, plan, apart = parts(model, images, 0.5)
     asked = []
 
-    def counted(shrink):
-        asked.append(shrink)
-        return make(shrink)
+    def counted(of, shrink):
+        asked.append(shrink if of.held_out is None else "all images")
+        return make(of, shrink)
 
-    pull, _ = measure_pull(model, plan, first, counted, [apart], RUNNING)
+    pull, _ = measure_pull(model, plan, first, stats, counted, [apart], RUNNING)
+    assert (asked.pop() == "all images") if pull != FIRST else "all images" not in asked
     assert len(set(asked)) == len(asked)
     assert FIRST not in asked
     place, start = PULLS.index(pull), PULLS.index(FIRST)

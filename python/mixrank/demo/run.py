@@ -35,6 +35,7 @@ from mixrank.report import write_report
 from mixrank.result import layer_reports
 from mixrank.sample import Sample
 from mixrank.shrinkage import MEASURED
+from mixrank.stats import CalibrationStats
 from mixrank.stopwatch import Stopwatch
 from mixrank.weighting import AUTOMATIC
 
@@ -135,11 +136,11 @@ def run(
         sample = Sample(batches(images["calibration_images"]), SENSITIVITY_IMAGES, seed=0, held_out=None)
         stats = calibrate(dense, sample, held_out=None, gradients=True, weighting=AUTOMATIC, progress=progress)
     with watch.stage("decompose"):
-        make = partial(decompose, dense, stats, **FACTORS, progress=progress)
-        factorisations = make(shrink=FIRST)
+        make = partial(decompose, dense, **FACTORS, progress=progress)
+        factorisations = make(stats, shrink=FIRST)
 
     with watch.stage("compress_and_evaluate"):
-        variants = [_variant(dense, factorisations, make, sample, keep, test, progress) for keep in keeps]
+        variants = [_variant(dense, factorisations, stats, make, sample, keep, test, progress) for keep in keeps]
     with watch.stage("speed"):
         models = {"dense": dense} | {variant.label: variant.model for variant in variants}
         speed = compare_speed(models, test[0].images[:SPEED_BATCH])
@@ -201,6 +202,7 @@ def _prepare_folder(out: Path) -> None:
 def _variant(
     dense: torch.nn.Module,
     factorisations: Any,
+    stats: CalibrationStats,
     make: Callable[..., Any],
     sample: Sample,
     keep: float,
@@ -211,7 +213,9 @@ def _variant(
     if progress:
         print(label, file=sys.stderr)
     running: Running = {"dtype": None, "progress": progress}
-    plan, _, factorisations = plan_and_pull(dense, factorisations, make, sample, {**RANKS, "keep": keep}, running)
+    plan, _, factorisations = plan_and_pull(
+        dense, factorisations, stats, make, sample, {**RANKS, "keep": keep}, running
+    )
     model = apply_(copy.deepcopy(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
     return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))
