@@ -16,7 +16,7 @@ from mixrank.quantize import quantize_
 from mixrank.uvc.shrink import RemainingBlock, shrink_
 from mixrank.uvc.structure import BlockShape
 
-from .test_checkpoint import assemble, assert_same, parts
+from .checkpoint.files import assemble, assert_same, parts
 from .uvc.test_shrink import MODELS, chosen, images
 
 

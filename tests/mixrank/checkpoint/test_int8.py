@@ -15,7 +15,7 @@ from mixrank.errors import InputError
 from mixrank.nn_int8 import Int8PivotedLinear
 from mixrank.quantize import quantize_, quantized_layers
 
-from .test_checkpoint import VIT, assemble, assert_same, compressed, parts
+from .files import VIT, assemble, assert_same, compressed, parts
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,6 @@ def small() -> nn.Module:
     model = compressed(*VIT)
     quantize_(model, weight_only=["head"])
     return model
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
