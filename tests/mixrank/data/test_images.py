@@ -1,58 +1,24 @@
+"""Images of folders and of what else loaders yield, prepared for a model."""
+
 from __future__ import annotations
 
-import io
 import multiprocessing
 import random
 import re
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm.data
 import torch
 from PIL import Image
 from timm.data import IterableImageDataset
 
-from mixrank.data import Batch, as_batch, open_images
+from mixrank.data import as_batch, open_images
 from mixrank.errors import InputError
 from mixrank.prepare import check_preprocessing
 
-CONFIG = {
-    "input_size": [3, 8, 8],
-    "interpolation": "bicubic",
-    "mean": [0.5] * 3,
-    "std": [0.5] * 3,
-    "crop_pct": 0.9,
-    "crop_mode": "center",
-}
-GREY = CONFIG | {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25]}
-
-
-def picture(path: Path, level: int = 128, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, level if mode in ("L", "P") else (level,) * len(mode)).save(path)
-    return path
-
-
-def noise(path: Path) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path.read_bytes()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Ten images without labels; 10.png comes after 9.png."""
-    for number in range(1, 11):
-        picture(tmp_path / "images" / f"{number}.png", level=20 * number)
-    return tmp_path / "images"
-
-
-def levels(batch: Batch) -> list[int]:
-    """The grey levels that :func:`picture` was given."""
-    return [round(float((image.mean() * 0.5 + 0.5) * 255)) for image in batch.images]
+from .pictures import CONFIG, GREY, levels, noise, picture
 
 
 def test_a_folder_in_natural_order_and_again(folder):
@@ -216,114 +182,6 @@ def test_arguments_outside_their_range(folder):
         open_images(folder, CONFIG).batches(0)
     with pytest.raises(InputError, match="workers must be at least 0, but it was -1"):
         open_images(folder, CONFIG).batches(1, workers=-1)
-
-
-def write_labels(folder: Path, rows: list[str], header: str = "file,label") -> Path:
-    path = folder.parent / "labels.csv"
-    path.write_text("\n".join([header, *rows]) + "\n")
-    return path
-
-
-def test_labels_from_a_file_in_any_order_with_other_columns(folder):
-    rows = [f"cc-by,{number * 3},{number}.png" for number in range(10, 0, -1)]
-    path = write_labels(folder, rows, header="license,label,file")
-    source = open_images(folder, CONFIG, labels=path, limit=5)
-    assert source.labelled
-    for batch in source.batches(2):
-        assert batch.labels.tolist() == [3 * int(Path(name).stem) for name in batch.names]
-
-
-def test_labels_replace_those_of_subfolders_and_match_by_file_name(tmp_path):
-    picture(tmp_path / "images" / "a" / "x.png")
-    picture(tmp_path / "images" / "b" / "y.png")
-    source = open_images(
-        tmp_path / "images", CONFIG, labels=write_labels(tmp_path / "images", ["x.png,7", "b/y.png,5"])
-    )
-    assert source.classes is None
-    assert next(iter(source.batches(2))).labels.tolist() == [7, 5]
-
-
-GOOD = [f"{number}.png,0" for number in range(1, 11)]
-
-
-@pytest.mark.parametrize(
-    ("rows", "header", "message"),
-    [
-        (GOOD, "name,label", "must have the columns file and label, but has no 'file'"),
-        (GOOD, "file,class", "but has no 'label'"),
-        ([*GOOD[:3], "4.png,cat", *GOOD[4:]], "file,label", "line 5: the label of '4.png' must be .* not 'cat'"),
-        ([*GOOD[:3], "4.png,-1", *GOOD[4:]], "file,label", "must be a class index, not '-1'"),
-        ([*GOOD[:3], "4.png", *GOOD[4:]], "file,label", "must be a class index, not ''"),
-        ([*GOOD, "4.png,1"], "file,label", "line 12: '4.png' has two different labels"),
-        (GOOD[:7], "file,label", r"no label for 3 of 10 images of .* \(first: 8.png\)"),
-        ([*GOOD, "11.png,0", "12.png,0"], "file,label", r"names 2 files that .* does not have \(first: 11.png\)"),
-        ([], "", "must have the columns file and label"),
-    ],
-)
-def test_labels_that_do_not_fit(folder, rows, header, message):
-    with pytest.raises(InputError, match=message):
-        open_images(folder, CONFIG, labels=write_labels(folder, rows, header))
-
-
-def test_labels_that_cannot_be_read(folder):
-    with pytest.raises(InputError, match=r"absent.csv cannot be read: No such file"):
-        open_images(folder, CONFIG, labels=folder / "absent.csv")
-    with pytest.raises(InputError, match=r"cannot be read: .*codec"):
-        open_images(folder, CONFIG, labels=folder / "1.png")
-
-
-def test_labels_that_could_mean_two_images(tmp_path):
-    picture(tmp_path / "images" / "a" / "x.png")
-    picture(tmp_path / "images" / "b" / "x.png")
-    with pytest.raises(InputError, match=r"means more than one image of .* by 'x.png': give the path"):
-        open_images(tmp_path / "images", CONFIG, labels=write_labels(tmp_path / "images", ["x.png,1"]))
-
-
-def make_tar(path: Path, images: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in images.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_tar_of_class_folders(tmp_path, workers):
-    image = noise(tmp_path / "a.png")
-    images = {f"{label}/{number}.png": image for label in ("cat", "dog") for number in range(3)}
-    source = open_images(make_tar(tmp_path / "set.tar", images | {"dog/3.png": b"broken"}), CONFIG)
-    assert source.classes == ["cat", "dog"]
-    found = list(source.batches(4, workers))
-    assert [label for batch in found for label in batch.labels.tolist()] == [0, 0, 0, 1, 1, 1]
-    assert [len(batch.names) for batch in found] == [4, 2]
-    assert len(source.skipped) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "set.tar"]
-
-
-def test_a_named_data_set_with_an_index(tmp_path):
-    for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
-        picture(tmp_path / name)
-    source = open_images("torch/image_folder", CONFIG, root=tmp_path)
-    assert (len(source), source.labelled, source.names) == (3, True, ["image 0", "image 1", "image 2"])
-    (batch,) = source.batches(4)
-    assert batch.labels.tolist() == [0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("name", "root", "message"),
-    [
-        ("torch/cifar10", None, "torch/cifar10 needs a root"),
-        ("torch/nonsense", ".", "torch/nonsense cannot be opened: Unknown torchvision dataset nonsense"),
-        ("torch/cifar10", "absent", "torch/cifar10 cannot be opened: Dataset not found"),
-        ("hfds/", None, "do not exist"),
-    ],
-)
-def test_named_data_sets_that_cannot_be_opened(name, root, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=message):
-        open_images(name, CONFIG, root=root)
-    assert capsys.readouterr().out == ""
 
 
 class Stream:
