@@ -102,7 +102,10 @@ def compress(
     ] = None,
     sensitivity_images: Annotated[
         int,
-        typer.Option(help="How many images --energy sensitivity is measured on.", rich_help_panel="Calibration"),
+        typer.Option(
+            help="How many images held out --energy sensitivity is measured on, a quarter of them for a first plan.",
+            rich_help_panel="Calibration",
+        ),
     ] = 128,
     centre: Annotated[
         bool | None,
