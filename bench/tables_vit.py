@@ -57,7 +57,11 @@ def _speed(speed: dict, dense: dict) -> tuple[str, str]:
 
 def _strategy(row: dict) -> str:
     s = row["strategy"]
-    by = "measured sensitivity" if s["energy"] == "sensitivity" else f"{s['energy']} energy"
+    by = (
+        f"measured sensitivity ({s['sensitivity_images']} images)"
+        if s["energy"] == "sensitivity"
+        else f"{s['energy']} energy"
+    )
     ranks = "uniform ranks" if s["ranks"] == "uniform" else f"mixed ranks by {by}"
     factors = {"aware": "activation-aware", "fisher": "two-sided (Fisher)", "svd": "plain SVD"}[s["factors"]]
     shrink = f", shrink {s['shrink']}" if s.get("shrink") else ""

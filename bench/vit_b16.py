@@ -75,6 +75,7 @@ class Strategy:
     form: str = "factors"
     weighting: str = "none"
     level: float | None = None
+    sensitivity_images: int = SENSITIVITY_IMAGES
 
     @property
     def tokens(self) -> Weighting:
@@ -190,8 +191,10 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
     if not any(row["kind"] == "dense" for row in read(out)):
         append(out, {"kind": "dense"} | summarise(dense, dense_score).to_json())
     target = reference(dense, test, logits=dense_score.logits)
-    sample = Sample(data.calibration(dense), SENSITIVITY_IMAGES, seed=0, held_out=None)
-    list(sample)
+    samples = {}
+    for size in {strategy.sensitivity_images for strategy in wanted}:
+        samples[size] = Sample(data.calibration(dense), size, seed=0, held_out=None)
+        list(samples[size])
     fused_stats, fused_tokens = None, None
     for (tokens, split, factors, centre, pull), group in itertools.groupby(
         sorted(wanted, key=_decomposition), key=_decomposition
@@ -205,7 +208,7 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
         factorisations = make(stats)
         for strategy in group:
             allocation = {name: getattr(strategy, name) for name in ("keep", "ranks", "energy", "form")}
-            running = {"dtype": fast_dtype(), "progress": True}
+            running, sample = {"dtype": fast_dtype(), "progress": True}, samples[strategy.sensitivity_images]
             if strategy.shrink == MEASURED:
                 plan, found, suited = plan_and_pull(base, factorisations, stats, make, sample, allocation, running)
             else:
