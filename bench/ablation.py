@@ -56,7 +56,6 @@ HELD_OUT = 0.2
 SEED = 0
 VIEW_SCALE = 0.6
 FACTORS = {"factors": "fisher", "centre": True, "shrink": FIRST}
-DEFAULT_SENSITIVITY = (SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS)
 ALLOCATION = {"ranks": "mixed", "energy": "sensitivity", "form": FORM}
 
 
@@ -134,7 +133,7 @@ VARIANTS = (
         calibration={"weighting": AUTOMATIC},
         factors={"shrink": MEASURED},
         allocation={},
-        sensitivity=DEFAULT_SENSITIVITY,
+        sensitivity=(SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS),
     ),
     Variant("factors", "plain SVD", factors={"factors": "svd", "centre": True}),
     Variant("factors", "plain SVD, not centred", factors={"factors": "svd", "centre": False}),
@@ -147,11 +146,11 @@ VARIANTS = (
     *(Variant("energy", kind, allocation={"energy": kind}) for kind in ("weight", "output", "held_out", "mixed")),
     Variant("sensitivity", "one round", allocation={}, sensitivity=(48, (1.0,))),
     Variant("sensitivity", "three rounds", allocation={}, sensitivity=(48, (1.0, 1.0, 1.0))),
-    Variant("sensitivity", "second round on 96 other images", allocation={}, sensitivity=DEFAULT_SENSITIVITY),
     Variant("form", "factors", allocation={"form": "factors"}),
     *(Variant("rank step", str(step), allocation={"step": step}) for step in (4, 16)),
     Variant("least rank", "a twelfth", allocation={"min_rank": 1 / 12}),
     Variant("highest rank", "a half", allocation={"max_rank": 0.5}),
+    Variant("sensitivity", "on 32 images, then on 96 others", allocation={}, sensitivity=(128, (0.25, 0.75))),
     Variant("sensitivity", "on images that the factors were made from", allocation={}, seen=True),
     Variant("qkv", "split", allocation={}, split=True),
     Variant("images", "all", by_heart=True),  # first, as it has the statistics of the reference

@@ -75,7 +75,7 @@ class Strategy:
     form: str = "factors"
     weighting: str = "none"
     level: float | None = None
-    sensitivity_images: int = SENSITIVITY_IMAGES
+    sensitivity_images: int = SENSITIVITY_IMAGES  # in rows 48 too: each round on the same ones
 
     @property
     def tokens(self) -> Weighting:
@@ -191,10 +191,8 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
     if not any(row["kind"] == "dense" for row in read(out)):
         append(out, {"kind": "dense"} | summarise(dense, dense_score).to_json())
     target = reference(dense, test, logits=dense_score.logits)
-    samples = {}
-    for size in {strategy.sensitivity_images for strategy in wanted}:
-        samples[size] = Sample(data.calibration(dense), size, seed=0, held_out=None)
-        list(samples[size])
+    sample = Sample(data.calibration(dense), SENSITIVITY_IMAGES, seed=0, held_out=None)
+    list(sample)
     fused_stats, fused_tokens = None, None
     for (tokens, split, factors, centre, pull), group in itertools.groupby(
         sorted(wanted, key=_decomposition), key=_decomposition
@@ -205,15 +203,14 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
         base = copy.deepcopy(dense)
         stats = with_parts(fused_stats, split_qkv_(base)) if split else fused_stats
         make = partial(decompose, base, factors=factors, centre=centre, shrink=pull)
-        factorisations = make(stats)
+        made = make(stats)
         for strategy in group:
             allocation = {name: getattr(strategy, name) for name in ("keep", "ranks", "energy", "form")}
-            running, sample = {"dtype": fast_dtype(), "progress": True}, samples[strategy.sensitivity_images]
+            running = {"dtype": fast_dtype(), "progress": True}
             if strategy.shrink == MEASURED:
-                plan, found, suited = plan_and_pull(base, factorisations, stats, make, sample, allocation, running)
+                plan, found, suited = plan_and_pull(base, made, stats, make, sample, allocation, running)
             else:
-                plan, found = plan_ranks(base, factorisations, sample, allocation, running), strategy.shrink
-                suited = factorisations
+                plan, found, suited = plan_ranks(base, made, sample, allocation, running), strategy.shrink, made
             model = apply_(copy.deepcopy(base), plan, suited)
             score = evaluate(model, test, progress=True)
             errors = [suited[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]

@@ -55,8 +55,7 @@ def measure_pull(
         The best pull and its factorisations.
 
     Raises:
-        InputError: no images were held out; the model does not return finite logits of at least
-            two classes.
+        InputError: no images were held out; the model does not return finite logits of at least two classes.
     """
     if stats.held_out is None:
         raise InputError("shrink='measured' needs images that are held out, but there were none")
