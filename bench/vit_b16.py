@@ -11,7 +11,6 @@ FOLDER holds ``vit_base_patch16_224.int8.safetensors`` with ``dequantize.py``, `
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import itertools
 import json
@@ -41,7 +40,7 @@ from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.measured_pull import FIRST, first_pull
-from mixrank.models import create_model, preprocessing, split_qkv_
+from mixrank.models import create_model, preprocessing, split_qkv_, twin
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
@@ -200,7 +199,7 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
         if fused_stats is None or fused_tokens != tokens:
             fused_stats = None  # not two at a time
             fused_stats, fused_tokens = cached_statistics(data, dense, cache, Weighting(*tokens)), tokens
-        base = copy.deepcopy(dense)
+        base = twin(dense)
         stats = with_parts(fused_stats, split_qkv_(base)) if split else fused_stats
         make = partial(decompose, base, factors=factors, centre=centre, shrink=pull)
         made = make(stats)
@@ -211,7 +210,7 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
                 plan, found, suited = plan_and_pull(base, made, stats, make, sample, allocation, running)
             else:
                 plan, found, suited = plan_ranks(base, made, sample, allocation, running), strategy.shrink, made
-            model = apply_(copy.deepcopy(base), plan, suited)
+            model = apply_(twin(base), plan, suited)
             score = evaluate(model, test, progress=True)
             errors = [suited[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]
             follows = compare_logits(score.logits, target)
@@ -247,7 +246,7 @@ def remake_models(data: Data, rows: list[dict[str, Any]], cache: Path | None, mo
     for keep, row in lost.items():
         factorisations = decompose(dense, stats, factors=made.factors, centre=made.centre, shrink=row["pull"])
         plan = plan_of(dense, factorisations, row["ranks"], made.form)
-        mixrank.save(apply_(copy.deepcopy(dense), plan, factorisations), checkpoint_of(models, keep))
+        mixrank.save(apply_(twin(dense), plan, factorisations), checkpoint_of(models, keep))
 
 
 def _decomposition(strategy: Strategy) -> tuple[tuple[str, float | None], bool, str, bool, float | str]:
@@ -353,7 +352,7 @@ def measure_speed(data: Data, out: Path) -> None:
         if strategy is not None and strategy == defaults(strategy.keep):
             plans[speed_name(strategy.keep)] = plan_of(dense, factorisations, row["ranks"], strategy.form)
     models = {"dense": dense}
-    models |= {name: apply_(copy.deepcopy(dense), plan, factorisations) for name, plan in plans.items()}
+    models |= {name: apply_(twin(dense), plan, factorisations) for name, plan in plans.items()}
     macs = {name: count_macs(model) for name, model in models.items()}
     if done >= set(macs.items()):
         return

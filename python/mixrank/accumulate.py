@@ -211,8 +211,9 @@ class Accumulator:
         if self.side == "output" and self.module.bias is not None:
             bias = self.module.bias.detach().double()
             cross = torch.outer(total, bias)
-            gram = gram - cross - cross.mT + sums.rows * torch.outer(bias, bias)
-            total = total - sums.rows * bias
+            with torch.inference_mode(gram.is_inference()):  # in place: the sums are most of what is held
+                gram.sub_(cross).sub_(cross.mT).add_(torch.outer(bias, bias), alpha=sums.rows)
+                total.sub_(bias, alpha=sums.rows)
         gradient = None if self.gradient is None else self.gradient.cpu()
         return LayerStats(self.side, gram.cpu(), total.cpu(), sums.rows, gradient, images)
 

@@ -22,6 +22,7 @@ For N > K the work is done in the K coordinates of ``W = Q R`` instead of the N 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +36,7 @@ from mixrank.models import compressible_linears
 from mixrank.nn import check_rank
 from mixrank.processes import divided, is_first
 from mixrank.progress import track
-from mixrank.stats import CalibrationStats, LayerStats
+from mixrank.stats import CalibrationStats, LayerStats, output_frame
 
 FACTORS = ("aware", "svd", "fisher")
 FISHER_SHRINK = 2.0
@@ -59,6 +60,11 @@ class LayerShape:
     factored_bias: bool
     element_size: int
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """N and K."""
+        return self.out_features, self.in_features
+
     @classmethod
     def of(cls, linear: nn.Linear, centre: bool) -> LayerShape:
         """The shape of a linear layer whose factors are centred or not."""
@@ -74,12 +80,14 @@ class Factorisation:
     Errors are relative to the energy of all outputs (before the bias), for each rank from 0 (nothing but the mean,
     where that goes into the bias) to S; they hold for the exact factors.
 
+    Matrices are float32, or float64 for a layer in float64; factors are multiplied out of them in float64.
+
     Attributes:
         shape: the sizes of the layer.
-        frame: ``[N, S]`` float64 with orthonormal columns that span the outputs, or None for the identity (N <= K).
-        core: ``[S, K]`` float64, the weight in the coordinates of ``frame``.
-        up_basis: ``[S, S]`` float64, the columns of ``up`` in the coordinates of ``frame``, the most important first.
-        down_basis: ``[S, S]`` float64, its inverse transposed: what ``down`` reads. The same matrix, with orthonormal
+        frame: ``[N, S]`` with orthonormal columns that span the outputs, or None for the identity (N <= K).
+        core: ``[S, K]``, the weight in the coordinates of ``frame``.
+        up_basis: ``[S, S]``, the columns of ``up`` in the coordinates of ``frame``, the most important first.
+        down_basis: ``[S, S]``, its inverse transposed: what ``down`` reads. The same matrix, with orthonormal
             columns, but for ``"fisher"``.
         weight_energy: ``[S]`` float64, squared singular values of the weight as shares of their sum.
         output_error: ``[S + 1]`` float64, squared error on the calibration images; None without statistics.
@@ -120,8 +128,8 @@ class Factorisation:
             InputError: the rank is below 1 or above min(N, K).
         """
         check_rank(rank, self.shape.in_features, self.shape.out_features)
-        writes, reads = self.up_basis[:, :rank], self.down_basis[:, :rank]
-        down, up = reads.mT @ self.core, self._outside(writes)
+        writes, reads = self.up_basis[:, :rank].double(), self.down_basis[:, :rank].double()
+        down, up = reads.mT @ self.core.double(), self._outside(writes)
         bias = self.bias
         if self.mean is not None:
             lost = self._outside(self.mean - writes @ (reads.mT @ self.mean))
@@ -156,7 +164,7 @@ class Factorisation:
         return replace(self, like=like, bias=bias, trial=trial)
 
     def _outside(self, coordinates: Tensor) -> Tensor:
-        return coordinates if self.frame is None else self.frame @ coordinates
+        return coordinates if self.frame is None else self.frame.double() @ coordinates
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.like.device, self.like.dtype).contiguous()
@@ -194,6 +202,7 @@ def factorise(
     centre: bool | None = None,
     shrink: float | str = 0.0,
     fisher_shrink: float = FISHER_SHRINK,
+    known: Factorisation | None = None,
 ) -> Factorisation:
     """Decompose one linear layer.
 
@@ -208,6 +217,7 @@ def factorise(
         shrink: pull of the factors towards ``"svd"``, at least 0; ``"auto"``: the one of a few with the least error
             on the images held out; ``"oas"``: by a formula, from the number of images.
         fisher_shrink: pull of O towards the identity, above 0.
+        known: another factorisation of the same weight, whose coordinates serve this one too.
 
     Raises:
         InputError: an unknown strategy, missing statistics, or statistics of a layer of another size.
@@ -215,10 +225,11 @@ def factorise(
     calibrated = stats is not None
     apart = held_out is not None
     centre = check_strategy(factors, centre, shrink, calibrated=calibrated, held_out=apart, fisher_shrink=fisher_shrink)
-    weight = linear.weight.detach().double().cpu()
+    weight = linear.weight.detach()
     if not weight.isfinite().all():
         raise InputError(f"the weight of a layer of shape {list(weight.shape)} has NaN or infinite values")
-    space = Space(weight)
+    frame, core = output_frame(weight) if known is None else (known.frame, known.core)
+    space = Space(frame, core)
     output_error = held_out_error = fisher_error = None
     moments = trial = None
     if stats is not None:
@@ -234,15 +245,16 @@ def factorise(
         if factors == "fisher":
             fisher_error = make.errors(up, down, moments, moments.mean, metric)
     else:
-        up = down = space.weight_basis
+        up = down = space.weight_directions[1]
         pull = None
+    writes, reads = _rounded(up, down, core.dtype)
     made = Factorisation(
         shape=LayerShape.of(linear, centre),
-        frame=space.frame,
-        core=space.core,
-        up_basis=up,
-        down_basis=down,
-        weight_energy=_shares(space.weight_values),
+        frame=frame,
+        core=core,
+        up_basis=writes,
+        down_basis=reads,
+        weight_energy=_shares(space.weight_directions[0]) if known is None else known.weight_energy,
         output_error=output_error,
         held_out_error=held_out_error,
         fisher_error=fisher_error,
@@ -253,7 +265,8 @@ def factorise(
     )
     if trial is None:
         return made
-    without = replace(made, up_basis=trial.up, down_basis=trial.down, mean=trial.mean if centre else None)
+    writes, reads = _rounded(trial.up, trial.down, core.dtype)
+    without = replace(made, up_basis=writes, down_basis=reads, mean=trial.mean if centre else None)
     return replace(made, trial=without)
 
 
@@ -265,6 +278,7 @@ def decompose(
     centre: bool | None = None,
     shrink: float | str = 0.0,
     fisher_shrink: float = FISHER_SHRINK,
+    known: Mapping[str, Factorisation] | None = None,
     progress: bool = False,
 ) -> dict[str, Factorisation]:
     """Decompose every compressible layer of a model, in float64 on the CPU; several processes divide the layers.
@@ -277,13 +291,15 @@ def decompose(
         centre: move the mean of what is lost into the bias; None: not for ``"svd"``.
         shrink: pull of the factors towards ``"svd"``: at least 0, ``"auto"`` or ``"oas"``, see :func:`factorise`.
         fisher_shrink: pull of O towards the identity, for ``"fisher"``.
+        known: other factorisations of the same model; what does not depend on the strategy is taken over from them,
+            which saves time and memory and changes nothing.
         progress: show a progress bar with the time left.
 
     Returns:
         A :class:`Factorisation` by layer name, for the layers that have statistics.
 
     Raises:
-        InputError: an unknown strategy, missing statistics, or statistics that are not of this model.
+        InputError: an unknown strategy, missing statistics, or statistics or ``known`` that are not of this model.
 
     Example:
         >>> import timm
@@ -306,13 +322,22 @@ def decompose(
             if name not in stats:
                 raise InputError(f"the statistics have no layer {name}: they are of another model")
             layer, apart = stats[name], None if stats.held_out is None else stats.held_out[name]
+        earlier = None if known is None else known.get(name)
+        if known is not None and (earlier is None or earlier.shape.sizes != tuple(linear.weight.shape)):
+            raise InputError(f"known must be of this model, but it has no layer {name} of its size")
         try:
-            return factorise(linear, layer, held_out=apart, **strategy)
+            return factorise(linear, layer, held_out=apart, known=earlier, **strategy)
         except InputError as error:
             raise InputError(f"layer {name}: {error}") from error
 
     costs = {name: min(one.weight.shape) ** 2 * max(one.weight.shape) for name, one in layers.items()}
     return {name: found.placed_as(layers[name]) for name, found in divided(costs, work).items()}
+
+
+def _rounded(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both bases in a dtype, one object where they are one."""
+    writes = up.to(dtype)
+    return writes, writes if down is up else down.to(dtype)
 
 
 def _shares(energy: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mixrank import shrinkage
 from mixrank.errors import InputError
-from mixrank.stats import LayerStats, output_frame
+from mixrank.stats import LayerStats
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,19 @@ class Moments:
 
 
 class Space:
-    """What a weight can output: its coordinates, and the weight's own directions in them."""
+    """What a weight can output: its coordinates, and the weight's own directions in them, in float64."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.frame, self.core = output_frame(weight)
+    def __init__(self, frame: Tensor | None, core: Tensor) -> None:
+        """``frame`` and ``core`` are those of :func:`mixrank.stats.output_frame`."""
+        self.frame, self.core = None if frame is None else frame.double(), core.double()
         self.weight_gram = self.core @ self.core.mT
-        self.weight_values, self.weight_basis = leading(self.weight_gram)
-        n, k = weight.shape
+        n, k = len(self.core) if self.frame is None else len(self.frame), self.core.shape[1]
         self.break_even = max(1, min(n * k // (n + k), min(n, k)))
+
+    @cached_property
+    def weight_directions(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``[S]`` and eigenvectors ``[S, S]`` of ``W W^T``, the largest first."""
+        return leading(self.weight_gram)
 
     def moments(self, stats: LayerStats) -> Moments:
         core, frame = self.core, self.frame
@@ -94,8 +100,7 @@ class Directions:
             return shrink
         if images is None:
             raise InputError("shrink='oas' needs statistics that know their number of images")
-        space = self.space
-        return shrinkage.oas(self._used(moments), space.weight_values, space.weight_basis, images)
+        return shrinkage.oas(self._used(moments), *self.space.weight_directions, images)
 
     def _used(self, moments: Moments) -> Tensor:
         return moments.about(moments.mean) if self.centre else moments.second
@@ -103,7 +108,8 @@ class Directions:
     def bases(self, moments: Moments, metric: Tensor | None, shrink: float) -> tuple[Tensor, Tensor]:
         """Up and down basis."""
         if self.factors == "svd" or (math.isinf(shrink) and metric is None):
-            return self.space.weight_basis, self.space.weight_basis
+            basis = self.space.weight_directions[1]
+            return basis, basis
         gram = shrinkage.pulled(self._used(moments), self.space.weight_gram, shrink)
         if metric is None:
             basis = leading(gram)[1]

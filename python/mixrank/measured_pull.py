@@ -7,7 +7,6 @@ made without the images held out, and the one that moves the logits of these lea
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from mixrank.arguments import Running
 from mixrank.decompose import Factorisation
 from mixrank.errors import InputError
 from mixrank.fidelity import compare, logits_of
+from mixrank.models import twin
 from mixrank.plan import Plan
 from mixrank.processes import gathered
 from mixrank.shrinkage import MEASURED
@@ -47,7 +47,8 @@ def measure_pull(
         plan: the ranks.
         first: the factorisations with the pull :data:`FIRST`, with trials on images held out.
         stats: the statistics that these were made from.
-        make: makes such factorisations of statistics, with the pull ``shrink``.
+        make: makes such factorisations of statistics, with the pull ``shrink`` and in the coordinates of those that
+            are ``known``.
         batches: image tensors ``[B, C, H, W]`` of images held out.
         running: ``dtype`` of the autocast.
 
@@ -59,11 +60,11 @@ def measure_pull(
     """
     if stats.held_out is None:
         raise InputError("shrink='measured' needs images that are held out, but there were none")
-    dense = copy.deepcopy(model).eval()
+    dense = twin(model).eval()
     target = logits_of(dense, batches, running["dtype"])
 
     def judged(trials: Mapping[str, Factorisation]) -> float:
-        candidate = put_(copy.deepcopy(dense), plan, trials).eval()
+        candidate = put_(twin(dense), plan, trials).eval()
         found = compare(logits_of(candidate, batches, running["dtype"]), target).divergence
         return gathered(found)[0]  # rounding must not part the processes
 
@@ -71,10 +72,10 @@ def measure_pull(
     best, least = FIRST, judged({name: made.trial or made for name, made in first.items()})
     for steps in (range(place + 1, len(PULLS)), range(place - 1, -1, -1)):
         for step in steps:
-            divergence = judged(make(seen, shrink=PULLS[step]))
+            divergence = judged(make(seen, shrink=PULLS[step], known=first))
             if divergence >= least:
                 break
             best, least = PULLS[step], divergence
         if best != FIRST:
-            return best, make(stats, shrink=best)
+            return best, make(stats, shrink=best, known=first)
     return best, first

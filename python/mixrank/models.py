@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from dataclasses import dataclass, field
@@ -243,6 +244,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{path} does not hold a state dict: tensors by name")
     return state
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy whose modules can be replaced, with the very parameters and buffers of the model."""
+    return copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
 
 
 def compressible_linears(model: nn.Module) -> dict[str, nn.Linear]:

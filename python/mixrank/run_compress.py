@@ -310,10 +310,11 @@ def _compress(
 ) -> tuple[nn.Module, dict[str, Any]]:
 
     from mixrank.compress import compress
+    from mixrank.models import twin
     from mixrank.weighting import Weighting
 
     result = compress(
-        model := copy.deepcopy(dense),
+        model := twin(dense),
         calibration.batches(options.batch_size, part=place()),
         **options.budget(),
         **options.strategy(),

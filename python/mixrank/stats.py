@@ -103,14 +103,23 @@ class CalibrationStats(Mapping[str, LayerStats]):
 
 
 def output_frame(weight: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Coordinates for what a layer can output: ``weight = frame @ core``, in float64 on the CPU.
+    """Coordinates for what a layer can output: ``weight = frame @ core``, on the CPU.
 
     Args:
         weight: ``[N, K]``.
 
     Returns:
         ``frame`` ``[N, K]`` with orthonormal columns and ``core`` ``[K, K]``, where N > K; else None (the identity) and
-        the weight itself, ``[N, K]``. The same for the same weight each time.
+        a copy of the weight, ``[N, K]``. Both are float32, or float64 for a weight in float64: what rounding they
+        have is that of the weight. The same for the same weight each time.
     """
-    weight = weight.detach().double().cpu()
-    return (None, weight) if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(weight)
+    weight, dtype = weight.detach().cpu(), wide(weight)
+    if weight.shape[0] <= weight.shape[1]:
+        return None, weight.to(dtype, copy=True)
+    frame, core = torch.linalg.qr(weight.double())
+    return frame.to(dtype), core.to(dtype)
+
+
+def wide(weight: Tensor) -> torch.dtype:
+    """What is kept about a weight besides sums and errors is in float32, or in float64 where the weight is."""
+    return torch.promote_types(weight.dtype, torch.float32)

@@ -6,7 +6,6 @@ Every result is compared with the dense model on images that no factor was made 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from mixrank.errors import InputError
 from mixrank.evaluate import Evaluation, ModelSummary, evaluate, summarise
 from mixrank.fidelity import Fidelity, compare
 from mixrank.measured_pull import first_pull
-from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
+from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, twin
 from mixrank.plan import Plan
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.sample import Apart, Sample
@@ -241,7 +240,7 @@ def sweep(
 
 
 def _applied(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisation]) -> nn.Module:
-    return apply_(copy.deepcopy(model), plan, factorisations)
+    return apply_(twin(model), plan, factorisations)
 
 
 class _Bench:

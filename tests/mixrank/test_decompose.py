@@ -129,6 +129,33 @@ def test_shrinking_leads_from_aware_factors_to_svd(model, images):
     assert errors[-1] == pytest.approx(best, rel=1e-4)
 
 
+def test_known_factorisations_lend_what_depends_on_the_weight_alone(model, images):
+    stats = calibrate(model, [images], held_out=0.5, gradients=True)
+    first, plain = decompose(model, stats, factors="fisher"), decompose(model, stats, factors="fisher", shrink=0.3)
+    for name, made in decompose(model, stats, factors="fisher", shrink=0.3, known=first).items():
+        assert made.frame is first[name].frame is made.trial.frame
+        assert made.core is first[name].core is made.trial.core
+        assert torch.equal(made.weight_energy, plain[name].weight_energy)
+        for ours, theirs in ((made, plain[name]), (made.trial, plain[name].trial)):
+            assert all(itertools.starmap(torch.equal, zip(ours.factors(24), theirs.factors(24), strict=True)))
+    wider = timm.create_model("vit_small_patch16_224", img_size=32, depth=2)
+    with pytest.raises(
+        InputError, match=r"known must be of this model, but it has no layer blocks\.0\.attn\.qkv of its"
+    ):
+        decompose(wider, factors="svd", known=first)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_what_is_kept_is_as_wide_as_the_weight_and_at_least_float32(model, dtype, kept):
+    made = decompose(model.to(dtype), factors="svd")["blocks.0.mlp.fc1"]
+    assert {made.frame.dtype, made.core.dtype, made.up_basis.dtype, made.down_basis.dtype} == {kept}
+    assert made.weight_energy.dtype == torch.float64
+    down, up, _ = made.factors(192)
+    assert down.dtype == up.dtype == dtype
+    weight = model.get_submodule("blocks.0.mlp.fc1").weight
+    torch.testing.assert_close(made.frame @ made.core, weight.to(kept), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shrink", [-0.1, float("nan"), float("inf")])
 def test_a_shrink_out_of_range_is_refused(model, shrink):
     with pytest.raises(InputError, match=f"shrink must be a number of at least 0, but it was {shrink}"):

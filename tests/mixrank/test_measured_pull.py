@@ -37,8 +37,8 @@ def model():
 def parts(model, images, keep):
     stats = calibrate(model, [images], held_out=0.25, gradients=True)
 
-    def make(stats, shrink):
-        return decompose(model, stats, factors="fisher", shrink=shrink)
+    def make(stats, shrink, known=None):
+        return decompose(model, stats, factors="fisher", shrink=shrink, known=known)
 
     first = make(stats, FIRST)
     return stats, make, first, allocate(model, first, keep=keep), images[::4]
@@ -67,9 +67,9 @@ def test_each_pull_is_made_once_and_no_further_than_the_divergence_falls(model, 
     stats, make, first, plan, apart = parts(model, images, 0.5)
     asked = []
 
-    def counted(of, shrink):
+    def counted(of, shrink, known):
         asked.append(shrink if of.held_out is None else "all images")
-        return make(of, shrink)
+        return make(of, shrink, known)
 
     pull, _ = measure_pull(model, plan, first, stats, counted, [apart], RUNNING)
     assert (asked.pop() == "all images") if pull != FIRST else "all images" not in asked

@@ -10,7 +10,7 @@ from torch import nn
 
 from mixrank import models
 from mixrank.errors import InputError
-from mixrank.models import ModelSpec
+from mixrank.models import ModelSpec, twin
 from mixrank.nn import MixedRankLinear, SplitLinear
 
 SMALL = {"img_size": 32, "depth": 2, "num_classes": 7}
@@ -251,6 +251,17 @@ def test_split_qkv_changes_nothing_but_the_structure():
     assert [name for name in models.compressible_linears(model) if "qkv" in name][:3] == [
         f"blocks.0.attn.qkv.parts.{part}" for part in range(3)
     ]
+
+
+def test_a_twin_has_modules_of_its_own_and_the_same_tensors():
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    made = twin(model)
+    assert all(ours is theirs for ours, theirs in zip(made.parameters(), model.parameters(), strict=True))
+    linear = model.blocks[0].mlp.fc1
+    made.blocks[0].mlp.fc1 = nn.Identity()
+    assert model.blocks[0].mlp.fc1 is linear
+    made.train(True)
+    assert not model.training
 
 
 def test_preprocessing_is_that_of_the_model_as_built():

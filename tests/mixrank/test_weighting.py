@@ -145,7 +145,7 @@ def test_gradients_weight_tokens_and_are_summed(model, images, draws):
         weights = sum(g.square().sum(-1) for g in gradients) / draws
         frame = output_frame(linear.weight)[0]
         fisher = sum(g.flatten(0, 1).mT @ g.flatten(0, 1) for g in gradients) / draws
-        fisher = fisher if frame is None else frame.mT @ fisher @ frame
+        fisher = fisher if frame is None else frame.double().mT @ fisher @ frame.double()
         for each in stats:
             assert_weighted(each[name], linear, x, weights)
             torch.testing.assert_close(each[name].gradient, fisher, rtol=1e-3, atol=1e-4 * fisher.abs().max().item())

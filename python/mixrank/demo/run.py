@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
 import time
@@ -29,7 +28,7 @@ from mixrank.errors import InputError
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.files import check_writable, write_text
 from mixrank.measured_pull import FIRST
-from mixrank.models import create_model
+from mixrank.models import create_model, twin
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull
 from mixrank.report import write_report
 from mixrank.result import layer_reports
@@ -216,7 +215,7 @@ def _variant(
     plan, _, factorisations = plan_and_pull(
         dense, factorisations, stats, make, sample, {**RANKS, "keep": keep}, running
     )
-    model = apply_(copy.deepcopy(dense), plan, factorisations)
+    model = apply_(twin(dense), plan, factorisations)
     layers = [dataclasses.asdict(layer) for layer in layer_reports(plan, factorisations)]
     return Variant(label, keep, model, plan, layers, evaluate(model, test, progress=progress))
 
