@@ -50,6 +50,20 @@ class Measure:
         return self.weighting.shared and not self.gradients
 
 
+class Frames:
+    """The coordinates that gradients are summed in, once for all who ask."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Tensor | None] = {}
+
+    def of(self, name: str, weight: Tensor) -> Tensor | None:
+        """Those of a layer, ``[N, K]`` float32 on the device of its weight ``[N, K]``, or None for the identity."""
+        if name not in self._known:
+            frame = output_frame(weight)[0]
+            self._known[name] = None if frame is None else frame.to(weight.device, torch.float32)
+        return self._known[name]
+
+
 @dataclass
 class _Sums:
     """Sums over rows, each times its weight: ``gram`` ``[S, S]`` and ``total`` ``[S]``, float64, and the weights'."""
@@ -91,7 +105,7 @@ class Accumulator:
     ``names`` are those of the images that are passing through.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], measure: Measure) -> None:
+    def __init__(self, layers: dict[str, nn.Linear], measure: Measure, frames: Frames) -> None:
         self.layers, self.side, self.measure = layers, side_of(*layers.values()), measure
         size = self.module.in_features if self.side == "input" else self.module.out_features
         device = self.module.weight.device
@@ -100,9 +114,9 @@ class Accumulator:
         self.gradient: Tensor | None = None
         self.frame: Tensor | None = None
         if measure.gradients:
-            frame, core = output_frame(self.module.weight)
-            self.frame = None if frame is None else frame.to(device, torch.float32)
-            self.gradient = torch.zeros(len(core), len(core), dtype=torch.float64, device=device)
+            smaller = min(self.module.weight.shape)
+            self.frame = frames.of(self.name, self.module.weight)
+            self.gradient = torch.zeros(smaller, smaller, dtype=torch.float64, device=device)
         self.tokens = 0
         self.names: list[str] = []
         self.waiting: list[_Call] = []
@@ -274,8 +288,8 @@ def groups_of(linears: dict[str, nn.Linear], run: Callable[[], object]) -> list[
 class Part:
     """The images that are held out, or those that are not: their accumulators and number."""
 
-    def __init__(self, linears: dict[str, nn.Linear], measure: Measure) -> None:
-        self.linears, self.measure = linears, measure
+    def __init__(self, linears: dict[str, nn.Linear], measure: Measure, frames: Frames) -> None:
+        self.linears, self.measure, self.frames = linears, measure, frames
         self.accumulators: list[Accumulator] = []
         self.images = 0
 
@@ -286,9 +300,10 @@ class Part:
         for group in groups:
             layers = {name: self.linears[name] for name in group if name not in known}
             if layers and self.measure.shared and side_of(*layers.values()) == "input":
-                self.accumulators.append(Accumulator(layers, self.measure))
+                self.accumulators.append(Accumulator(layers, self.measure, self.frames))
             else:
-                self.accumulators += [Accumulator({name: layer}, self.measure) for name, layer in layers.items()]
+                alone = ({name: layer} for name, layer in layers.items())
+                self.accumulators += [Accumulator(each, self.measure, self.frames) for each in alone]
 
     def run(self, forward: Callable[[], object], names: list[str]) -> None:
         """Sum what passes through the layers during ``forward``, a pass of the images with these names."""

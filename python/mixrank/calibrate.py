@@ -10,17 +10,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mixrank.accumulate import Measure, Part, groups_of
+from mixrank.accumulate import Frames, Measure, Part, groups_of
 from mixrank.data import Batch, as_batch
 from mixrank.errors import InputError
-from mixrank.gradients import backward
+from mixrank.gradients import backward, held_bytes
 from mixrank.models import compressible_linears
 from mixrank.processes import are_several, gathered, is_first
 from mixrank.progress import track
 from mixrank.stats import CalibrationStats
 from mixrank.weighting import AUTOMATIC, Weighting
 
-CHUNK = 8  # images whose activations are held at once where gradients have to flow
+CHUNK = 8  # images whose activations are held at once where gradients have to flow, or fewer if these take
+HELD = 3 * 2**28  # bytes
 DEFAULT_HELD_OUT = 0.2
 
 
@@ -81,7 +82,7 @@ def calibrate(
     The model runs in evaluation mode, and comes back in the mode that it was in. The first image of
     each size passes through it once more, alone and before the others, to find the layers that share an input. Which
     layers do must not depend on anything but the size of the images. Where gradients have to flow, eight images at
-    a time pass through the model and back.
+    a time pass through the model and back, or fewer of a model that would hold much of them meanwhile.
 
     Args:
         model: a model whose linear layers :func:`mixrank.models.compressible_linears` finds.
@@ -184,8 +185,10 @@ def _summed(
     views = getattr(batches, "views", 1)
     parameter = next(model.parameters())
     training, started = model.training, time.perf_counter()
-    parts = [Part(linears, measure) for _ in range(2 if share else 1)]
+    frames = Frames()
+    parts = [Part(linears, measure, frames) for _ in range(2 if share else 1)]
     sizes: set[torch.Size] = set()
+    chunk = CHUNK
     try:
         model.eval()
         autocast = torch.autocast(parameter.device.type, dtype, enabled=dtype is not None)
@@ -200,10 +203,12 @@ def _summed(
                     for part in parts:
                         part.arrange(groups)
                     sizes.add(inputs.shape[1:])
+                    if measure.backward:
+                        chunk = max(1, min(chunk, HELD // max(1, held_bytes(model, inputs[:1]))))
                 places = numbers_of(batch, first)
                 apart = held_out_images(places, share, views)
                 for part, chosen in zip(parts, (~apart, apart), strict=False):
-                    for index in chosen.nonzero().flatten().split(CHUNK if measure.backward else max(1, len(inputs))):
+                    for index in chosen.nonzero().flatten().split(chunk if measure.backward else max(1, len(inputs))):
                         if len(index):
                             images = inputs if len(index) == len(inputs) else inputs[index.to(inputs.device)]
                             names = [batch.names[i] for i in index.tolist()]

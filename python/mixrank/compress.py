@@ -189,14 +189,13 @@ def compress(
 
         with watch.stage("decompose"):
             factorisations: Mapping[str, Factorisation] = made(stats, first)
-        planned = partial(plan_ranks, model, factorisations, sample, allocation, running, watch=watch)
         try:
-            plan = planned()
+            plan = plan_ranks(model, factorisations, sample, allocation, running, watch=watch)
         except InputError as error:
             if not automatic:
                 raise
             allocation["energy"] = "weight"
-            plan = planned()
+            plan = plan_ranks(model, factorisations, sample, allocation, running, watch=watch)
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
         if measured and stats is not None and (stats.held_out is not None or not unpulled):
             try:

@@ -100,7 +100,8 @@ class Factorisation:
             to go into the bias; else None.
         bias: ``[N]`` the layer's bias or None.
         like: an empty tensor with the dtype and device that the factors are cast to.
-        trial: the factors that were made without the images held out, to be judged on these; None without such images.
+        trial: the factors that were made without the images held out, to be judged on these; None without such images,
+            or where they were not kept.
     """
 
     shape: LayerShape
@@ -203,6 +204,7 @@ def factorise(
     shrink: float | str = 0.0,
     fisher_shrink: float = FISHER_SHRINK,
     known: Factorisation | None = None,
+    keep_trial: bool = True,
 ) -> Factorisation:
     """Decompose one linear layer.
 
@@ -218,6 +220,7 @@ def factorise(
             on the images held out; ``"oas"``: by a formula, from the number of images.
         fisher_shrink: pull of O towards the identity, above 0.
         known: another factorisation of the same weight, whose coordinates serve this one too.
+        keep_trial: keep the factors made without the images held out, not only their errors.
 
     Raises:
         InputError: an unknown strategy, missing statistics, or statistics of a layer of another size.
@@ -263,7 +266,7 @@ def factorise(
         bias=None if linear.bias is None else linear.bias.detach(),
         like=linear.weight.detach().new_empty(0),
     )
-    if trial is None:
+    if trial is None or not keep_trial:
         return made
     writes, reads = _rounded(trial.up, trial.down, core.dtype)
     without = replace(made, up_basis=writes, down_basis=reads, mean=trial.mean if centre else None)
@@ -279,6 +282,7 @@ def decompose(
     shrink: float | str = 0.0,
     fisher_shrink: float = FISHER_SHRINK,
     known: Mapping[str, Factorisation] | None = None,
+    keep_trials: bool = True,
     progress: bool = False,
 ) -> dict[str, Factorisation]:
     """Decompose every compressible layer of a model, in float64 on the CPU; several processes divide the layers.
@@ -293,6 +297,7 @@ def decompose(
         fisher_shrink: pull of O towards the identity, for ``"fisher"``.
         known: other factorisations of the same model; what does not depend on the strategy is taken over from them,
             which saves time and memory and changes nothing.
+        keep_trials: keep the factors made without the images held out, not only their errors.
         progress: show a progress bar with the time left.
 
     Returns:
@@ -326,7 +331,7 @@ def decompose(
         if known is not None and (earlier is None or earlier.shape.sizes != tuple(linear.weight.shape)):
             raise InputError(f"known must be of this model, but it has no layer {name} of its size")
         try:
-            return factorise(linear, layer, held_out=apart, known=earlier, **strategy)
+            return factorise(linear, layer, held_out=apart, known=earlier, keep_trial=keep_trials, **strategy)
         except InputError as error:
             raise InputError(f"layer {name}: {error}") from error
 

@@ -48,6 +48,23 @@ def backward(model: nn.Module, images: Tensor, numbers: list[int], names: list[s
             torch.autograd.grad(loss, leaf, retain_graph=i + 1 < draws, allow_unused=True)
 
 
+def held_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that a pass of images keeps for the way back, the model's own tensors aside."""
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), _frozen(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = model(images.detach().clone().requires_grad_())  # alive until all is counted, so no address comes twice
+    del kept
+    return sum(held.values())
+
+
 def probes(logits: Tensor, numbers: list[int], draws: int, seed: int) -> Tensor:
     """Random vectors ``[B, draws, classes]`` of mean 0 and second moment ``diag(p) - p p^T``, p the softmax of logits.
 

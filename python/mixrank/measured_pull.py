@@ -47,8 +47,8 @@ def measure_pull(
         plan: the ranks.
         first: the factorisations with the pull :data:`FIRST`, with trials on images held out.
         stats: the statistics that these were made from.
-        make: makes such factorisations of statistics, with the pull ``shrink`` and in the coordinates of those that
-            are ``known``.
+        make: makes such factorisations of statistics, with the pull ``shrink``: :func:`mixrank.decompose.decompose`
+            with some of its arguments given.
         batches: image tensors ``[B, C, H, W]`` of images held out.
         running: ``dtype`` of the autocast.
 
@@ -77,5 +77,5 @@ def measure_pull(
                 break
             best, least = PULLS[step], divergence
         if best != FIRST:
-            return best, make(stats, shrink=best, known=first)
+            return best, make(stats, shrink=best, known=first, keep_trials=False)
     return best, first

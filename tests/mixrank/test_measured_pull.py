@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -37,10 +38,9 @@ def model():
 def parts(model, images, keep):
     stats = calibrate(model, [images], held_out=0.25, gradients=True)
 
-    def make(stats, shrink, known=None):
-        return decompose(model, stats, factors="fisher", shrink=shrink, known=known)
+    make = partial(decompose, model, factors="fisher")
 
-    first = make(stats, FIRST)
+    first = make(stats, shrink=FIRST)
     return stats, make, first, allocate(model, first, keep=keep), images[::4]
 
 
@@ -56,10 +56,12 @@ def test_no_neighbour_of_the_pull_does_better_on_images_held_out(model, images, 
         return compare(logits_of(apply_(copy.deepcopy(model), plan, trials), [apart]), dense).divergence
 
     place = PULLS.index(pull)
-    least = judged(chosen)
-    assert least == judged(make(stats, pull)) <= judged(first)
+    same = make(stats, shrink=pull)
+    assert all(torch.equal(each.factors(16)[0], same[name].factors(16)[0]) for name, each in chosen.items())
+    least = judged(same)
+    assert least <= judged(first)
     for neighbour in PULLS[max(0, place - 1) : place + 2]:
-        assert neighbour == pull or judged(make(stats, neighbour)) >= least
+        assert neighbour == pull or judged(make(stats, shrink=neighbour)) >= least
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -67,9 +69,9 @@ def test_each_pull_is_made_once_and_no_further_than_the_divergence_falls(model, 
     stats, make, first, plan, apart = parts(model, images, 0.5)
     asked = []
 
-    def counted(of, shrink, known):
-        asked.append(shrink if of.held_out is None else "all images")
-        return make(of, shrink, known)
+    def counted(of, **options):
+        asked.append(options["shrink"] if of.held_out is None else "all images")
+        return make(of, **options)
 
     pull, _ = measure_pull(model, plan, first, stats, counted, [apart], RUNNING)
     assert (asked.pop() == "all images") if pull != FIRST else "all images" not in asked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import timm
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from mixrank import InputError, Weighting, calibrate
 from mixrank.calibrate import calibrate_both
 from mixrank.decompose import decompose
-from mixrank.gradients import probes
+from mixrank.gradients import backward, held_bytes, probes
 from mixrank.models import compressible_linears
 from mixrank.stats import output_frame
 
@@ -149,6 +151,30 @@ def test_gradients_weight_tokens_and_are_summed(model, images, draws):
         for each in stats:
             assert_weighted(each[name], linear, x, weights)
             torch.testing.assert_close(each[name].gradient, fisher, rtol=1e-3, atol=1e-4 * fisher.abs().max().item())
+
+
+@pytest.mark.parametrize(("held", "passes"), [(2.5, [2, 2, 2]), (0.5, [1] * 6), (100, [6])])
+def test_fewer_images_pass_at_once_where_a_pass_holds_much(model, images, monkeypatch, held, passes):
+    module, seen = importlib.import_module("mixrank.calibrate"), []
+    whole = calibrate(model, [images[:6]], weighting="gradient", gradients=True)
+
+    def counted(model, images, *others):
+        seen.append(len(images))
+        backward(model, images, *others)
+
+    monkeypatch.setattr(module, "HELD", int(held * held_bytes(model, images[:1])))
+    monkeypatch.setattr(module, "backward", counted)
+    for name, layer in calibrate(model, [images[:6]], weighting="gradient", gradients=True).items():
+        assert layer.rows == pytest.approx(whole[name].rows, rel=1e-4)
+        torch.testing.assert_close(layer.gradient, whole[name].gradient, rtol=1e-3, atol=1e-9)
+    assert seen == passes
+
+
+def test_what_a_pass_holds_is_what_the_way_back_reads():
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 5), nn.Sigmoid())
+    wanted = 4 * 3 * (6 + 5)  # GELU reads its input, the sigmoid its output; inputs serve weights, which are not asked
+    assert held_bytes(model, torch.randn(3, 4)) == wanted
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.5])
