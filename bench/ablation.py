@@ -142,6 +142,15 @@ VARIANTS = (
     Variant("factors", "not centred", factors={"centre": False}),
     *(Variant("pull of the metric", f"{pull:g}", factors={"fisher_shrink": pull}) for pull in (0.5, 1.0, 5.0, 10.0)),
     *(Variant("shrink", str(pull), factors={"shrink": pull}) for pull in (0.0, 0.1, 1.0, 3.0, "auto", "oas", MEASURED)),
+    Variant("shrink", "measured, and the pull of the metric", factors={"shrink": MEASURED, "fisher_shrink": MEASURED}),
+    Variant(
+        "defaults",
+        "with a measured pull of the metric",
+        calibration={"weighting": AUTOMATIC},
+        factors={"shrink": MEASURED, "fisher_shrink": MEASURED},
+        allocation={},
+        sensitivity=(SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS),
+    ),
     Variant("ranks", "uniform", allocation={"ranks": "uniform", "energy": "weight"}),
     *(Variant("energy", kind, allocation={"energy": kind}) for kind in ("weight", "output", "held_out", "mixed")),
     Variant("sensitivity", "one round", allocation={}, sensitivity=(48, (1.0,))),
@@ -275,7 +284,8 @@ class Ablation:
             plan = plan_ranks(model, factorisations, sample, allocation, running, rounds=variant.sensitivity[1])
         if variant.factors.get("shrink") == MEASURED:
             stats, make = self._statistics[1][0], partial(decompose, model, **{**FACTORS, **variant.factors})
-            _, factorisations = measure_pull(model, plan, factorisations, stats, make, sample.parts, running)
+            both = {"metric": variant.factors.get("fisher_shrink") == MEASURED}
+            _, factorisations = measure_pull(model, plan, factorisations, stats, make, sample.parts, running, **both)
         apply_(model, plan, factorisations)
         if variant == BASE:
             self.plan = plan
@@ -292,6 +302,8 @@ class Ablation:
         stats, sample = self._statistics[1]
         options = FACTORS | variant.factors
         options["shrink"] = first_pull(options["shrink"])
+        if options.get("fisher_shrink") == MEASURED:
+            del options["fisher_shrink"]
         key = (variant.statistics, tuple(options.items()))
         if self._factors is None or self._factors[0] != key:
             self._factors = None

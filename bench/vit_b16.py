@@ -207,9 +207,10 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
             allocation = {name: getattr(strategy, name) for name in ("keep", "ranks", "energy", "form")}
             running = {"dtype": fast_dtype(), "progress": True}
             if strategy.shrink == MEASURED:
-                plan, found, suited = plan_and_pull(base, made, stats, make, sample, allocation, running)
+                plan, pulls, suited = plan_and_pull(base, made, stats, make, sample, allocation, running)
             else:
-                plan, found, suited = plan_ranks(base, made, sample, allocation, running), strategy.shrink, made
+                plan, suited = plan_ranks(base, made, sample, allocation, running), made
+                pulls = {"shrink": strategy.shrink}
             model = apply_(twin(base), plan, suited)
             score = evaluate(model, test, progress=True)
             errors = [suited[p.name].relative_error(p.rank) if p.rank else 0.0 for p in plan.layers]
@@ -222,7 +223,7 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
                 "mean_relative_error": sum(errors) / len(errors),
                 "dense_layers": sum(p.rank is None for p in plan.layers),
                 "ranks": {p.name: p.rank for p in plan.layers},
-                "pull": found,
+                "pull": pulls["shrink"],
                 "agreement": follows.agreement,
                 "kl": follows.kl,
                 "correct": follows.correct,

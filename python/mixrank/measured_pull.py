@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixrank.apply import put_
 from mixrank.arguments import Running
-from mixrank.decompose import Factorisation
+from mixrank.decompose import FISHER_SHRINK, Factorisation
 from mixrank.errors import InputError
 from mixrank.fidelity import compare, logits_of
 from mixrank.models import twin
@@ -24,6 +24,8 @@ from mixrank.stats import CalibrationStats
 
 PULLS = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0)
 FIRST = 0.3
+METRIC_PULLS = (0.2, 0.6, FISHER_SHRINK, 6.0, 20.0)
+"""Of the metric of ``"fisher"``, which is not measured by default."""
 
 
 def first_pull(shrink: float | str | None) -> float | str:
@@ -39,8 +41,12 @@ def measure_pull(
     make: Callable[..., Mapping[str, Factorisation]],
     batches: Sequence[Tensor],
     running: Running,
-) -> tuple[float, Mapping[str, Factorisation]]:
+    *,
+    metric: bool = False,
+) -> tuple[dict[str, float], Mapping[str, Factorisation]]:
     """Walk from :data:`FIRST` to the neighbouring pulls of :data:`PULLS` as long as the divergence falls.
+
+    Where the pull of the metric is measured too, it walks likewise, each of the two again where the other has moved.
 
     Args:
         model: the dense model, in any mode; it is left as it is.
@@ -51,9 +57,10 @@ def measure_pull(
             with some of its arguments given.
         batches: image tensors ``[B, C, H, W]`` of images held out.
         running: ``dtype`` of the autocast.
+        metric: measure ``fisher_shrink`` too, from :data:`mixrank.decompose.FISHER_SHRINK` along :data:`METRIC_PULLS`.
 
     Returns:
-        The best pull and its factorisations.
+        The best pulls, as arguments of ``make``, and the factorisations with these.
 
     Raises:
         InputError: no images were held out; the model does not return finite logits of at least two classes.
@@ -68,14 +75,35 @@ def measure_pull(
         found = compare(logits_of(candidate, batches, running["dtype"]), target).divergence
         return gathered(found)[0]  # rounding must not part the processes
 
-    seen, place = stats.without_held_out(), PULLS.index(FIRST)
-    best, least = FIRST, judged({name: made.trial or made for name, made in first.items()})
-    for steps in (range(place + 1, len(PULLS)), range(place - 1, -1, -1)):
+    seen, grids = stats.without_held_out(), {"shrink": PULLS} | ({"fisher_shrink": METRIC_PULLS} if metric else {})
+    start = {"shrink": FIRST} | ({"fisher_shrink": FISHER_SHRINK} if metric else {})
+    known = {tuple(start.values()): judged({name: made.trial or made for name, made in first.items()})}
+
+    def divergence(pulls: dict[str, float]) -> float:
+        key = tuple(pulls.values())
+        if key not in known:
+            known[key] = judged(make(seen, **pulls, known=first))
+        return known[key]
+
+    best, before = start, None
+    while best != before:
+        before = best
+        for name, grid in grids.items():
+            best = _walked(best, name, grid, divergence)
+    return best, first if best == start else make(stats, **best, known=first, keep_trials=False)
+
+
+def _walked(
+    pulls: dict[str, float], name: str, grid: Sequence[float], divergence: Callable[[dict[str, float]], float]
+) -> dict[str, float]:
+    """The pulls with one of them moved along its grid, up or else down, as long as the divergence falls."""
+    best, place = pulls, grid.index(pulls[name])
+    for steps in (grid[place + 1 :], grid[:place][::-1]):
         for step in steps:
-            divergence = judged(make(seen, shrink=PULLS[step], known=first))
-            if divergence >= least:
+            candidate = pulls | {name: step}
+            if divergence(candidate) >= divergence(best):
                 break
-            best, least = PULLS[step], divergence
-        if best != FIRST:
-            return best, make(stats, shrink=best, known=first, keep_trials=False)
-    return best, first
+            best = candidate
+        if best != pulls:
+            break
+    return best

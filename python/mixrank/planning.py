@@ -75,7 +75,7 @@ def plan_and_pull(
     running: Running,
     *,
     watch: Stopwatch | None = None,
-) -> tuple[Plan, float, Mapping[str, Factorisation]]:
+) -> tuple[Plan, dict[str, float], Mapping[str, Factorisation]]:
     """:func:`plan_ranks`, then the pull that suits this plan, on the same images.
 
     Args:

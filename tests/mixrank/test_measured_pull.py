@@ -13,9 +13,9 @@ from mixrank import InputError, compress, sweep
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
-from mixrank.decompose import decompose
+from mixrank.decompose import FISHER_SHRINK, decompose
 from mixrank.fidelity import compare, logits_of
-from mixrank.measured_pull import FIRST, PULLS, measure_pull
+from mixrank.measured_pull import FIRST, METRIC_PULLS, PULLS, measure_pull
 
 RUNNING = {"dtype": None, "progress": False}
 
@@ -48,7 +48,8 @@ def parts(model, images, keep):
 def test_no_neighbour_of_the_pull_does_better_on_images_held_out(model, images, keep):
     stats, make, first, plan, apart = parts(model, images, keep)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pull, chosen = measure_pull(model, plan, first, stats, make, [apart], RUNNING)
+    pulls, chosen = measure_pull(model, plan, first, stats, make, [apart], RUNNING)
+    pull = pulls["shrink"]
     dense = logits_of(model, [apart])
 
     def judged(made):
@@ -65,6 +66,33 @@ def test_no_neighbour_of_the_pull_does_better_on_images_held_out(model, images, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_with_the_metrics_pull_no_neighbour_in_either_direction_does_better(model, images):
+    stats, make, first, plan, apart = parts(model, images, 0.3)
+    asked = []
+
+    def counted(of, **options):
+        if of.held_out is None:
+            asked.append((options["shrink"], options["fisher_shrink"]))
+        return make(of, **options)
+
+    pulls, chosen = measure_pull(model, plan, first, stats, counted, [apart], RUNNING, metric=True)
+    assert len(set(asked)) == len(asked)
+    assert (FIRST, FISHER_SHRINK) not in asked
+    dense = logits_of(model, [apart])
+
+    def judged(**options):
+        trials = {name: each.trial for name, each in make(stats, **options).items()}
+        return compare(logits_of(apply_(copy.deepcopy(model), plan, trials), [apart]), dense).divergence
+
+    least = judged(**pulls)
+    for name, grid in (("shrink", PULLS), ("fisher_shrink", METRIC_PULLS)):
+        place = grid.index(pulls[name])
+        for neighbour in grid[max(0, place - 1) : place + 2]:
+            assert neighbour == pulls[name] or judged(**{**pulls, name: neighbour}) >= least
+    same = make(stats, **pulls)
+    assert all(torch.equal(each.factors(16)[1], same[name].factors(16)[1]) for name, each in chosen.items())
+
+
 def test_each_pull_is_made_once_and_no_further_than_the_divergence_falls(model, images):
     stats, make, first, plan, apart = parts(model, images, 0.5)
     asked = []
@@ -73,7 +101,8 @@ def test_each_pull_is_made_once_and_no_further_than_the_divergence_falls(model, 
         asked.append(options["shrink"] if of.held_out is None else "all images")
         return make(of, **options)
 
-    pull, _ = measure_pull(model, plan, first, stats, counted, [apart], RUNNING)
+    pulls, _ = measure_pull(model, plan, first, stats, counted, [apart], RUNNING)
+    pull = pulls["shrink"]
     assert (asked.pop() == "all images") if pull != FIRST else "all images" not in asked
     assert len(set(asked)) == len(asked)
     assert FIRST not in asked
