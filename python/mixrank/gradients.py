@@ -60,7 +60,8 @@ def held_bytes(model: nn.Module, images: Tensor) -> int:
         return tensor
 
     with torch.enable_grad(), _frozen(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = model(images.detach().clone().requires_grad_())  # alive until all is counted, so no address comes twice
+        leaf = images.detach().clone().requires_grad_()
+        kept = model(leaf.clone())  # alive until all is counted, so no address comes twice
     del kept
     return sum(held.values())
 

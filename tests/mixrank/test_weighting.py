@@ -175,6 +175,10 @@ def test_what_a_pass_holds_is_what_the_way_back_reads():
     wanted = 4 * 3 * (6 + 5)  # GELU reads its input, the sigmoid its output; inputs serve weights, which are not asked
     assert held_bytes(model, torch.randn(3, 4)) == wanted
     assert all(parameter.requires_grad for parameter in model.parameters())
+    writes = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 6))
+    images = -torch.ones(3, 4)
+    assert held_bytes(writes, images) == 4 * 3 * 4
+    assert torch.equal(images, -torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.5])
