@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixrank_bench import figures, report, tables_models, tables_ops, vit_b16_peers
+from mixrank_bench import figures, report, tables_models, tables_ops, uvc, vit_b16_peers
 from mixrank_bench.measures import ADDMM, SERVED, UNPACKED
 from mixrank_bench.ops import Case
 from mixrank_bench.samples import ceiling_row, op_row
@@ -35,6 +35,7 @@ def root(tmp_path, monkeypatch, environment):
     monkeypatch.setattr(tables_models, "CALIBRATION", tmp_path / "calibration.jsonl")
     monkeypatch.setattr(tables_models, "MODELS", tmp_path / "models.jsonl")
     monkeypatch.setattr(vit_b16_peers, "OUT", tmp_path / "peers.jsonl")
+    monkeypatch.setattr(uvc, "OUT", tmp_path / "uvc.jsonl")
     record(tmp_path, environment, "r1")
     return tmp_path
 
