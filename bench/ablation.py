@@ -125,16 +125,16 @@ class Variant:
 
 
 BASE = Variant("reference", "", allocation={})
+DEFAULTS: dict[str, Any] = {
+    "calibration": {"weighting": AUTOMATIC},
+    "allocation": {},
+    "sensitivity": (SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS),
+}
+BOTH_MEASURED = {"shrink": MEASURED, "fisher_shrink": MEASURED}
 VARIANTS = (
     BASE,
-    Variant(
-        "defaults",
-        "",
-        calibration={"weighting": AUTOMATIC},
-        factors={"shrink": MEASURED},
-        allocation={},
-        sensitivity=(SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS),
-    ),
+    Variant("defaults", "", factors={"shrink": MEASURED}, **DEFAULTS),
+    Variant("defaults", "with a measured pull of the metric", factors=BOTH_MEASURED, **DEFAULTS),
     Variant("factors", "plain SVD", factors={"factors": "svd", "centre": True}),
     Variant("factors", "plain SVD, not centred", factors={"factors": "svd", "centre": False}),
     Variant("factors", "activation-aware", factors={"factors": "aware"}),
@@ -142,15 +142,7 @@ VARIANTS = (
     Variant("factors", "not centred", factors={"centre": False}),
     *(Variant("pull of the metric", f"{pull:g}", factors={"fisher_shrink": pull}) for pull in (0.5, 1.0, 5.0, 10.0)),
     *(Variant("shrink", str(pull), factors={"shrink": pull}) for pull in (0.0, 0.1, 1.0, 3.0, "auto", "oas", MEASURED)),
-    Variant("shrink", "measured, and the pull of the metric", factors={"shrink": MEASURED, "fisher_shrink": MEASURED}),
-    Variant(
-        "defaults",
-        "with a measured pull of the metric",
-        calibration={"weighting": AUTOMATIC},
-        factors={"shrink": MEASURED, "fisher_shrink": MEASURED},
-        allocation={},
-        sensitivity=(SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS),
-    ),
+    Variant("shrink", "measured, and the pull of the metric", factors=BOTH_MEASURED),
     Variant("ranks", "uniform", allocation={"ranks": "uniform", "energy": "weight"}),
     *(Variant("energy", kind, allocation={"energy": kind}) for kind in ("weight", "output", "held_out", "mixed")),
     Variant("sensitivity", "one round", allocation={}, sensitivity=(48, (1.0,))),

@@ -20,8 +20,8 @@ from mixrank.progress import track
 from mixrank.stats import CalibrationStats
 from mixrank.weighting import AUTOMATIC, Weighting
 
-CHUNK = 8  # images whose activations are held at once where gradients have to flow, or fewer if these take
-HELD = 3 * 2**28  # bytes
+CHUNK = 8  # most images that pass at once where gradients have to flow
+HELD = 3 * 2**28  # most bytes that such a pass may hold for the way back, but for one of a single image
 DEFAULT_HELD_OUT = 0.2
 
 

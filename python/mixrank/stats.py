@@ -113,13 +113,8 @@ def output_frame(weight: Tensor) -> tuple[Tensor | None, Tensor]:
         a copy of the weight, ``[N, K]``. Both are float32, or float64 for a weight in float64: what rounding they
         have is that of the weight. The same for the same weight each time.
     """
-    weight, dtype = weight.detach().cpu(), wide(weight)
+    weight, dtype = weight.detach().cpu(), torch.promote_types(weight.dtype, torch.float32)
     if weight.shape[0] <= weight.shape[1]:
         return None, weight.to(dtype, copy=True)
     frame, core = torch.linalg.qr(weight.double())
     return frame.to(dtype), core.to(dtype)
-
-
-def wide(weight: Tensor) -> torch.dtype:
-    """What is kept about a weight besides sums and errors is in float32, or in float64 where the weight is."""
-    return torch.promote_types(weight.dtype, torch.float32)
