@@ -14,6 +14,7 @@ from mixrank.accumulate import Frames, Measure, Part, groups_of
 from mixrank.data import Batch, as_batch
 from mixrank.errors import InputError
 from mixrank.gradients import backward, held_bytes
+from mixrank.memory import trim
 from mixrank.models import compressible_linears
 from mixrank.processes import are_several, gathered, is_first
 from mixrank.progress import track
@@ -162,6 +163,7 @@ class _Sums:
             for found, images in zip((layers, *others), counts, strict=True)
         ]
         results[0].held_out = results[1] if others else None
+        trim()  # of all that passed through the model nothing is needed any more
         return results[0]
 
 

@@ -32,6 +32,7 @@ from mixrank import shrinkage
 from mixrank.arguments import Strategy
 from mixrank.directions import Directions, Space
 from mixrank.errors import InputError
+from mixrank.memory import trim
 from mixrank.models import compressible_linears
 from mixrank.nn import check_rank
 from mixrank.processes import divided, is_first
@@ -85,7 +86,7 @@ class Factorisation:
     Attributes:
         shape: the sizes of the layer.
         frame: ``[N, S]`` with orthonormal columns that span the outputs, or None for the identity (N <= K).
-        core: ``[S, K]``, the weight in the coordinates of ``frame``.
+        core: ``[S, K]``, the weight in the coordinates of ``frame``; for N <= K the layer's own, not a copy of it.
         up_basis: ``[S, S]``, the columns of ``up`` in the coordinates of ``frame``, the most important first.
         down_basis: ``[S, S]``, its inverse transposed: what ``down`` reads. The same matrix, with orthonormal
             columns, but for ``"fisher"``.
@@ -336,7 +337,9 @@ def decompose(
             raise InputError(f"layer {name}: {error}") from error
 
     costs = {name: min(one.weight.shape) ** 2 * max(one.weight.shape) for name, one in layers.items()}
-    return {name: found.placed_as(layers[name]) for name, found in divided(costs, work).items()}
+    found = {name: each.placed_as(layers[name]) for name, each in divided(costs, work).items()}
+    trim()  # the float64 matrices in between are many times as large as what stays
+    return found
 
 
 def _rounded(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

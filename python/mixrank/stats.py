@@ -110,11 +110,12 @@ def output_frame(weight: Tensor) -> tuple[Tensor | None, Tensor]:
 
     Returns:
         ``frame`` ``[N, K]`` with orthonormal columns and ``core`` ``[K, K]``, where N > K; else None (the identity) and
-        a copy of the weight, ``[N, K]``. Both are float32, or float64 for a weight in float64: what rounding they
-        have is that of the weight. The same for the same weight each time.
+        the weight, ``[N, K]``: itself where it is on the CPU in one of these dtypes, else a copy. Both are float32, or
+        float64 for a weight in float64: what rounding they have is that of the weight. The same for the same weight
+        each time.
     """
     weight, dtype = weight.detach().cpu(), torch.promote_types(weight.dtype, torch.float32)
     if weight.shape[0] <= weight.shape[1]:
-        return None, weight.to(dtype, copy=True)
+        return None, weight.to(dtype)
     frame, core = torch.linalg.qr(weight.double())
     return frame.to(dtype), core.to(dtype)
