@@ -41,23 +41,21 @@ def write_report(path: str | Path, data: dict[str, Any]) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "significant": "{:.3g}".format, "seconds": _seconds}
-    write_text(Path(path), environment.get_template("report.html").render(_context(data)))
-
-
-def _context(data: dict[str, Any]) -> dict[str, Any]:
-    """What the template shows, checked and in order."""
+    foreign = (KeyError, TypeError, IndexError, ValueError, AttributeError, ZeroDivisionError, jinja2.UndefinedError)
     try:
-        return _checked_context(data)
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError, ZeroDivisionError) as error:
+        page = environment.get_template("report.html").render(_context(data))
+    except foreign as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             "the data is not a result of mixrank compress, sweep, compensate, uvc, evaluate or demo: "
             f"{type(error).__name__}: {error}"
         ) from error
+    write_text(Path(path), page)
 
 
-def _checked_context(data: dict[str, Any]) -> dict[str, Any]:
+def _context(data: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows, in order."""
     swept = [row | {"label": f"{row['strategy']}, keep {row['keep']:g}"} for row in data.get("rows", [])]
     entries = swept or data.get("results", [data])
     dense = {key: data["dense"][key] for key in SUMMARY_KEYS}

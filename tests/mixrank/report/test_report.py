@@ -228,6 +228,15 @@ def test_foreign_data_is_refused(missing: str, single: dict[str, Any], tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("found", [{}, {"divergence": "near"}, {"divergence": {}}, {"divergence": [0.5]}], ids=repr)
+def test_what_only_the_template_reads_is_refused_too(
+    found: dict[str, Any], single: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"not a result of mixrank.*format"):
+        write_report(tmp_path / "page.html", single | {"fidelity": {"agreement": 90.0, "images": 5} | found})
+    assert not list(tmp_path.iterdir())
+
+
 def test_kinds_are_the_last_words_of_names() -> None:
     names = ["blocks.0.attn.qkv", "blocks.0.attn.qkv.parts.2", "blocks.0.mlp.fc1", "layers.1.downsample.reduction", "3"]
     assert kinds_of(names) == ["qkv", "v", "fc1", "reduction", "3"]
