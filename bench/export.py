@@ -1,18 +1,15 @@
 """The compressed ViT-B/16 in other runtimes: images per second of each, in turns, beside the dense model there.
 
-    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --models MODELS \
-        --only '{"weighting": "gradient"}'
-    MIXRANK_DATA=FOLDER python -m mixrank_bench.export --models MODELS
+    python -m mixrank_bench.export
 
-FOLDER is that of :mod:`mixrank_bench.vit_b16`, and its first command writes what the defaults of ``mixrank.compress``
-make into MODELS. One JSON line for each model, runtime and batch goes to ``bench/results/export.jsonl``;
-``python -m mixrank_bench.report`` makes a table of docs/benchmarks.md.
+The compressed model has the ranks that the defaults of ``mixrank.compress`` gave the real one, in their form, by
+``bench/results/vit_b16.jsonl``; the weights are random, as only shapes count. One JSON line for each model, runtime and
+batch goes to ``bench/results/export.jsonl``; ``python -m mixrank_bench.report`` makes a table of docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import mixrank
+from mixrank.apply import apply_
+from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed
 from mixrank.export import export_onnx, export_torch
+from mixrank.models import create_model, twin
 from mixrank.plain import plain
-from mixrank_bench.environment import RESULTS, append
-from mixrank_bench.vit_b16 import Data, checkpoint_of
+from mixrank_bench import vit_b16
+from mixrank_bench.environment import RESULTS, append, read
 
 OUT = RESULTS / "export.jsonl"
 KEEP = 0.5
@@ -70,24 +69,26 @@ def runtimes(name: str, model: nn.Module, folder: Path, threads: int) -> dict[tu
     }
 
 
+def models(keep: float) -> dict[str, nn.Module]:
+    """The dense model and the compressed one."""
+    dense = create_model(vit_b16.ARCHITECTURE)
+    factorisations = decompose(dense, factors="svd", centre=False)
+    plan = vit_b16.default_plans(dense, factorisations, read(vit_b16.OUT))[keep]
+    return {"dense": dense, f"keep {keep:g}": apply_(twin(dense), plan, factorisations)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="the folder of the compressed models")
-    parser.add_argument("--keep", type=float, default=KEEP, help="the budget of the model that is exported")
+    parser.add_argument(
+        "--keep", type=float, choices=vit_b16.KEEPS, default=KEEP, help="the budget of the compressed one"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of one operation")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     args = parser.parse_args()
-    if "MIXRANK_DATA" not in os.environ:
-        parser.error("set MIXRANK_DATA to the folder with the model and the images")
     torch.set_num_threads(args.threads)
-    file = checkpoint_of(args.models, args.keep)
-    if not file.is_file():
-        parser.error(f"{file} does not exist: make it by the first command of --help")
     with tempfile.TemporaryDirectory() as scratch:
-        data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
-        data.dequantize()
         found = {}
-        for name, model in (("dense", data.model()), (f"keep {args.keep:g}", mixrank.load(file))):
+        for name, model in models(args.keep).items():
             found |= runtimes(name, model, Path(scratch), args.threads)
         for batch in BATCHES:
             named = {" / ".join(key): model for key, model in found.items()}

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,80 +34,29 @@ import mixrank
 from mixrank.allocate import allocate, plan_of
 from mixrank.apply import apply_
 from mixrank.calibrate import calibrate
-from mixrank.compress import FORM
 from mixrank.counting import count_macs
 from mixrank.data import open_images
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed, evaluate, summarise
-from mixrank.measured_pull import FIRST, first_pull
+from mixrank.measured_pull import first_pull
 from mixrank.models import create_model, preprocessing, split_qkv_, twin
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
 from mixrank.shrinkage import MEASURED
 from mixrank.stats import CalibrationStats, LayerStats
-from mixrank.weighting import AUTOMATIC, Weighting
+from mixrank.weighting import Weighting
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import compare_logits, reference
 from mixrank_bench.memory import peak_megabytes
+from mixrank_bench.vit_b16_strategies import KEEPS, Strategy, default_plans, defaults, speed_name, strategies
 
 ARCHITECTURE = "vit_base_patch16_224"
 OUT = RESULTS / "vit_b16.jsonl"
-KEEPS = (0.6, 0.5, 0.4)
 COST_IMAGES = 256
 SPEED_BATCH = 8
 SUMS = ("gram", "total", "gradient")
 ALIKE = Weighting("none")
-
-
-@dataclasses.dataclass(frozen=True)
-class Strategy:
-    """One way to compress; the fields are the arguments of :func:`mixrank.compress`."""
-
-    keep: float
-    factors: str
-    ranks: str
-    energy: str
-    centre: bool
-    split_qkv: bool
-    shrink: float | str = 0.0
-    form: str = "factors"
-    weighting: str = "none"
-    level: float | None = None
-    sensitivity_images: int = SENSITIVITY_IMAGES  # in rows 48 too: each round on the same ones
-
-    @property
-    def tokens(self) -> Weighting:
-        """How much each calibration token counts."""
-        return Weighting(self.weighting, self.level)
-
-
-def strategies() -> Iterator[Strategy]:
-    """Every strategy at every budget; for uniform ranks the energy plays no part."""
-    choices = itertools.product(("svd", "aware"), (("mixed", "weight"), ("uniform", "weight"), ("mixed", "output")))
-    for (factors, (ranks, energy)), centre, split in itertools.product(choices, (False, True), (False, True)):
-        for keep in KEEPS:
-            yield Strategy(keep, factors, ranks, energy, centre, split)
-    for keep, shrink in itertools.product(KEEPS, (0.3, 1.0)):
-        yield Strategy(keep, "aware", "mixed", "weight", True, False, shrink)
-    for keep, energy, form in itertools.product(KEEPS, ("weight", "sensitivity"), ("factors", "pivoted")):
-        if (energy, form) != ("weight", "factors"):
-            yield Strategy(keep, "aware", "mixed", energy, True, False, 0.3, form)
-    yield from map(defaults, KEEPS)
-    for keep in KEEPS:
-        alike = dataclasses.replace(defaults(keep), weighting="none", level=None)
-        yield from (alike, dataclasses.replace(alike, shrink=FIRST), dataclasses.replace(defaults(keep), shrink=FIRST))
-
-
-def defaults(keep: float) -> Strategy:
-    """What :func:`mixrank.compress` does without options."""
-    tokens = (AUTOMATIC.kind, AUTOMATIC.level)
-    return Strategy(keep, "fisher", "mixed", "sensitivity", True, False, MEASURED, FORM, *tokens)
-
-
-def speed_name(keep: float) -> str:
-    """What rows of speed call the model that the defaults make."""
-    return f"keep {keep}, defaults"
 
 
 def checkpoint_of(models: Path, keep: float) -> Path:
@@ -348,10 +297,7 @@ def measure_speed(data: Data, out: Path) -> None:
     dense = data.model()
     factorisations = decompose(dense, factors="svd", centre=False)
     plans = {f"keep {keep}": allocate(dense, factorisations, keep=keep) for keep in KEEPS}
-    for row in rows:
-        strategy = Strategy(**row["strategy"]) if row["kind"] == "strategy" else None
-        if strategy is not None and strategy == defaults(strategy.keep):
-            plans[speed_name(strategy.keep)] = plan_of(dense, factorisations, row["ranks"], strategy.form)
+    plans |= {speed_name(keep): plan for keep, plan in default_plans(dense, factorisations, rows).items()}
     models = {"dense": dense}
     models |= {name: apply_(twin(dense), plan, factorisations) for name, plan in plans.items()}
     macs = {name: count_macs(model) for name, model in models.items()}

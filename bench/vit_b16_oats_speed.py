@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mixrank.allocate import plan_of
 from mixrank.apply import apply_
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed
@@ -82,16 +81,10 @@ def measure(batch: int, rounds: int, out: Path) -> None:
     dense = create_model(vit_b16.ARCHITECTURE).eval()
     factorisations = decompose(dense, factors="svd", centre=False)
     models = {"dense": dense}
-    ranks = {
-        row["strategy"]["keep"]: row["ranks"]
-        for row in read(vit_b16.OUT)
-        if row["kind"] == "strategy"
-        and vit_b16.Strategy(**row["strategy"]) == vit_b16.defaults(row["strategy"]["keep"])
-    }
+    plans = vit_b16.default_plans(dense, factorisations, read(vit_b16.OUT))
     for keep in KEEPS:
         models[f"OATS, keep {keep}"] = sparse_(copy.deepcopy(dense), keep)
-        plan = plan_of(dense, factorisations, ranks[keep], vit_b16.FORM)
-        models[vit_b16.speed_name(keep)] = apply_(copy.deepcopy(dense), plan, factorisations)
+        models[vit_b16.speed_name(keep)] = apply_(copy.deepcopy(dense), plans[keep], factorisations)
     for name, speed in compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=rounds).items():
         append(out, {"model": name} | asdict(speed))
 
