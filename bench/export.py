@@ -29,6 +29,7 @@ from mixrank_bench.environment import RESULTS, append, read
 OUT = RESULTS / "export.jsonl"
 KEEP = 0.5
 BATCHES = (1, 8)
+SHAPE = (3, 224, 224)
 OURS = "mixrank"
 ROUNDS = 9
 
@@ -56,6 +57,12 @@ def onnx_runtime(path: Path, threads: int) -> Called:
     return Called(lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]))
 
 
+def torch_program(path: Path) -> Called:
+    """A ``torch.export`` program. It refuses a change of mode, so it must not be a part of another module."""
+    program = torch.export.load(path).module()
+    return Called(lambda images: program(images))
+
+
 def runtimes(name: str, model: nn.Module, folder: Path, threads: int) -> dict[tuple[str, str], nn.Module]:
     """A model in every runtime, by its name and the runtime's."""
     program, onnx = folder / f"{name}.pt2", folder / f"{name}.onnx"
@@ -64,7 +71,7 @@ def runtimes(name: str, model: nn.Module, folder: Path, threads: int) -> dict[tu
     return {
         (name, OURS): model.eval(),
         (name, "PyTorch, plain products"): plain(model).eval(),
-        (name, "torch.export"): Called(torch.export.load(program).module()),
+        (name, "torch.export"): torch_program(program),
         (name, "ONNX Runtime"): onnx_runtime(onnx, threads),
     }
 
@@ -92,7 +99,7 @@ def main() -> None:
             found |= runtimes(name, model, Path(scratch), args.threads)
         for batch in BATCHES:
             named = {" / ".join(key): model for key, model in found.items()}
-            speeds = compare_speed(named, torch.randn(batch, 3, 224, 224), rounds=ROUNDS)
+            speeds = compare_speed(named, torch.randn(batch, *SHAPE), rounds=ROUNDS)
             for (model, runtime), key in zip(found, named, strict=True):
                 append(args.out, {"kind": "export", "model": model, "runtime": runtime} | asdict(speeds[key]))
 
