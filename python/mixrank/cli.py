@@ -168,7 +168,8 @@ app.command(epilog=cli_bench.EPILOG)(cli_bench.bench)
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for checkpoint, report and JSON.")] = Path("demo-output"),
     export_images: Annotated[
-        bool, typer.Option("--export-images", help="Also write the demo's images and labels, to try compress on.")
+        bool,
+        typer.Option("--export-images", help="Also write images, labels and weights, and print how to compress these."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help=QUIET_HELP)] = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,19 @@ def test_exported_images_are_the_embedded_ones(demo: tuple[Path, str, dict[str, 
     torch.testing.assert_close(read.images, own.images)
     assert torch.equal(read.labels, own.labels)
     assert len(list((out / "calibration").iterdir())) == len(images["calibration_images"])
+
+
+def test_the_command_that_is_printed_compresses_what_was_exported(demo: tuple[Path, str, dict[str, Any]]) -> None:
+    out, printed, data = demo
+    words = shlex.split(next(line for line in printed.splitlines() if line.startswith("mixrank compress ")))
+    quickly = ["--limit", "40", "--energy", "weight", "--json", str(out / "again.json"), "--quiet"]
+    result = CliRunner().invoke(app, [*words[1:], *quickly])
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "again.json").read_text())
+    assert found["dense"]["top1"] == pytest.approx(data["dense"]["top1"])
+    assert found["compressed"]["parameters"] <= float(words[words.index("--keep") + 1]) * found["dense"]["parameters"]
+    model = checkpoint.load(words[words.index("--out") + 1])
+    assert sum(parameter.numel() for parameter in model.parameters()) == found["compressed"]["parameters"]
 
 
 def test_assets_are_small_and_documented() -> None:

@@ -24,9 +24,10 @@ from mixrank.compress import FORM
 from mixrank.data import Batch
 from mixrank.decompose import decompose
 from mixrank.demo import ARCHITECTURE, ASSETS, IMAGES, MEAN, MODEL_ARGS, PREPROCESSING, STD, WEIGHTS
+from mixrank.demo.exported import command, export
 from mixrank.errors import InputError
 from mixrank.evaluate import compare_speed, evaluate, summarise
-from mixrank.files import check_writable, write_text
+from mixrank.files import check_writable
 from mixrank.measured_pull import FIRST
 from mixrank.models import create_model, twin
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull
@@ -115,7 +116,7 @@ def run(
         out: the folder to write to; it is created.
         keeps: the budgets, shares of all parameters that remain.
         assets: where the weights and images are.
-        export_images: also write the images as files, to try ``mixrank compress`` and ``evaluate`` on.
+        export_images: also write images and weights as files, and print the command that compresses these.
         progress: show progress bars.
 
     Returns:
@@ -173,7 +174,7 @@ def run(
         write_report(out / "report.html", data)
     if export_images:
         with watch.stage("export_images"):
-            _export_images(out, images)
+            export(out, dense, images)
     watch.seconds["total"] = time.perf_counter() - started
     write_json(out / "demo.json", data)
 
@@ -186,6 +187,10 @@ def run(
     )
     for path in (*files, out / "report.html", out / "demo.json"):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    if export_images:
+        console.print(
+            f"to compress the same by yourself:\n{command(out)}", markup=False, highlight=False, soft_wrap=True
+        )
     console.print(f"done in {watch.seconds['total']:.0f} s", highlight=False)
     return data
 
@@ -249,16 +254,3 @@ def demo_table(data: dict[str, Any]) -> Table:
             ratio(summary["images_per_second"], dense["images_per_second"]),
         )
     return table
-
-
-def _export_images(out: Path, images: dict[str, torch.Tensor]) -> None:
-    """``calibration/`` and ``test/`` as PNG files, with ``test_labels.csv``."""
-    from PIL import Image
-
-    for part in ("calibration", "test"):
-        folder = out / part
-        folder.mkdir(exist_ok=True)
-        for index, image in enumerate(images[f"{part}_images"].numpy()):
-            Image.fromarray(image).save(folder / f"{index:04d}.png")
-    lines = [f"{index:04d}.png,{label}" for index, label in enumerate(images["test_labels"].tolist())]
-    write_text(out / "test_labels.csv", "\n".join(["file,label", *lines, ""]))
