@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from mixrank_bench import (
+    architectures,
     figures,
     tables_ablation,
     tables_cuda,
@@ -51,6 +52,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "ablation": tables_ablation.switches,
         "by-heart": tables_ablation.by_heart,
     },
+    "docs/architectures.md": {"families": architectures.families},
     "docs/benchmarks.md": {
         "machine": tables_ops.machine,
         "steadiness": tables_ops.steadiness,

@@ -11,30 +11,9 @@ import mixrank
 from mixrank.counting import count_macs, count_parameters
 from mixrank.coverage import left_alone
 from mixrank.models import compressible_linears, create_model, preprocessing
+from mixrank_bench.architectures import FAMILIES
 
 CLASSES = {"num_classes": 7}
-FAMILIES = {
-    "ViT": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}),
-    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 2}),
-    "DeiT-III": ("deit3_small_patch16_224", {"img_size": 32, "depth": 1}),
-    "Swin": ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": [1, 1], "num_heads": [3, 6]}),
-    "Swin v2": ("swinv2_tiny_window8_256", {"img_size": 64, "depths": [1, 1], "num_heads": [3, 6]}),
-    "BEiT": ("beit_base_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 192, "num_heads": 3}),
-    "EVA-02": ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 1}),
-    "CaiT": ("cait_xxs24_224", {"img_size": 32, "depth": 1}),
-    "XCiT": ("xcit_nano_12_p16_224", {"img_size": 32, "depth": 1}),
-    "CLIP": ("vit_base_patch16_clip_224", {"img_size": 32, "depth": 1, "embed_dim": 192, "num_heads": 3}),
-    "SigLIP": ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 1, "embed_dim": 192, "num_heads": 3}),
-    "DINOv2": ("vit_small_patch14_dinov2", {"img_size": 28, "depth": 1}),
-    "DINOv2 giant's SwiGLU": (
-        "vit_giant_patch14_dinov2",
-        {"img_size": 28, "depth": 1, "embed_dim": 192, "num_heads": 3},
-    ),
-    "MaxViT": ("maxvit_rmlp_pico_rw_256", {"img_size": 64}),
-    "ConvNeXt": ("convnext_atto", {"depths": [1, 1, 1, 1], "conv_mlp": False}),
-    "MLP-Mixer": ("mixer_s32_224", {"img_size": 64}),
-}
-CONVOLUTIONAL = ("MaxViT", "ConvNeXt")
 MANY_LAYERS = ("MaxViT", "MLP-Mixer")
 
 
@@ -42,13 +21,13 @@ MANY_LAYERS = ("MaxViT", "MLP-Mixer")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_compressed_saved_loaded_and_compiled(name, tmp_path):
     torch.manual_seed(0)
-    architecture, args = FAMILIES[name]
-    dense = create_model(architecture, args=args | CLASSES)
+    family = FAMILIES[name]
+    dense = create_model(family.architecture, args={**family.args, **family.small, **CLASSES})
     channels, height, width = preprocessing(dense)["input_size"]
     images = torch.randn(8, channels, min(height, 96), min(width, 96))
     model = copy.deepcopy(dense)
     options = {"energy": "weight"} if name in MANY_LAYERS else {"sensitivity_images": 2}
-    result = mixrank.compress(model, [images], keep=0.85 if name in CONVOLUTIONAL else 0.7, **options)
+    result = mixrank.compress(model, [images], keep=0.7 if family.whole_graph else 0.85, **options)
     factored = [layer for layer in result.layers if layer.rank is not None]
     assert factored
     assert count_parameters(model) < count_parameters(dense)
@@ -65,7 +44,7 @@ def test_a_family_is_compressed_saved_loaded_and_compiled(name, tmp_path):
     with torch.no_grad():
         expected = model(images)
         assert torch.equal(loaded(images), expected)
-        compiled = torch.compile(loaded, backend="aot_eager", fullgraph=name not in CONVOLUTIONAL)
+        compiled = torch.compile(loaded, backend="aot_eager", fullgraph=family.whole_graph)
         assert torch.allclose(compiled(images), expected, atol=1e-4)
     torch._dynamo.reset()
 
