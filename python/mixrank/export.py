@@ -91,6 +91,8 @@ def export_onnx(model: nn.Module, path: Path | str, *, batch: int | None = None)
     with _told("ONNX"), torch.no_grad():
         made = torch.onnx.export(program, (images,), dynamo=True, verbose=False)
     assert made is not None  # with dynamo
+    for node in made.model.graph.all_nodes():
+        node.metadata_props.clear()  # which module it was made from: more bytes than a node's weights of 8 bits
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         with _written(path):
@@ -129,9 +131,14 @@ def export_dense(model: nn.Module, path: Path | str) -> Exported:
 
 
 def _program(model: nn.Module, images: Tensor, batch: int | None) -> torch.export.ExportedProgram:
+    """The program, without the lines of code behind each operation, which name folders of this machine."""
     shapes = ({0: torch.export.Dim("batch")} if batch is None else None,)
     with _told("torch.export"), torch.no_grad():
-        return torch.export.export(model.eval(), (images,), dynamic_shapes=shapes)
+        program = torch.export.export(model.eval(), (images,), dynamic_shapes=shapes)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 def _images(model: nn.Module, batch: int | None, seed: int = 0) -> Tensor:
