@@ -141,12 +141,14 @@ def _run(options: _Options) -> None:
     from mixrank import checkpoint
     from mixrank.data import open_images
     from mixrank.evaluate import summarise
+    from mixrank.identity import check_origin
     from mixrank.models import create_model, preprocessing
 
     header = checkpoint.read_header(options.file)
     model = checkpoint.load(options.file)
     pretrained = options.weights is None
     dense = create_model(header.architecture, pretrained=pretrained, weights=options.weights, args=header.args)
+    check_origin(header.metadata, dense, options.file, options.weights)
     source = open_images(
         options.images,
         preprocessing(model),

@@ -188,6 +188,7 @@ def _run(options: CompressOptions, device: torch.device) -> None:
     from mixrank.data import open_images
     from mixrank.evaluate import compare_speed, evaluate, summarise
     from mixrank.fidelity import compare
+    from mixrank.identity import compressed_from
     from mixrank.models import create_model, preprocessing
 
     watch, progress = Stopwatch(), not options.quiet
@@ -253,7 +254,7 @@ def _run(options: CompressOptions, device: torch.device) -> None:
         "evaluation_skipped": [] if evaluation is None else list(evaluation.skipped),
     }
     with watch.stage("save"):
-        metadata = _provenance(options, summaries, fidelity, images)
+        metadata = _provenance(options, summaries, fidelity, images) | compressed_from(dense)
         if compensation is not None:
             metadata["compensation"] = noted(compensation)
         checkpoint.save(model, options.out, metadata=metadata)

@@ -118,6 +118,7 @@ class _Running(TypedDict):
 
 def _run(options: CommandOptions, recipe: Recipe, device: torch.device) -> None:
     from mixrank import checkpoint
+    from mixrank.identity import compressed_from
     from mixrank.models import create_model, preprocessing
 
     args = model_arguments(options.model_args)
@@ -162,7 +163,7 @@ def _run(options: CommandOptions, recipe: Recipe, device: torch.device) -> None:
         result = compress_uvc_(model, data, **running)
     if is_first():
         model = model.cpu()
-        checkpoint.save(model, options.out, metadata={"uvc": _noted(result)})
+        checkpoint.save(model, options.out, metadata={"uvc": _noted(result)} | compressed_from(dense))
         _report(options, recipe, result, dense, model, first_images(validation or images, 8), data.skipped)
         for path in states_of(options.state):
             path.unlink(missing_ok=True)

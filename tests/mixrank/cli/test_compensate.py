@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mixrank import checkpoint
 from mixrank.views import Views
@@ -75,6 +76,26 @@ def test_an_interrupted_run_goes_on_with_resume_and_writes_the_same_bytes(world,
 def test_bad_arguments_are_refused_in_one_sentence(world, tmp_path: Path, more: list[str], message: str) -> None:
     assert message in world.refused(*arguments(world, tmp_path / "out.safetensors", *more))
     assert not list(tmp_path.iterdir())
+
+
+def test_other_dense_weights_than_the_checkpoints_own_are_refused(world, tmp_path: Path) -> None:
+    weights, trained = tmp_path / "other.safetensors", tmp_path / "trained.safetensors"
+    state = load_file(world.weights)
+    state["head.bias"] = state["head.bias"] + 1e-3
+    save_file(state, weights)
+    assert world.invoke(*arguments(world, trained, "--steps", "1")).exit_code == 0
+    for file in (world.checkpoint, trained):  # what was trained still follows the same model
+        own = ["compensate", str(file), "--weights", str(weights), "--images", str(world.flat), "--steps", "1"]
+        told = world.refused(*own, "--out", str(tmp_path / "out.safetensors"))
+        assert f"{file} was not compressed from {weights}, which it would be trained to follow" in told
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_checkpoint_that_names_no_origin_is_trained_all_the_same(world, tmp_path: Path) -> None:
+    nameless = tmp_path / "nameless.safetensors"
+    checkpoint.save(checkpoint.load(world.checkpoint), nameless)
+    given = [str(nameless) if word == str(world.checkpoint) else word for word in arguments(world, tmp_path / "out")]
+    assert world.invoke(*given, "--steps", "1").exit_code == 0
 
 
 def test_a_missing_checkpoint_and_an_output_over_the_input_are_refused(world, tmp_path: Path) -> None:
