@@ -15,8 +15,10 @@ from mixrank import checkpoint
 from mixrank.cli import app
 from mixrank.data import open_images
 from mixrank.demo import ASSETS, IMAGES, PREPROCESSING, WEIGHTS
+from mixrank.demo.exported import KEEP, command, export
 from mixrank.demo.run import COLUMNS, KEEPS, batches, load_images, load_model
 from mixrank.errors import InputError
+from mixrank.evaluate import evaluate
 from mixrank.models import preprocessing
 
 LARGEST_ASSETS = 8_000_000
@@ -33,7 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str,
 
 
 def test_prints_one_table(demo: tuple[Path, str, dict[str, Any]]) -> None:
-    _, printed, data = demo
+    out, printed, data = demo
     for column in COLUMNS:
         assert column in printed
     for label in ("dense", *(f"keep {keep:g}" for keep in KEEPS)):
@@ -42,6 +44,7 @@ def test_prints_one_table(demo: tuple[Path, str, dict[str, Any]]) -> None:
         assert f"{summary['parameters']:,}" in printed
         assert f"{summary['top1']:.2f} %" in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if "│" in line)
+    assert f"to compress the same by yourself:\n{command(out)}\n" in printed
 
 
 def test_budgets_hold_and_everything_shrinks(demo: tuple[Path, str, dict[str, Any]]) -> None:
@@ -97,17 +100,17 @@ def test_exported_images_are_the_embedded_ones(demo: tuple[Path, str, dict[str, 
     assert len(list((out / "calibration").iterdir())) == len(images["calibration_images"])
 
 
-def test_the_command_that_is_printed_compresses_what_was_exported(demo: tuple[Path, str, dict[str, Any]]) -> None:
-    out, printed, data = demo
-    words = shlex.split(next(line for line in printed.splitlines() if line.startswith("mixrank compress ")))
-    quickly = ["--limit", "40", "--energy", "weight", "--json", str(out / "again.json"), "--quiet"]
-    result = CliRunner().invoke(app, [*words[1:], *quickly])
+def test_the_command_that_is_printed_compresses_what_was_exported(tmp_path: Path) -> None:
+    images = {name: part[:100] for name, part in load_images().items()}
+    dense = load_model()
+    export(tmp_path, dense, images)
+    words = shlex.split(command(tmp_path))
+    result = CliRunner().invoke(app, [*words[1:], "--energy", "weight", "--json", str(tmp_path / "it.json"), "--quiet"])
     assert result.exit_code == 0, result.output
-    found = json.loads((out / "again.json").read_text())
-    assert found["dense"]["top1"] == pytest.approx(data["dense"]["top1"])
-    assert found["compressed"]["parameters"] <= float(words[words.index("--keep") + 1]) * found["dense"]["parameters"]
-    model = checkpoint.load(words[words.index("--out") + 1])
-    assert sum(parameter.numel() for parameter in model.parameters()) == found["compressed"]["parameters"]
+    found = json.loads((tmp_path / "it.json").read_text())
+    assert found["dense"]["top1"] == evaluate(dense, batches(images["test_images"], images["test_labels"])).top1
+    assert found["compressed"]["parameters"] <= KEEP * found["dense"]["parameters"]
+    assert checkpoint.read_header(tmp_path / "compressed.safetensors").preprocessing == PREPROCESSING
 
 
 def test_assets_are_small_and_documented() -> None:
