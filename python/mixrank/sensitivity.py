@@ -25,6 +25,7 @@ from mixrank.blocks import block_of, blocks_of
 from mixrank.decompose import Factorisation
 from mixrank.errors import InputError
 from mixrank.fidelity import compare
+from mixrank.memory import trim
 from mixrank.nn import MixedRankLinear
 from mixrank.processes import divided, is_first
 from mixrank.progress import track
@@ -96,6 +97,7 @@ def measure_sensitivity(
     finally:
         for module, mode in modes.items():
             module.training = mode
+        trim()  # of the activations, and of weights in the dtype of the autocast
 
 
 def _earlier(blocks: list[str], name: str) -> list[str]:
