@@ -338,7 +338,7 @@ def decompose(
 
     costs = {name: min(one.weight.shape) ** 2 * max(one.weight.shape) for name, one in layers.items()}
     found = {name: each.placed_as(layers[name]) for name, each in divided(costs, work).items()}
-    trim()  # the float64 matrices in between are many times as large as what stays
+    trim()  # of the float64 matrices in between
     return found
 
 

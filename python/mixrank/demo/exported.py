@@ -6,7 +6,6 @@ import json
 import shlex
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from mixrank.demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING, WEIGHTS
@@ -32,8 +31,7 @@ def export(out: Path, dense: nn.Module, images: dict[str, Tensor]) -> None:
             Image.fromarray(image).save(folder / f"{index:04d}.png")
     lines = [f"{index:04d}.png,{label}" for index, label in enumerate(images["test_labels"].tolist())]
     write_text(out / "test_labels.csv", "\n".join(["file,label", *lines, ""]))
-    with torch.no_grad():
-        write_tensors(out / WEIGHTS, {name: tensor.cpu() for name, tensor in dense.state_dict().items()}, {})
+    write_tensors(out / WEIGHTS, {name: tensor.cpu() for name, tensor in dense.state_dict().items()}, {})
 
 
 def command(out: Path) -> str:
