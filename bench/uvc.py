@@ -47,6 +47,7 @@ from mixrank_bench.environment import RESULTS, append, read
 OUT = RESULTS / "uvc.jsonl"
 BUDGETS = (0.5, 0.7, 0.3)
 OURS = "unified"
+NORMS = "unified, by norms"
 SPEED_BATCH = 8
 RATIOS = 256
 """The ratios that are tried for Torch-Pruning are multiples of one part in so many."""
@@ -103,6 +104,7 @@ def depth(model: nn.Module, budget: float, seed: int) -> Chosen:
 
 CHOICES: dict[str, Callable[[nn.Module, float, int], Chosen] | None] = {
     OURS: None,
+    NORMS: None,
     "magnitude": magnitude,
     "random": at_random,
     "depth": depth,
@@ -131,7 +133,8 @@ def measure(dense: nn.Module, data: Path, method: str, options: UVCOptions, mode
     common = {"validation": batches(test_images, test_labels), "dtype": fast_dtype(), "progress": True}
     # The teacher is the dense model in all of them, which often is not what the training starts with.
     training_alone = {"options": of_the_same(options), "teacher": dense} | common
-    if method == OURS:
+    if method in (OURS, NORMS):
+        options = replace(options, observed=0) if method == NORMS else options
         found = compress_uvc_(model, training, options=options, **common).to_json()
     elif method in COMBINED:
         unlabelled = batches(images[used:])

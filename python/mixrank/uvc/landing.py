@@ -60,7 +60,7 @@ def land(
 
     Args:
         structure: of the model.
-        groups: norms of each block.
+        groups: of each block, by norms or by importance.
         shares: those that are to be removed of each block.
         gates: ``[blocks]``, the probability that each is kept. Blocks below a half go, those of the lowest gates first,
             unless the others cannot fill the budget; further ones go where nothing else fits.
@@ -73,6 +73,7 @@ def land(
     Raises:
         InputError: nothing fits the budget.
     """
+    groups = [one.relative() for one in groups]
     allowed = int(budget * structure.macs())
     order = gates.argsort(descending=True, stable=True).tolist()
     blocks = max(1, int((gates >= 0.5).sum()))
@@ -255,6 +256,6 @@ def _absent_heads(index: int, groups: Sequence[Groups], kept: KeptBlock) -> list
 
 
 def _missing(norms: Tensor, present: tuple[int, ...]) -> list[tuple[int, float]]:
-    """The groups that are not present, with their norms relative to the mean."""
-    stays, relative = set(present), (norms / norms.mean().clamp(min=1e-300)).tolist()
-    return [(place, norm) for place, norm in enumerate(relative) if place not in stays]
+    """The groups that are not present, with their norms."""
+    stays = set(present)
+    return [(place, norm) for place, norm in enumerate(norms.tolist()) if place not in stays]

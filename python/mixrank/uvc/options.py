@@ -71,6 +71,8 @@ class UVCOptions(FinetuneOptions):
         gate_weight: of the multiplier of the budget in the gradient of the gates.
         gate_temperature: of the samples of the gates.
         reached: share of the search after which the target is the budget.
+        observed: training images by which it is told what a group means to the loss, when the search begins and again
+            when groups go, and what those that stay can take over; 0: groups go by their norms alone, as in the paper.
         multiple: of which the numbers of columns of a head and of neurons of a block are that stay; processors like 8.
     """
 
@@ -84,11 +86,12 @@ class UVCOptions(FinetuneOptions):
     gate_weight: float = 0.01
     gate_temperature: float = 0.5
     reached: float = 0.7
+    observed: int = 1024
     multiple: int = 8
 
     _POSITIVE = (*FinetuneOptions._POSITIVE, "gate_temperature", "gate_speed", "share_speed", "group_speed")
     _SHARES = (*FinetuneOptions._SHARES, "warm_up", "search")
-    _NOT_NEGATIVE = (*FinetuneOptions._NOT_NEGATIVE, "gate_weight")
+    _NOT_NEGATIVE = (*FinetuneOptions._NOT_NEGATIVE, "gate_weight", "observed")
 
     def check(self) -> None:
         """Raise InputError unless every option lies in its range."""

@@ -22,13 +22,14 @@ update instead, as the least multiplier under which R does not exceed a target t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mixrank.errors import InputError
+from mixrank.uvc.importance import Importance, squared_norms
 from mixrank.uvc.structure import BlockParts, Structure
 
 KINDS = ("heads", "columns", "neurons")
@@ -57,17 +58,19 @@ class BlockVariables:
 
 @dataclass(frozen=True)
 class Groups:
-    """Squared norms of what can be removed from a block, float64: columns of ``proj`` and of ``fc2``.
+    """Energies of what can be removed from a block, float64: of columns of ``proj`` and of ``fc2``.
 
     Attributes:
         heads: ``[H]``.
         columns: one tensor for each head, ``[value columns of the head]``.
         neurons: ``[n]``.
+        comparable: whether all families of all blocks are in one unit; else each counts relative to its own sum.
     """
 
     heads: Tensor
     columns: tuple[Tensor, ...]
     neurons: Tensor
+    comparable: bool = False
 
     def families(self) -> list[Tensor]:
         """The groups that compete with one another, in the order of :class:`BlockVariables`."""
@@ -75,10 +78,45 @@ class Groups:
 
     @classmethod
     def of(cls, part: BlockParts) -> Groups:
-        """Those of a block as its weights are now."""
-        columns = part.attention.proj.weight.detach().double().square().sum(0).cpu().split(part.columns)
-        neurons = part.mlp.fc2.weight.detach().double().square().sum(0).cpu()
-        return cls(torch.stack([one.sum() for one in columns]), columns, neurons)
+        """Squared norms, as the weights of a block are now."""
+        columns, neurons = squared_norms(part)
+        by_head = columns.split(part.columns)
+        return cls(torch.stack([one.sum() for one in by_head]), by_head, neurons)
+
+    def weighed(self, importance: Importance) -> Groups:
+        """Their importance instead, which follows the squared norms from where it was measured."""
+        columns = torch.cat(self.columns) * importance.columns
+        by_head = columns.split([len(one) for one in self.columns])
+        return Groups(self.heads * importance.heads, by_head, self.neurons * importance.neurons, comparable=True)
+
+    def divided(self, by: Tensor) -> Groups:
+        """In another unit."""
+        return replace(
+            self, heads=self.heads / by, columns=tuple(one / by for one in self.columns), neurons=self.neurons / by
+        )
+
+    def relative(self) -> Groups:
+        """Each family relative to its mean, unless they are comparable."""
+        if self.comparable:
+            return self
+        heads, *columns, neurons = (one / one.mean().clamp(min=torch.finfo(one.dtype).tiny) for one in self.families())
+        return Groups(heads, tuple(columns), neurons)
+
+    def energies(self) -> list[Tensor]:
+        """The families, each relative to its sum unless they are comparable."""
+        if self.comparable:
+            return self.families()
+        return [family / family.sum().clamp(min=torch.finfo(family.dtype).tiny) for family in self.families()]
+
+
+def groups_of(parts: Sequence[BlockParts], importance: Sequence[Importance] | None = None) -> list[Groups]:
+    """The groups of every block by their squared norms, or by their importance, a family's being 1 on average."""
+    found = [Groups.of(part) for part in parts]
+    if importance is None:
+        return found
+    weighed = [one.weighed(each) for one, each in zip(found, importance, strict=True)]
+    unit = torch.stack([family.sum() for one in weighed for family in one.families()]).mean()
+    return [one.divided(unit.clamp(min=torch.finfo(unit.dtype).tiny)) for one in weighed]
 
 
 def removed(norms: Tensor, share: Tensor) -> Tensor:
@@ -87,19 +125,15 @@ def removed(norms: Tensor, share: Tensor) -> Tensor:
     return norms.argsort(stable=True)[:count]
 
 
-def bottom_energy(norms: Tensor, share: Tensor) -> Tensor:
-    """e: the energy of the groups that a share removes, relative to the energy of all."""
-    return norms[removed(norms, share)].sum() / _total(norms)
+def bottom_energy(energies: Tensor, share: Tensor) -> Tensor:
+    """e: the energy of the groups that a share removes."""
+    return energies[removed(energies, share)].sum()
 
 
-def next_energy(norms: Tensor, share: Tensor) -> Tensor:
-    """de/dshare: the norm of the group that would go next, relative to the mean norm."""
-    ordered, gone = norms.sort().values, len(removed(norms, share))
-    return ordered[gone] * len(norms) / _total(norms)
-
-
-def _total(norms: Tensor) -> Tensor:
-    return norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
+def next_energy(energies: Tensor, share: Tensor) -> Tensor:
+    """de/dshare: the energy of the group that would go next, times how many groups there are."""
+    ordered, gone = energies.sort().values, len(removed(energies, share))
+    return ordered[gone] * len(energies)
 
 
 @dataclass(frozen=True)
@@ -178,7 +212,7 @@ class PrimalDual:
         *slopes, gate_slope = torch.autograd.grad(remaining, [*inputs, gates])
         for value in inputs:
             value.requires_grad_(False)
-        families = [family for found in groups for family in found.families()]
+        families = [family for found in groups for family in found.energies()]
         shares, duals, slope = (
             torch.cat([value.reshape(-1) for value in values])
             for values in (inputs, [getattr(dual, kind) for dual in self.multipliers for kind in KINDS], slopes)

@@ -20,9 +20,10 @@ from mixrank.processes import shared
 from mixrank.uvc.data import TrainingData
 from mixrank.uvc.finetune import Training, become
 from mixrank.uvc.gates import Gates, gated
+from mixrank.uvc.importance import Importance, Inputs, importance_of, observe, take_over_
 from mixrank.uvc.landing import contributions, land, macs_of
 from mixrank.uvc.options import UVCOptions, UVCResult
-from mixrank.uvc.primal_dual import Groups, PrimalDual, Rates
+from mixrank.uvc.primal_dual import KINDS, PrimalDual, Rates, groups_of
 from mixrank.uvc.shrink import KeptBlock, remaining_blocks, shrink_
 from mixrank.uvc.state import kept_from_json, kept_to_json, variables_of
 from mixrank.uvc.structure import parts_of, structure_of
@@ -127,6 +128,7 @@ class _Search(Training):
         self.gate_rate = options.gate_speed / updates
         rates = Rates(share=options.share_speed / updates, group=options.group_speed / updates)
         self.duals = PrimalDual(self.structure, options.budget, rates)
+        self.importance: list[Importance] | None = None
         self.kept: Sequence[KeptBlock | None] | None = None
         self.landed: float | None = None
         self.train_(shared(_Student(self.model, self.gates)), average_from=None)
@@ -139,6 +141,8 @@ class _Search(Training):
         return (0, self.end, _LOWEST) if self.step < self.end else (self.end, self.steps, 0.0)
 
     def before_step(self) -> None:
+        if self.step == self.warm and self.options.observed:
+            self.importance = self._weigh(self._observe())
         if self.step == self.end:
             self._land()
 
@@ -158,6 +162,8 @@ class _Search(Training):
         kept = None if self.kept is None else kept_to_json(self.kept)
         numbers = {"landed": self.landed, "pressure": self.duals.pressure, "kept": kept}
         tensors = {"gates": self.gates.logits} | dict(variables_of(self.duals))
+        for index, one in enumerate(self.importance or ()):
+            tensors |= {f"importance.{index}.{kind}": getattr(one, kind) for kind in KINDS}
         if self.gates.logits.grad is not None:  # of the steps since the last update
             tensors["gates_grad"] = self.gates.logits.grad
         return numbers, tensors
@@ -169,14 +175,24 @@ class _Search(Training):
             self.gates.logits.copy_(tensors["gates"])
             for name, value in variables_of(self.duals):
                 value.copy_(tensors[name])
+        if "importance.0.heads" in tensors:
+            found = ([tensors[f"importance.{i}.{kind}"] for kind in KINDS] for i in range(len(self.structure.blocks)))
+            self.importance = [Importance(*each) for each in found]
         if "gates_grad" in tensors:
             self.gates.logits.grad = tensors["gates_grad"].to(self.device)
         self.landed, self.duals.pressure = numbers["landed"], numbers["pressure"]
 
+    def _observe(self) -> list[tuple[Inputs, Inputs]]:
+        options = self.options
+        return observe(self.model, self.data, options.observed, seed=options.seed, dtype=self.dtype)
+
+    def _weigh(self, found: list[tuple[Inputs, Inputs]]) -> list[Importance]:
+        return [importance_of(*pair) for pair in zip(parts_of(self.model), found, strict=True)]
+
     def _update(self, loss: float) -> None:
         """Shares, multipliers, gates, and the weights of the groups that are to go."""
         options, parts = self.options, parts_of(self.model)
-        groups, keep = [Groups.of(part) for part in parts], self.gates.probability()
+        groups, keep = groups_of(parts, self.importance), self.gates.probability()
         target = self._target()
         remaining, pull = self.duals.update(groups, keep.detach().cpu(), target)
         self.duals.shrink_weights_(parts, groups, self.rate() * options.interval)
@@ -203,9 +219,16 @@ class _Search(Training):
 
     def _land(self) -> None:
         """Choose what stays, take the rest away, and start to train that."""
-        groups = [Groups.of(part) for part in parts_of(self.model)]
-        keep = self.gates.probability().detach().cpu()
-        kept = land(self.structure, groups, self.duals.shares, keep, self.options.budget, self.options.multiple)
+        options, parts, keep = self.options, parts_of(self.model), self.gates.probability().detach().cpu()
+        found = self._observe() if options.observed else None
+        groups = groups_of(parts, None if found is None else self._weigh(found))
+        kept = land(self.structure, groups, self.duals.shares, keep, options.budget, options.multiple)
+        if found is not None:
+            stays = torch.tensor([float(one is not None) for one in kept])
+            if not stays.all():
+                with gated(block_list(self.model), stays.to(self.device)):
+                    found = self._observe()  # what comes in where blocks are gone
+            take_over_(parts, kept, found)
         self._shrink(kept)
         self.landed = self.top1(self.model)
         self.note({"landed": macs_of(self.structure, kept) / self.structure.macs(), "top1": self.landed})

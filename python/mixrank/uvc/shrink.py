@@ -140,7 +140,7 @@ def mask_(model: nn.Module, kept: Sequence[KeptBlock | None]) -> nn.Module:
             if one is None:
                 block_list(model)[index] = nn.Identity()
             else:
-                _mask(part.attention.proj, _columns(part, one))
+                _mask(part.attention.proj, columns_that_stay(part, one))
                 _mask(part.mlp.fc2, list(one.neurons))
     return model
 
@@ -190,8 +190,8 @@ def _check_indices(what: str, indices: tuple[int, ...], count: int) -> None:
         raise InputError(f"{what} must rise and lie in 0 to {count - 1}, but they were {indices}")
 
 
-def _columns(part: BlockParts, kept: KeptBlock) -> list[int]:
-    """The columns of ``proj`` that stay."""
+def columns_that_stay(part: BlockParts, kept: KeptBlock) -> list[int]:
+    """The columns of ``attn.proj`` that stay, rising."""
     first, found = 0, []
     for columns, count in zip(kept.columns, part.columns, strict=True):
         found += [first + column for column in columns]
@@ -201,7 +201,7 @@ def _columns(part: BlockParts, kept: KeptBlock) -> list[int]:
 
 def _shrink_block_(block: nn.Module, part: BlockParts, kept: KeptBlock) -> None:
     attention, mlp = part.attention, part.mlp
-    columns = _columns(part, kept)
+    columns = columns_that_stay(part, kept)
     if len(columns) < attention.proj.in_features:
         block.attn = _shrunk_attention(part, kept, columns)
     neurons = list(kept.neurons)

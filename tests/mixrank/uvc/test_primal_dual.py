@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -31,9 +32,21 @@ def test_groups_are_removed_from_the_smallest_on_and_one_stays():
     expected = {0.0: [], 0.01: [1], 0.25: [1], 0.26: [1, 3], 0.75: [1, 3, 2], 1.0: [1, 3, 2]}
     for share, gone in expected.items():
         assert removed(norms, numbers(share)[0]).tolist() == gone
-    assert bottom_energy(norms, numbers(0.26)[0]).item() == pytest.approx(0.3)
-    assert next_energy(norms, numbers(0.26)[0]).item() == pytest.approx(3 / 2.5)
-    assert bottom_energy(torch.zeros(4, dtype=torch.float64), numbers(0.5)[0]) == 0
+    assert bottom_energy(norms, numbers(0.26)[0]).item() == pytest.approx(3)
+    assert next_energy(norms, numbers(0.26)[0]).item() == pytest.approx(12)
+
+
+def test_families_count_relative_to_their_sums_unless_they_are_comparable():
+    groups = Groups(numbers(1, 3), (numbers(0, 0), numbers(1, 2)), numbers(4, 1, 3, 2))
+    heads, none, columns, neurons = groups.energies()
+    assert heads.tolist() == [0.25, 0.75]
+    assert none.tolist() == [0, 0]
+    assert columns.tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert neurons.tolist() == pytest.approx([0.4, 0.1, 0.3, 0.2])
+    assert groups.relative().neurons.tolist() == pytest.approx([1.6, 0.4, 1.2, 0.8])
+    comparable = dataclasses.replace(groups, comparable=True)
+    assert comparable.relative() is comparable
+    assert [one.tolist() for one in comparable.energies()] == [[1, 3], [0, 0], [1, 2], [4, 1, 3, 2]]
 
 
 def test_the_first_steps_are_those_computed_by_hand():

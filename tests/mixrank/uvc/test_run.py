@@ -156,6 +156,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(model, data, images):
         ({"warm_up": 1.0}, "warm_up must be at least 0 and below 1, but it was 1.0"),
         ({"mixup": -1.0}, "mixup must be at least 0, but it was -1.0"),
         ({"interval": 0}, "interval must be at least 1, but it was 0"),
+        ({"observed": -1}, "observed must be at least 0, but it was -1"),
         ({"multiple": 0}, "multiple must be at least 1, but it was 0"),
         ({"reached": 0.0}, "reached must be above 0 and at most 1, but it was 0.0"),
         ({"warm_up": 0.5, "search": 0.6}, "search must be above 0 and at most 0.5, but it was 0.6"),
