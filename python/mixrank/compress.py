@@ -197,6 +197,8 @@ def compress(
             allocation["energy"] = "weight"
             plan = plan_ranks(model, factorisations, sample, allocation, running, watch=watch)
             remarks.append(f"ranks go by the energy of the weights, as their sensitivity cannot be measured: {error}")
+        ranks_of = plan.ranks()
+        factorisations = {name: each.limited(ranks_of.get(name, 0)) for name, each in factorisations.items()}
         if measured and stats is not None and (stats.held_out is not None or not unpulled):
             try:
                 with watch.stage("shrink"):

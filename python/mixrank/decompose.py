@@ -87,8 +87,9 @@ class Factorisation:
         shape: the sizes of the layer.
         frame: ``[N, S]`` with orthonormal columns that span the outputs, or None for the identity (N <= K).
         core: ``[S, K]``, the weight in the coordinates of ``frame``; for N <= K the layer's own, not a copy of it.
-        up_basis: ``[S, S]``, the columns of ``up`` in the coordinates of ``frame``, the most important first.
-        down_basis: ``[S, S]``, its inverse transposed: what ``down`` reads. The same matrix, with orthonormal
+        up_basis: ``[S, S]``, the columns of ``up`` in the coordinates of ``frame``, the most important first; fewer
+            columns where no more ranks were asked for.
+        down_basis: as many columns of its inverse transposed: what ``down`` reads. The same matrix, with orthonormal
             columns, but for ``"fisher"``.
         weight_energy: ``[S]`` float64, squared singular values of the weight as shares of their sum.
         output_error: ``[S + 1]`` float64, squared error on the calibration images; None without statistics.
@@ -127,9 +128,11 @@ class Factorisation:
             rank: R, from 1 to min(N, K).
 
         Raises:
-            InputError: the rank is below 1 or above min(N, K).
+            InputError: the rank is below 1, above min(N, K), or above the ranks that were asked for.
         """
         check_rank(rank, self.shape.in_features, self.shape.out_features)
+        if rank > (most := self.up_basis.shape[1]):
+            raise InputError(f"rank must be at most {most}, as no more directions were kept, but it was {rank}")
         writes, reads = self.up_basis[:, :rank].double(), self.down_basis[:, :rank].double()
         down, up = reads.mT @ self.core.double(), self._outside(writes)
         bias = self.bias
@@ -154,6 +157,13 @@ class Factorisation:
         check_rank(rank, self.shape.in_features, self.shape.out_features)
         errors = self.held_out_error if held_out else self.output_error
         return None if errors is None else errors[rank].item()
+
+    def limited(self, rank: int) -> Factorisation:
+        """The same with no more than ``rank`` directions, in memory of its own; errors are those of all ranks."""
+        writes = self.up_basis[:, :rank].clone()
+        reads = writes if self.down_basis is self.up_basis else self.down_basis[:, :rank].clone()
+        trial = None if self.trial is None else self.trial.limited(rank)
+        return replace(self, up_basis=writes, down_basis=reads, trial=trial)
 
     def placed_as(self, linear: nn.Linear) -> Factorisation:
         """The same, whose factors are cast to the dtype and device of this layer.
@@ -284,6 +294,7 @@ def decompose(
     fisher_shrink: float = FISHER_SHRINK,
     known: Mapping[str, Factorisation] | None = None,
     keep_trials: bool = True,
+    ranks: Mapping[str, int] | None = None,
     progress: bool = False,
 ) -> dict[str, Factorisation]:
     """Decompose every compressible layer of a model, in float64 on the CPU; several processes divide the layers.
@@ -299,6 +310,8 @@ def decompose(
         known: other factorisations of the same model; what does not depend on the strategy is taken over from them,
             which saves time and memory and changes nothing.
         keep_trials: keep the factors made without the images held out, not only their errors.
+        ranks: the highest rank that is needed, by layer name, and none where it is missing: no further directions are
+            kept, which saves memory, see :meth:`mixrank.plan.Plan.ranks`. None: all.
         progress: show a progress bar with the time left.
 
     Returns:
@@ -332,7 +345,8 @@ def decompose(
         if known is not None and (earlier is None or earlier.shape.sizes != tuple(linear.weight.shape)):
             raise InputError(f"known must be of this model, but it has no layer {name} of its size")
         try:
-            return factorise(linear, layer, held_out=apart, known=earlier, keep_trial=keep_trials, **strategy)
+            found = factorise(linear, layer, held_out=apart, known=earlier, keep_trial=keep_trials, **strategy)
+            return found if ranks is None else found.limited(ranks.get(name, 0))
         except InputError as error:
             raise InputError(f"layer {name}: {error}") from error
 

@@ -8,6 +8,7 @@ made without the images held out, and the one that moves the logits of these lea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def measure_pull(
         first: the factorisations with the pull :data:`FIRST`, with trials on images held out.
         stats: the statistics that these were made from.
         make: makes such factorisations of statistics, with the pull ``shrink``: :func:`mixrank.decompose.decompose`
-            with some of its arguments given.
+            with some of its arguments given. It is asked for no more directions than the plan needs.
         batches: image tensors ``[B, C, H, W]`` of images held out.
         running: ``dtype`` of the autocast.
         metric: measure ``fisher_shrink`` too, from :data:`mixrank.decompose.FISHER_SHRINK` along :data:`METRIC_PULLS`.
@@ -75,6 +76,7 @@ def measure_pull(
         found = compare(logits_of(candidate, batches, running["dtype"]), target).divergence
         return gathered(found)[0]  # rounding must not part the processes
 
+    make = partial(make, known=first, ranks=plan.ranks())
     seen, grids = stats.without_held_out(), {"shrink": PULLS} | ({"fisher_shrink": METRIC_PULLS} if metric else {})
     start = {"shrink": FIRST} | ({"fisher_shrink": FISHER_SHRINK} if metric else {})
     known = {tuple(start.values()): judged({name: made.trial or made for name, made in first.items()})}
@@ -82,7 +84,7 @@ def measure_pull(
     def divergence(pulls: dict[str, float]) -> float:
         key = tuple(pulls.values())
         if key not in known:
-            known[key] = judged(make(seen, **pulls, known=first))
+            known[key] = judged(make(seen, **pulls))
         return known[key]
 
     best, before = start, None
@@ -90,7 +92,7 @@ def measure_pull(
         before = best
         for name, grid in grids.items():
             best = _walked(best, name, grid, divergence)
-    return best, first if best == start else make(stats, **best, known=first, keep_trials=False)
+    return best, first if best == start else make(stats, **best, keep_trials=False)
 
 
 def _walked(

@@ -58,6 +58,10 @@ class Plan:
         """The share of all parameters that remain."""
         return self.parameters_after / self.parameters_before
 
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer that gets one, by name."""
+        return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
+
     def describe(self) -> str:
         """Return the plan as a table in plain text, one line a layer, totals last."""
         width = max([len(layer.name) for layer in self.layers], default=5)

@@ -145,6 +145,26 @@ def test_known_factorisations_lend_what_depends_on_the_weight_alone(model, image
         decompose(wider, factors="svd", known=first)
 
 
+def test_no_more_directions_are_kept_than_are_asked_for(model, images):
+    stats = calibrate(model, [images], held_out=0.5, gradients=True)
+    for factors in ("aware", "fisher"):
+        whole = decompose(model, stats, factors=factors)
+        first, second, *others = whole
+        few = decompose(model, stats, factors=factors, ranks={first: 24, second: 1})
+        assert few.keys() == whole.keys()
+        for name, rank in ((first, 24), (second, 1)):
+            for one, all_of_them in ((few[name], whole[name]), (few[name].trial, whole[name].trial)):
+                assert one.up_basis.shape[1] == one.down_basis.shape[1] == rank
+                assert (one.down_basis is one.up_basis) == (factors == "aware")
+                assert one.up_basis.untyped_storage().nbytes() == one.up_basis.nbytes
+                for found, expected in zip(one.factors(rank), all_of_them.factors(rank), strict=True):
+                    assert torch.equal(found, expected)
+            assert few[name].relative_error(100) == whole[name].relative_error(100)
+        with pytest.raises(InputError, match="rank must be at most 24, as no more directions were kept, but it was 25"):
+            few[first].factors(25)
+        assert all(few[name].up_basis.shape[1] == 0 for name in others)
+
+
 @pytest.mark.parametrize(("dtype", "kept"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
 def test_what_is_kept_is_as_wide_as_the_weight_and_at_least_float32(model, dtype, kept):
     made = decompose(model.to(dtype), factors="svd")["blocks.0.mlp.fc1"]

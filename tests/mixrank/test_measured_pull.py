@@ -58,7 +58,11 @@ def test_no_neighbour_of_the_pull_does_better_on_images_held_out(model, images, 
 
     place = PULLS.index(pull)
     same = make(stats, shrink=pull)
-    assert all(torch.equal(each.factors(16)[0], same[name].factors(16)[0]) for name, each in chosen.items())
+    ranks = plan.ranks()
+    assert ranks
+    assert all(torch.equal(chosen[name].factors(r)[0], same[name].factors(r)[0]) for name, r in ranks.items())
+    if pull != FIRST:  # no more than the plan needs
+        assert {name: each.up_basis.shape[1] for name, each in chosen.items()} == dict.fromkeys(chosen, 0) | ranks
     least = judged(same)
     assert least <= judged(first)
     for neighbour in PULLS[max(0, place - 1) : place + 2]:
@@ -90,7 +94,7 @@ def test_with_the_metrics_pull_no_neighbour_in_either_direction_does_better(mode
         for neighbour in grid[max(0, place - 1) : place + 2]:
             assert neighbour == pulls[name] or judged(**{**pulls, name: neighbour}) >= least
     same = make(stats, **pulls)
-    assert all(torch.equal(each.factors(16)[1], same[name].factors(16)[1]) for name, each in chosen.items())
+    assert all(torch.equal(chosen[name].factors(r)[1], same[name].factors(r)[1]) for name, r in plan.ranks().items())
 
 
 def test_each_pull_is_made_once_and_no_further_than_the_divergence_falls(model, images):
