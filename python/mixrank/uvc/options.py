@@ -64,7 +64,7 @@ class UVCOptions(FinetuneOptions):
         budget: share of the multiply-adds that may remain, in (0, 1).
         warm_up: share of the run before anything is removed.
         search: share of the run in which it is learnt what goes; the rest trains what stays.
-        interval: steps between updates of shares, multipliers and gates.
+        interval: steps between updates of shares, multipliers and gates; fewer in a search too short for 20 updates.
         share_speed: how many times over a share can change by 1 while the target falls.
         group_speed: by how much a multiplier of groups grows in that time, of groups that hold all energy.
         gate_speed: by how much the logit of a gate can change in that time.
@@ -77,8 +77,8 @@ class UVCOptions(FinetuneOptions):
     """
 
     budget: float = 0.5
-    warm_up: float = 0.1
-    search: float = 0.4
+    warm_up: float = 0.0
+    search: float = 0.2
     interval: int = 5
     share_speed: float = 3.0
     group_speed: float = 20.0

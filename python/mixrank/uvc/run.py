@@ -29,6 +29,7 @@ from mixrank.uvc.state import kept_from_json, kept_to_json, variables_of
 from mixrank.uvc.structure import parts_of, structure_of
 
 _LOWEST = 0.1  # of the highest rate, at the end of the search
+_UPDATES = 20  # of shares, multipliers and gates, at least
 
 
 def compress_uvc_(
@@ -124,7 +125,8 @@ class _Search(Training):
         self.warm = round(options.warm_up * self.steps)
         searched = round((options.warm_up + options.search) * self.steps)
         self.end = min(self.steps - 1, max(self.warm + 1, searched))
-        updates = max(1.0, options.reached * (self.end - self.warm) / options.interval)
+        self.interval = max(1, min(options.interval, (self.end - self.warm) // _UPDATES))
+        updates = max(1.0, options.reached * (self.end - self.warm) / self.interval)
         self.gate_rate = options.gate_speed / updates
         rates = Rates(share=options.share_speed / updates, group=options.group_speed / updates)
         self.duals = PrimalDual(self.structure, options.budget, rates)
@@ -154,8 +156,7 @@ class _Search(Training):
         return self.student(images, uniform, self.step < self.warm)
 
     def after_step(self, loss: float) -> None:
-        interval = self.options.interval
-        if self.warm <= self.step < self.end and (self.step - self.warm) % interval == interval - 1:
+        if self.warm <= self.step < self.end and (self.step + 1 - self.warm) % self.interval == 0:
             self._update(loss)
 
     def known(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -195,10 +196,10 @@ class _Search(Training):
         groups, keep = groups_of(parts, self.importance), self.gates.probability()
         target = self._target()
         remaining, pull = self.duals.update(groups, keep.detach().cpu(), target)
-        self.duals.shrink_weights_(parts, groups, self.rate() * options.interval)
+        self.duals.shrink_weights_(parts, groups, self.rate() * self.interval)
         (slope,) = torch.autograd.grad(keep @ pull.to(keep), self.gates.logits)
         assert self.gates.logits.grad is not None  # of the steps since the last update
-        self.gates.step_(self.gates.logits.grad / options.interval + options.gate_weight * slope, self.gate_rate)
+        self.gates.step_(self.gates.logits.grad / self.interval + options.gate_weight * slope, self.gate_rate)
         self.gates.logits.grad = None
         self.note(
             {

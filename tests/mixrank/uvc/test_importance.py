@@ -147,7 +147,7 @@ def test_the_outputs_change_less_where_what_stays_takes_over(model, data, bias):
 
 
 def test_a_search_goes_by_importance_or_by_norms_alone(model, data, validation):
-    options = UVCOptions(epochs=5, learning_rate=1e-3, ema=0.9, budget=0.3)
+    options = UVCOptions(epochs=5, learning_rate=1e-3, ema=0.9, budget=0.3, multiple=4)
     results = {}
     for observed in (0, 64):
         results[observed] = compress_uvc_(
