@@ -159,7 +159,11 @@ class Factorisation:
         return None if errors is None else errors[rank].item()
 
     def limited(self, rank: int) -> Factorisation:
-        """The same with no more than ``rank`` directions, in memory of its own; errors are those of all ranks."""
+        """The same with fewer directions, in memory of its own; the errors are still those of all ranks.
+
+        Args:
+            rank: how many directions are kept at most, at least 0.
+        """
         writes = self.up_basis[:, :rank].clone()
         reads = writes if self.down_basis is self.up_basis else self.down_basis[:, :rank].clone()
         trial = None if self.trial is None else self.trial.limited(rank)
