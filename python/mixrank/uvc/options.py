@@ -78,7 +78,7 @@ class UVCOptions(FinetuneOptions):
 
     budget: float = 0.5
     warm_up: float = 0.0
-    search: float = 0.1
+    search: float = 0.2
     interval: int = 5
     share_speed: float = 3.0
     group_speed: float = 20.0
