@@ -1,22 +1,24 @@
 """The variables and multipliers of unified compression, and their updates (Yu et al., ICLR 2022).
 
 Each block has four kinds of variables: which share of its heads is removed (s), of the value columns of each head (r),
-of its hidden neurons (n), and a gate g, the probability that the block is kept. With e(.) the energy of the groups of
-the smallest norm, relative to the energy of all, R the share of the multiply-adds that remains, and multipliers at
-least zero, the problem is the saddle point
+of its hidden neurons (n), and a gate g, the probability that the block is kept. With e(.) the energy of the least
+groups of a family, R the share of the multiply-adds that remains, and multipliers at least zero, the problem is the
+saddle point
 
     ``min over W, s, r, n, g   max over y, p, q, z
     loss(W, g) + y e(s) + p e(r) + q e(n) + z (R(s, r, n, g) - budget)``
 
 solved by a step of each in turn: the weights by their optimizer, then :meth:`PrimalDual.shrink_weights_` (the
 proximal step on the groups that are to go), then :meth:`PrimalDual.update`. A removed group is one of the
-``ceil(share * count)`` of the smallest norm; the derivative passes straight through the rounding: of e, it is the
-relative norm of the group that would go next.
+``ceil(share * count)`` of the least energy; the derivative passes straight through the rounding: of e, it is the
+energy of the group that would go next.
 
-Two things differ from the paper. Shares and relative energies, where it counts groups and takes plain squared norms,
-make the steps independent of a model's width and of the scale of its weights. And z is not raised by small steps, which
-overshoot: once the groups that are to go have shrunk to nothing, nothing draws them back. It is solved for in each
-update instead, as the least multiplier under which R does not exceed a target that falls from 1 to the budget.
+Three things differ from the paper. Shares and relative energies, where it counts groups and takes plain squared norms,
+make the steps independent of a model's width and of the scale of its weights. Energies are those of the loss where it
+was observed (:mod:`mixrank.uvc.importance`), which makes them comparable between families and blocks. And z is not
+raised by small steps, which overshoot: once the groups that are to go have shrunk to nothing, nothing draws them back.
+It is solved for in each update instead, as the least multiplier under which R does not exceed a target that falls from
+1 to the budget.
 """
 
 from __future__ import annotations
