@@ -29,6 +29,7 @@ from mixrank.demo import ARCHITECTURE, ASSETS, MODEL_ARGS, PREPROCESSING, WEIGHT
 from mixrank.demo.run import batches
 from mixrank.demo.train import CALIBRATION_IMAGES, augment, normalise, read_fashion_mnist
 from mixrank.demo.uvc import BATCH, EPOCHS
+from mixrank.errors import InputError
 from mixrank.evaluate import compare_speed
 from mixrank.models import create_model
 from mixrank.precision import fast_dtype
@@ -209,7 +210,11 @@ def main() -> None:
                 continue
             row = {"kind": "method", "model": name, "method": method, "budget": budget, "seed": args.seed}
             row |= {"epochs": args.epochs}
-            row |= measure(dense, args.data, method, replace(options, budget=budget), args.models)
+            try:
+                row |= measure(dense, args.data, method, replace(options, budget=budget), args.models)
+            except InputError as error:  # a budget that a method cannot reach
+                print(f"{method} at {budget}: {error}", file=sys.stderr, flush=True)
+                continue
             append(args.out, row)
             found = row["result"]
             print(f"{method} at {budget}: {found['landed']:.2f} to {found['after']:.2f} %", file=sys.stderr, flush=True)
