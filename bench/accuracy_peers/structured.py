@@ -80,9 +80,11 @@ def prune_to_(
         prune_(trial, step / steps, bottleneck=bottleneck)
         return size(trial)
 
-    low, high = 0, steps - 1
-    if left(high) > share * whole:
-        raise InputError(f"{name} must be at least {left(high) / whole:.4f} here, but it was {share}")
+    # Ratios that would leave nothing of a layer leave all of it, so the highest ones can leave more than others.
+    low, high = 0, next((step for step in reversed(range(steps)) if left(step) <= share * whole), 0)
+    if high == 0:
+        least = min(map(left, range(steps))) / whole
+        raise InputError(f"{name} must be at least {least:.4f} here, but it was {share}")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if left(middle) <= share * whole else (middle, high)

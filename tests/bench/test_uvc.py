@@ -53,12 +53,13 @@ def test_depth_takes_the_last_blocks(model):
     assert not all(stays)
 
 
+@pytest.mark.parametrize("budget", [0.5, 0.3])  # the highest ratio leaves 0.36: whole layers are not removed
 @pytest.mark.parametrize("bottleneck", [True, False])
-def test_torch_pruning_fits_the_budget_closely(bottleneck):
+def test_torch_pruning_fits_the_budget_closely(bottleneck, budget):
     model = uvc.load(uvc.ASSETS, {})
     full = count_macs(model)
-    prune_to_(model, count_macs, 0.5, "budget", uvc.RATIOS, bottleneck=bottleneck)
-    assert 0.47 < count_macs(model) / full <= 0.5
+    prune_to_(model, count_macs, budget, "budget", uvc.RATIOS, bottleneck=bottleneck)
+    assert budget - 0.03 < count_macs(model) / full <= budget
     with torch.no_grad():
         assert model(torch.zeros(1, 1, 28, 28)).isfinite().all()
 
