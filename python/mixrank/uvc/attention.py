@@ -54,6 +54,7 @@ class PrunedAttention(nn.Module):
             raise InputError(f"columns must be at least one number from 1 to {head_width}, but they were {columns}")
         self.num_heads, self.head_dim, self.columns = len(columns), head_width, tuple(columns)
         self.attn_dim = self.num_heads * head_width
+        self._equal = len(set(columns)) == 1  # fewer operations, which cost more than what they move
         total = sum(columns)
         factory = {"device": device, "dtype": dtype}
         self.qkv = nn.Linear(width, 2 * self.attn_dim + total, bias=qkv_bias, **factory)
@@ -64,30 +65,31 @@ class PrunedAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _in_full_heads(self, values: Tensor) -> Tensor:
-        """Values ``[B, T, sum(columns)]`` with zeros for the columns that are missing, ``[B, T, h d]``."""
-        parts = []
-        for part in values.split(self.columns, dim=-1):
-            missing = self.head_dim - part.shape[-1]
-            parts += [part, part.new_zeros(()).expand(*part.shape[:-1], missing)] if missing else [part]
-        return torch.cat(parts, dim=-1)
+        """Values ``[B, T, sum(columns)]`` with zeros for the columns that are missing, ``[B, T, h, d]``."""
+        width = self.columns[0]
+        if self._equal:
+            values = values.unflatten(-1, (self.num_heads, width))
+            return F.pad(values, (0, self.head_dim - width)) if width < self.head_dim else values
+        heads = values.split(self.columns, dim=-1)
+        return torch.stack([F.pad(head, (0, self.head_dim - head.shape[-1])) for head in heads], dim=-2)
+
+    def _without_zeros(self, heads: Tensor) -> Tensor:
+        """The inverse: ``[B, T, h, d]`` without the columns that are missing, ``[B, T, sum(columns)]``."""
+        if self._equal:
+            return heads[..., : self.columns[0]].flatten(-2)
+        return torch.cat(
+            [head[..., :count] for head, count in zip(heads.unbind(-2), self.columns, strict=True)], dim=-1
+        )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        batch, tokens, _ = x.shape
         queries, keys, values = self.qkv(x).split([self.attn_dim, self.attn_dim, sum(self.columns)], dim=-1)
-        full = sum(self.columns) == self.attn_dim
-        if not full:
-            values = self._in_full_heads(values)
-        shape = (batch, tokens, self.num_heads, self.head_dim)
-        queries, keys, values = (part.reshape(shape).transpose(1, 2) for part in (queries, keys, values))
+        queries, keys = (part.unflatten(-1, (self.num_heads, self.head_dim)) for part in (queries, keys))
+        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, self._in_full_heads(values)))
         drop = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(
             self.q_norm(queries), self.k_norm(keys), values, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal
         )
-        if full:
-            x = x.transpose(1, 2).reshape(batch, tokens, self.attn_dim)
-        else:
-            x = torch.cat([head[..., :count] for head, count in zip(x.unbind(1), self.columns, strict=True)], dim=-1)
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(self._without_zeros(x.transpose(1, 2))))
 
     def extra_repr(self) -> str:
         return f"head_width={self.head_dim}, columns={self.columns}"

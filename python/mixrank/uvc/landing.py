@@ -9,7 +9,8 @@ processors like.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 from torch import Tensor
@@ -21,6 +22,10 @@ from mixrank.uvc.shrink import KeptBlock
 from mixrank.uvc.structure import BlockShape, Structure
 
 _STEPS = 40  # halvings of the number that shares are moved by
+_STEPS_OF_A_HEAD = 4
+
+Chunk = list[tuple[int, int, float]]
+"""What comes back together: the head, or -1 for a neuron, the place there, and the norm."""
 
 
 def macs_of(structure: Structure, kept: Sequence[KeptBlock | None]) -> int:
@@ -176,50 +181,88 @@ def _aligned(
 ) -> list[KeptBlock | None]:
     """What stays in multiples: those of the smallest norm above one go, and where there is room they come in multiples.
 
-    Columns and neurons cost the same. The largest mean norm relative to its kind comes first.
+    The heads of a block get the same number of columns, in steps of a quarter of a head at least: fewer columns save
+    no time unless they are much fewer, and unequal numbers cost some. Columns and neurons cost the same multiply-adds.
+    The largest mean norm relative to its kind comes first; heads get columns of their own where all neurons are back.
     """
     if multiple == 1:
         return list(kept)
-    each = structure.block_macs(0, 0, 1)
+    step = -(-structure.head_width // (_STEPS_OF_A_HEAD * multiple)) * multiple
     found = [
-        None if one is None else _whole_multiples(block, one, multiple) for block, one in zip(groups, kept, strict=True)
+        None if one is None else _whole_multiples(block, one, multiple, step)
+        for block, one in zip(groups, kept, strict=True)
     ]
+    found = _with_chunks(structure, groups, found, allowed, partial(_next_chunks, multiple=multiple, step=step))
+    if all(one is None or len(one.neurons) == len(block.neurons) for block, one in zip(groups, found, strict=True)):
+        found = _with_chunks(structure, groups, found, allowed, partial(_last_chunks, multiple=multiple))
+    return found
+
+
+def _with_chunks(
+    structure: Structure,
+    groups: Sequence[Groups],
+    kept: Sequence[KeptBlock | None],
+    allowed: int,
+    chunks_of: Callable[[Groups, KeptBlock], Iterable[Chunk]],
+) -> list[KeptBlock | None]:
+    """What stays with chunk after chunk that fits, the one of the largest mean norm first."""
+    each, kept = structure.block_macs(0, 0, 1), list(kept)
     while True:
-        free = (allowed - macs_of(structure, found)) // each
+        free = (allowed - macs_of(structure, kept)) // each
         chunks = [
-            (-sum(norm for _, norm in chunk) / len(chunk), index, head, [place for place, _ in chunk])
-            for index, one in enumerate(found)
+            (-sum(norm for *_, norm in chunk) / len(chunk), index, [entry[:2] for entry in chunk])
+            for index, one in enumerate(kept)
             if one is not None
-            for head, chunk in _next_chunks(groups[index], one, multiple)
+            for chunk in chunks_of(groups[index], one)
             if len(chunk) <= free
         ]
         if not chunks:
-            return found
-        _, index, head, places = min(chunks)
-        for place in places:
-            found[index] = _with(cast(KeptBlock, found[index]), head, place)
+            return kept
+        _, index, places = min(chunks)
+        for head, place in places:
+            kept[index] = _with(cast(KeptBlock, kept[index]), head, place)
 
 
-def _whole_multiples(groups: Groups, kept: KeptBlock, multiple: int) -> KeptBlock:
-    def fewer(norms: Tensor, present: tuple[int, ...]) -> tuple[int, ...]:
-        count = len(present)
-        if count in (0, len(norms)):
-            return present
-        ordered = sorted(present, key=lambda place: -norms[place].item())
-        return tuple(sorted(ordered[: max(count - count % multiple, min(count, multiple))]))
+def _whole_multiples(groups: Groups, kept: KeptBlock, multiple: int, step: int) -> KeptBlock:
+    """Fewer or as many: neurons in multiples, and in each head as many columns as in the others, in steps."""
 
-    columns = tuple(fewer(norms, one) for norms, one in zip(groups.columns, kept.columns, strict=True))
-    return KeptBlock(columns, fewer(groups.neurons, kept.neurons))
+    def rounded(count: int, step: int) -> int:
+        return max(count - count % step, min(count, step))
+
+    def largest(norms: Tensor, count: int) -> tuple[int, ...]:
+        return tuple(sorted(norms.argsort(descending=True, stable=True)[:count].tolist()))
+
+    neurons, columns = len(kept.neurons), kept.columns
+    if neurons < len(groups.neurons):
+        neurons = rounded(neurons, multiple)
+    stay = [norms for norms, one in zip(groups.columns, columns, strict=True) if one]
+    if any(one and len(one) < len(norms) for norms, one in zip(groups.columns, columns, strict=True)):
+        mean = rounded(sum(kept.shape.columns) // len(stay), step)
+        each = min(mean, *map(len, stay))
+        columns = tuple(largest(norms, each) if one else () for norms, one in zip(groups.columns, columns, strict=True))
+    return KeptBlock(columns, largest(groups.neurons, neurons))
 
 
-def _next_chunks(groups: Groups, kept: KeptBlock, multiple: int) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """By head, and -1 for neurons: what has to come back for the next multiple, or for all; places and their norms."""
-    pairs = [(-1, groups.neurons, kept.neurons)]
-    pairs += [(head, groups.columns[head], columns) for head, columns in enumerate(kept.columns) if columns]
-    for head, norms, present in pairs:
-        missing = sorted(_missing(norms, present), key=lambda entry: -entry[1])
-        if missing:
-            yield head, missing[: multiple - len(present) % multiple]
+def _next_chunks(groups: Groups, kept: KeptBlock, multiple: int, step: int) -> Iterator[Chunk]:
+    """The next neurons up to a multiple, or all; the next columns up to a step, or all, of all heads that stay."""
+    yield from _chunk(-1, groups.neurons, kept.neurons, multiple)
+    heads = [head for head, columns in enumerate(kept.columns) if columns]
+    chunks = [chunk for head in heads for chunk in _chunk(head, groups.columns[head], kept.columns[head], step)]
+    if chunks:
+        yield [entry for chunk in chunks for entry in chunk]
+
+
+def _last_chunks(groups: Groups, kept: KeptBlock, multiple: int) -> Iterator[Chunk]:
+    """The next columns of one head."""
+    for head, columns in enumerate(kept.columns):
+        if columns:
+            yield from _chunk(head, groups.columns[head], columns, multiple)
+
+
+def _chunk(head: int, norms: Tensor, present: tuple[int, ...], multiple: int) -> Iterator[Chunk]:
+    missing = sorted(_missing(norms, present), key=lambda entry: -entry[1])
+    if missing:
+        yield [(head, place, norm) for place, norm in missing[: multiple - len(present) % multiple]]
 
 
 def _with(kept: KeptBlock, head: int, place: int) -> KeptBlock:

@@ -74,11 +74,12 @@ class UVCOptions(FinetuneOptions):
         observed: training images by which it is told what a group means to the loss, when the search begins and again
             when groups go, and what those that stay can take over; 0: groups go by their norms alone, as in the paper.
         multiple: of which the numbers of columns of a head and of neurons of a block are that stay; processors like 8.
+            Above 1 the heads of a block keep equally many columns, in steps of a quarter of a head at least.
     """
 
     budget: float = 0.5
     warm_up: float = 0.0
-    search: float = 0.2
+    search: float = 0.05
     interval: int = 5
     share_speed: float = 3.0
     group_speed: float = 20.0

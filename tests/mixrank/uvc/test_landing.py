@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -68,6 +69,23 @@ def test_it_lands_on_multiples_below_the_budget_by_less_than_one(model, budget, 
     counts += [(len(one.neurons), 768) for one in kept if one is not None]
     assert all(count % multiple == 0 or count == whole or count < multiple for count, whole in counts)
     assert any(count < whole for count, whole in counts)
+
+
+def test_heads_of_a_block_get_the_same_number_of_columns_in_quarters(model):
+    structure, groups = structure_of(model), [Groups.of(part) for part in parts_of(model)]
+    shares_of_all = [replace(one, heads=torch.zeros_like(one.heads)) for one in shares(0)]
+
+    def counts(multiple: int) -> list[set[int]]:
+        kept = land(structure, groups, shares_of_all, torch.ones(BLOCKS), 0.4, multiple)
+        assert all(all(one.columns) for one in kept)  # no head goes
+        return [{len(columns) for columns in one.columns} for one in kept]
+
+    assert all(len(each) == 1 for each in counts(8))
+    found = set.union(*counts(8))
+    assert len(found) > 1
+    assert all(count < 16 or count % 16 == 0 for count in found)
+    # It is the multiples that make them equal.
+    assert all(len(each) > 1 for each in counts(1))
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
