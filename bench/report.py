@@ -90,6 +90,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "uvc-methods": tables_uvc.methods,
         "uvc-mechanisms": tables_uvc.mechanisms,
         "uvc-speed": tables_uvc.speed,
+        "uvc-times": tables_uvc.times,
         "uvc-figures": partial(figures.links, "uvc_front", "uvc_run"),
     },
     "docs/kernels/triton.md": {"triton-resources": tables_triton.triton_resources},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixrank_bench import uvc
+from mixrank_bench import uvc, uvc_speed
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
@@ -58,16 +58,34 @@ def mechanisms() -> str:
 
 def speed() -> str:
     """Images per second beside what the multiply-adds promise."""
-    rows = [row for row in read(uvc.OUT) if row["kind"] == "speed"]
-    if not rows:
+    latest = _speeds()
+    if not latest:
         return NO_RUN
-    latest = {(row["model"], row["batch"], row["budget"]): row for row in rows}
     lines = []
-    for (model, batch, budget), row in latest.items():
-        dense = latest[model, batch, "dense"]
+    for (model, threads, budget), row in latest.items():
+        dense = latest[model, threads, "dense"]
         ratio = row["images_per_second"] / dense["images_per_second"]
         promise = dense["macs"] / row["macs"]
         rate = f"{row['images_per_second']:.1f}"
-        lines.append((model, batch, budget, rate, f"{ratio:.2f}x", f"{promise:.2f}x", f"{ratio / promise:.2f}"))
-    header = ("model", "batch", "budget", "images/s, median", "speed-up", "by multiply-adds", "of what these promise")
-    return table(header, lines) + "\n" + conditions(rows[-1])
+        lines.append((model, threads, budget, rate, f"{ratio:.2f}x", f"{promise:.2f}x", f"{ratio / promise:.2f}"))
+    header = ("model", "threads", "budget", "images/s, median", "speed-up", "by multiply-adds", "of what these promise")
+    last = list(latest.values())[-1]
+    return table(header, lines) + f"\nBatch {last['batch']}. {conditions(last)}"
+
+
+def times() -> str:
+    """What a batch takes, by kind of operation."""
+    latest = _speeds()
+    if not latest:
+        return NO_RUN
+    kinds = (*uvc_speed.KINDS, uvc_speed.ELSE)
+    lines = [
+        (*named, *(f"{row['milliseconds'][kind]:.2f}" for kind in kinds), f"{sum(row['milliseconds'].values()):.1f}")
+        for named, row in latest.items()
+    ]
+    last = list(latest.values())[-1]
+    return table(("model", "threads", "budget", *kinds, "all"), lines) + f"\nMilliseconds. {conditions(last)}"
+
+
+def _speeds() -> dict[tuple[str, int, str], dict]:
+    return {(row["model"], row["threads"], row["budget"]): row for row in read(uvc_speed.OUT)}

@@ -5,8 +5,8 @@
 FASHION_MNIST is the folder with its four IDX files; the model is the one that ships with the package (``--assets``
 names another of its kind, as for :mod:`mixrank_bench.ablation`). Every method gets the same epochs: where nothing has
 to be searched for, all of them train what stays. One JSON line for each method, budget and seed goes to
-``bench/results/uvc.jsonl``; what is there is not measured again. Models are written into MODELS, and ``--part speed``
-times those of ours beside the dense one. Test images decide nothing.
+``bench/results/uvc.jsonl``; what is there is not measured again. Our models are written into MODELS, for
+:mod:`mixrank_bench.uvc_speed`. Test images decide nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from mixrank.demo.run import batches
 from mixrank.demo.train import CALIBRATION_IMAGES, augment, normalise, read_fashion_mnist
 from mixrank.demo.uvc import BATCH, EPOCHS
 from mixrank.errors import InputError
-from mixrank.evaluate import compare_speed
 from mixrank.models import create_model
 from mixrank.precision import fast_dtype
 from mixrank.uvc.combine import CombinedOptions, compress_combined_, lower_ranks_
@@ -49,7 +48,6 @@ OUT = RESULTS / "uvc.jsonl"
 BUDGETS = (0.5, 0.7, 0.3)
 OURS = "unified"
 NORMS = "unified, by norms"
-SPEED_BATCH = 8
 RATIOS = 256
 """The ratios that are tried for Torch-Pruning are multiples of one part in so many."""
 
@@ -152,7 +150,7 @@ def measure(dense: nn.Module, data: Path, method: str, options: UVCOptions, mode
         found = finetune_(model, training, **training_alone).to_json()
         found["landed"] = found.pop("before")
     if models is not None and method == OURS:
-        mixrank.save(model, models / _file(options.budget))
+        mixrank.save(model, models / file_of(options.budget, options.seed))
     return {
         "macs": count_macs(model),
         "share": count_macs(model) / full,
@@ -166,17 +164,14 @@ def of_the_same(options: UVCOptions) -> FinetuneOptions:
     return FinetuneOptions(**{field.name: getattr(options, field.name) for field in fields(FinetuneOptions)})
 
 
-def _file(budget: float) -> str:
-    return f"uvc_{budget:g}.safetensors"
+def name_of(model: nn.Module) -> str:
+    """What a model is called in the tables."""
+    return f"{model.embed_dim} wide, {len(model.blocks)} blocks"
 
 
-def measure_speed(dense: nn.Module, models: Path, out: Path, name: str) -> None:
-    """Images per second of ours beside the dense model, interleaved."""
-    found = {"dense": dense.eval()}
-    found |= {f"{b:g}": mixrank.load(models / _file(b)) for b in BUDGETS if (models / _file(b)).is_file()}
-    for budget, speed in compare_speed(found, torch.randn(SPEED_BATCH, 1, 28, 28), rounds=25).items():
-        row = {"kind": "speed", "model": name, "budget": budget, "macs": count_macs(found[budget])}
-        append(out, row | asdict(speed))
+def file_of(budget: float, seed: int) -> str:
+    """The name of our model."""
+    return f"uvc_{budget:g}_{seed}.safetensors"
 
 
 def main() -> None:
@@ -190,14 +185,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", type=json.loads, default={}, help="further ones of UVCOptions, as JSON")
-    parser.add_argument("--part", choices=("methods", "speed"), default="methods")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     args = parser.parse_args()
     dense = load(args.assets, args.args)
-    name = f"{dense.embed_dim} wide, {len(dense.blocks)} blocks"
-    if args.part == "speed":
-        measure_speed(dense, args.models, args.out, name)
-        return
+    name = name_of(dense)
     options = UVCOptions(epochs=args.epochs, seed=args.seed, **args.options)
     done = {
         (row["model"], row["method"], row["budget"], row["seed"], row["epochs"])

@@ -12,9 +12,9 @@ import torch
 from mixrank.counting import count_macs
 from mixrank.uvc.landing import macs_of
 from mixrank.uvc.primal_dual import Groups
-from mixrank.uvc.shrink import shrink_
+from mixrank.uvc.shrink import KeptBlock, remaining_blocks, shrink_
 from mixrank.uvc.structure import parts_of, structure_of
-from mixrank_bench import figures_uvc, tables_uvc, uvc
+from mixrank_bench import figures_uvc, tables_uvc, uvc, uvc_speed
 from mixrank_bench.accuracy_peers.structured import prune_to_
 
 
@@ -66,8 +66,9 @@ def test_torch_pruning_fits_the_budget_closely(bottleneck, budget):
 
 def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
     monkeypatch.setattr(uvc, "OUT", tmp_path / "rows.jsonl")
-    tables = (tables_uvc.methods, tables_uvc.mechanisms, tables_uvc.speed)
-    assert [make() for make in tables] == [tables_uvc.NO_RUN] * 3
+    monkeypatch.setattr(uvc_speed, "OUT", tmp_path / "speed.jsonl")
+    tables = (tables_uvc.methods, tables_uvc.mechanisms, tables_uvc.speed, tables_uvc.times)
+    assert [make() for make in tables] == [tables_uvc.NO_RUN] * 4
     environment = {"cpu": "a", "threads": 1, "torch": "2", "timm": "1", "commit": "c", "date": "2026-01-01"}
     removed = {"blocks": 0, "heads": 1, "columns": 1, "neurons": 2}
     common = {"model": "m", "environment": environment}
@@ -78,18 +79,40 @@ def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
         return row | common | {"parameters": 1234, "result": result}
 
     def speed(budget: str, rate: float, macs: int) -> dict:
-        return {"kind": "speed", "budget": budget, "batch": 8, "images_per_second": rate, "macs": macs} | common
+        row = {"budget": budget, "batch": 8, "threads": 2, "images_per_second": rate, "macs": macs}
+        return row | common | {"milliseconds": dict.fromkeys((*uvc_speed.KINDS, uvc_speed.ELSE), rate)}
 
     rows = [method("depth", 80.0), method(uvc.OURS, 70.0), method(uvc.OURS, 88.0)]
-    rows += [method("Torch-Pruning, uniform", 60.0), speed("dense", 10.0, 100), speed("0.5", 18.0, 50)]
-    uvc.OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows.append(method("Torch-Pruning, uniform", 60.0))
+    speeds = [speed("dense", 10.0, 100), speed("0.5", 1.0, 50), speed("0.5", 18.0, 50)]
+    for path, written in ((uvc.OUT, rows), (uvc_speed.OUT, speeds)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in written))
     lines = tables_uvc.methods().splitlines()
     assert lines[2] == "| m | 0.5 | 0 | unified | 0.4999 | 1,234 | 50.00 | 88.00 |"
     assert lines[3].startswith("| m | 0.5 | 0 | depth |")
     assert lines[4] == "| m | 0.5 | 0 | Torch-Pruning, uniform | 0.4999 | 1,234 | 50.00 | 60.00 |"
     assert lines[-1].startswith("Dense, m: 90.00 %. 4 epochs each. ")
     assert tables_uvc.mechanisms().splitlines()[2] == "| m | 0.5 | unified | 0 | 0 % | 25 % | 25 % | 50 % | 0 % |"
-    assert tables_uvc.speed().splitlines()[3] == "| m | 8 | 0.5 | 18.0 | 1.80x | 2.00x | 0.90 |"
+    assert tables_uvc.speed().splitlines()[3] == "| m | 2 | 0.5 | 18.0 | 1.80x | 2.00x | 0.90 |"
+    assert tables_uvc.times().splitlines()[3] == "| m | 2 | 0.5 |" + 7 * " 18.00 |" + " 126.0 |"
+
+
+def test_a_larger_model_loses_the_same_shares_and_its_time_is_told_by_kind():
+    small = uvc.load(uvc.ASSETS, {})
+    half = tuple(range(32))
+    shrink_(small, [None, KeptBlock((half, (), half), tuple(range(192))), *[whole_block(small)] * 4])
+    larger = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=12, num_heads=6, embed_dim=384)
+    shrunk = uvc_speed.like(larger, small)
+    shapes = [(block.index, block.shape.columns, block.shape.neurons) for block in remaining_blocks(shrunk)]
+    assert shapes == [(i, (32,) * 4, 384) for i in (2, 3)] + [(i, (64,) * 6, 1536) for i in range(4, 12)]
+    told = uvc_speed.milliseconds(shrunk.eval(), torch.randn(2, 3, 32, 32))
+    assert set(told) == {*uvc_speed.KINDS, uvc_speed.ELSE}
+    assert all(time > 0 for time in told.values())
+
+
+def whole_block(model: torch.nn.Module) -> KeptBlock:
+    part = parts_of(model)[0]
+    return KeptBlock(tuple(tuple(range(count)) for count in part.columns), tuple(range(part.mlp.fc1.out_features)))
 
 
 def test_the_figures_show_a_search_and_the_front(tmp_path, monkeypatch):
