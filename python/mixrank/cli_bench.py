@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mixrank.launch import usable_processors
+
 EPILOG = "Example: mixrank bench --only gram_accumulate_ --threads 1"
 
 
@@ -28,12 +30,10 @@ def bench(
 
     Each case first passes its error budget. The last table compares the results with what the kernels are to reach.
     """
-    import os
-
     from mixrank.cli_input import check_outputs
     from mixrank_bench.run import Options, run
 
     check_outputs({"--save": save, "--json": json})
-    wanted = tuple(threads or sorted({1, os.cpu_count() or 1}))
+    wanted = tuple(threads or sorted({1, usable_processors()}))
     green = run(Options(full, wanted, rounds, tuple(only or ()), save, json, list_cases, busy))
     raise typer.Exit(0 if green else 1)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mixrank.errors import InputError
 from mixrank.labels import read_labels
+from mixrank.launch import usable_processors
 from mixrank.prepare import Prepare
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -335,7 +336,7 @@ class ImageSource:
         return Batches(self, batch_size, self._choose_workers(batch_size) if workers is None else workers, part)
 
     def _choose_workers(self, batch_size: int) -> int:
-        workers = min(2, os.cpu_count() or 1)
+        workers = min(2, usable_processors())
         if self._count < _FEW_IMAGES:
             return 0
         shared = Path("/dev/shm")

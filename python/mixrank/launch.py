@@ -8,3 +8,10 @@ import os
 def started_processes() -> int:
     """How many ``torchrun`` started, this one included."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def usable_processors() -> int:
+    """How many processors this process may use: of a machine's, those that it was not kept from by its affinity."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import re
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from timm.data import IterableImageDataset
 
 from mixrank.data import as_batch, open_images
 from mixrank.errors import InputError
+from mixrank.launch import usable_processors
 from mixrank.prepare import check_preprocessing
 
 from .pictures import CONFIG, GREY, levels, noise, picture
@@ -173,6 +176,21 @@ def test_sources_without_images(tmp_path, source, message):
     tarfile.open(tmp_path / "empty.tar", "w").close()
     with pytest.raises(InputError, match=message):
         open_images(tmp_path / source, CONFIG)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to processors here")
+def test_no_more_workers_than_processors_that_may_be_used(folder, monkeypatch):
+    monkeypatch.setattr("mixrank.data._FEW_IMAGES", 1)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of more
+            list(open_images(folder, CONFIG).batches(4))
+        assert usable_processors() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert usable_processors() == len(allowed)
 
 
 def test_arguments_outside_their_range(folder):
