@@ -11,34 +11,42 @@ KINDS = ("blocks", "heads", "columns", "neurons", "ranks")
 
 
 def methods() -> str:
-    """Every method at every budget, of each model and seed, the most accurate first."""
+    """Every method at every budget, of each model, the most accurate first; its seeds side by side."""
     rows = [row for row in read(uvc.OUT) if row["kind"] == "method"]
     if not rows:
         return NO_RUN
-    latest = {(row["model"], row["budget"], row["seed"], row["method"]): row for row in rows}
-    order = sorted(
-        latest.values(), key=lambda row: (row["model"], -row["budget"], row["seed"], -row["result"]["after"])
-    )
-    header = (
-        "model",
-        "budget",
-        "seed",
-        "method",
-        "MACs kept",
-        "parameters",
-        "removed, %",
-        "after, %",
-    )
+    runs = [{row["seed"]: row for row in runs} for runs in _by(rows, "model", "budget", "method")]
+    order = sorted(runs, key=lambda seeds: (_any(seeds)["model"], -_any(seeds)["budget"], -_mean(seeds)))
     lines = []
-    for row in order:
-        found = row["result"]
-        scores = (f"{found[name]:.2f}" for name in ("landed", "after"))
-        named = (row["model"], row["budget"], row["seed"], row["method"])
-        lines.append((*named, f"{row['share']:.4f}", f"{row['parameters']:,}", *scores))
+    for seeds in order:
+        one = _any(seeds)
+        shares, parameters = ({row[name] for row in seeds.values()} for name in ("share", "parameters"))
+        scores = (
+            ", ".join(f"{seeds[seed]['result'][name]:.2f}" for seed in sorted(seeds)) for name in ("landed", "after")
+        )
+        sizes = (f"{max(shares):.4f}", f"{max(parameters):,}")
+        lines.append((one["model"], one["budget"], one["method"], *sizes, *scores, f"{_mean(seeds):.2f}"))
     last = rows[-1]
-    dense = {row["model"]: row["result"]["before"] for row in order if row["method"] == uvc.OURS}
+    dense = {row["model"]: row["result"]["before"] for row in rows if row["method"] == uvc.OURS}
     told = "".join(f"Dense, {model}: {top1:.2f} %. " for model, top1 in dense.items())
+    header = ("model", "budget", "method", "MACs kept", "parameters", "removed, %", "after, %", "mean")
     return table(header, lines) + f"\n{told}{last['epochs']:g} epochs each. {conditions(last)}"
+
+
+def _by(rows: list[dict], *names: str) -> list[list[dict]]:
+    """Rows that agree in all of these, together."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(found.values())
+
+
+def _any(seeds: dict[int, dict]) -> dict:
+    return seeds[min(seeds)]
+
+
+def _mean(seeds: dict[int, dict]) -> float:
+    return sum(row["result"]["after"] for row in seeds.values()) / len(seeds)
 
 
 def mechanisms() -> str:

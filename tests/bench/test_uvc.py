@@ -73,24 +73,24 @@ def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
     removed = {"blocks": 0, "heads": 1, "columns": 1, "neurons": 2}
     common = {"model": "m", "environment": environment}
 
-    def method(name: str, after: float) -> dict:
+    def method(name: str, after: float, seed: int = 0) -> dict:
         result = {"before": 90.0, "landed": 50.0, "after": after} | ({"removed": removed} if name == uvc.OURS else {})
-        row = {"kind": "method", "method": name, "budget": 0.5, "seed": 0, "epochs": 4.0, "share": 0.4999}
+        row = {"kind": "method", "method": name, "budget": 0.5, "seed": seed, "epochs": 4.0, "share": 0.4999}
         return row | common | {"parameters": 1234, "result": result}
 
     def speed(budget: str, rate: float, macs: int) -> dict:
         row = {"budget": budget, "batch": 8, "threads": 2, "images_per_second": rate, "macs": macs}
         return row | common | {"milliseconds": dict.fromkeys((*uvc_speed.KINDS, uvc_speed.ELSE), rate)}
 
-    rows = [method("depth", 80.0), method(uvc.OURS, 70.0), method(uvc.OURS, 88.0)]
+    rows = [method("depth", 80.0), method(uvc.OURS, 70.0), method(uvc.OURS, 88.0), method(uvc.OURS, 87.0, 1)]
     rows.append(method("Torch-Pruning, uniform", 60.0))
     speeds = [speed("dense", 10.0, 100), speed("0.5", 1.0, 50), speed("0.5", 18.0, 50)]
     for path, written in ((uvc.OUT, rows), (uvc_speed.OUT, speeds)):
         path.write_text("".join(json.dumps(row) + "\n" for row in written))
     lines = tables_uvc.methods().splitlines()
-    assert lines[2] == "| m | 0.5 | 0 | unified | 0.4999 | 1,234 | 50.00 | 88.00 |"
-    assert lines[3].startswith("| m | 0.5 | 0 | depth |")
-    assert lines[4] == "| m | 0.5 | 0 | Torch-Pruning, uniform | 0.4999 | 1,234 | 50.00 | 60.00 |"
+    assert lines[2] == "| m | 0.5 | unified | 0.4999 | 1,234 | 50.00, 50.00 | 88.00, 87.00 | 87.50 |"
+    assert lines[3].startswith("| m | 0.5 | depth |")
+    assert lines[4] == "| m | 0.5 | Torch-Pruning, uniform | 0.4999 | 1,234 | 50.00 | 60.00 | 60.00 |"
     assert lines[-1].startswith("Dense, m: 90.00 %. 4 epochs each. ")
     assert tables_uvc.mechanisms().splitlines()[2] == "| m | 0.5 | unified | 0 | 0 % | 25 % | 25 % | 50 % | 0 % |"
     assert tables_uvc.speed().splitlines()[3] == "| m | 2 | 0.5 | 18.0 | 1.80x | 2.00x | 0.90 |"
