@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from mixrank.report_uvc import draw_search
-from mixrank_bench import uvc
+from mixrank_bench import tables_uvc, uvc
 from mixrank_bench.drawing import OTHERS, OURS_COLOUR, Drawing, fingerprint, panels
 from mixrank_bench.environment import read
 
@@ -31,20 +32,11 @@ def run() -> Figure:
 
 
 def fronts() -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """By model and method, by the size: parameters and top-1 of the newest rows of each budget, mean of the seeds."""
-    latest = {
-        (row["model"], row["method"], row["budget"], row["seed"]): row
-        for row in read(uvc.OUT)
-        if row["kind"] == "method"
-    }
-    grouped: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-    for (model, method, budget, _), row in latest.items():
-        grouped.setdefault((model, method, budget), []).append(row)
+    """By model and method, by the size: parameters and top-1 of each budget, means of the seeds."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for (model, method, _), rows in grouped.items():
-        parameters = round(sum(row["parameters"] for row in rows) / len(rows))
-        top1 = sum(row["result"]["after"] for row in rows) / len(rows)
-        found.setdefault(model, {}).setdefault(method, []).append((parameters, top1))
+    for (model, _, method), seeds in tables_uvc.runs().items():
+        parameters = round(mean(row["parameters"] for row in seeds.values()))
+        found.setdefault(model, {}).setdefault(method, []).append((parameters, tables_uvc.top1(seeds)))
     return {model: {name: sorted(points) for name, points in methods.items()} for model, methods in found.items()}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 from mixrank_bench import uvc, uvc_speed
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
@@ -10,58 +12,55 @@ NO_RUN = "No run has been recorded yet.\n"
 KINDS = ("blocks", "heads", "columns", "neurons", "ranks")
 
 
+def runs() -> dict[tuple[str, float, str], dict[int, dict]]:
+    """The newest row of every seed, by model, budget and method."""
+    found: dict[tuple[str, float, str], dict[int, dict]] = {}
+    for row in read(uvc.OUT):
+        if row["kind"] == "method":
+            found.setdefault((row["model"], row["budget"], row["method"]), {})[row["seed"]] = row
+    return found
+
+
+def top1(seeds: dict[int, dict]) -> float:
+    """After the training, the mean of the seeds, in per cent."""
+    return mean(row["result"]["after"] for row in seeds.values())
+
+
 def methods() -> str:
     """Every method at every budget, of each model, the most accurate first; its seeds side by side."""
-    rows = [row for row in read(uvc.OUT) if row["kind"] == "method"]
-    if not rows:
+    found = runs()
+    if not found:
         return NO_RUN
-    runs = [{row["seed"]: row for row in runs} for runs in _by(rows, "model", "budget", "method")]
-    order = sorted(runs, key=lambda seeds: (_any(seeds)["model"], -_any(seeds)["budget"], -_mean(seeds)))
     lines = []
-    for seeds in order:
-        one = _any(seeds)
-        shares, parameters = ({row[name] for row in seeds.values()} for name in ("share", "parameters"))
-        scores = (
+    for (model, budget, method), seeds in sorted(found.items(), key=lambda one: (one[0][0], -one[0][1], -top1(one[1]))):
+        share, parameters = (max(row[name] for row in seeds.values()) for name in ("share", "parameters"))
+        landed, after = (
             ", ".join(f"{seeds[seed]['result'][name]:.2f}" for seed in sorted(seeds)) for name in ("landed", "after")
         )
-        sizes = (f"{max(shares):.4f}", f"{max(parameters):,}")
-        lines.append((one["model"], one["budget"], one["method"], *sizes, *scores, f"{_mean(seeds):.2f}"))
-    last = rows[-1]
+        lines.append((model, budget, method, f"{share:.4f}", f"{parameters:,}", landed, after, f"{top1(seeds):.2f}"))
+    rows = [row for seeds in found.values() for row in seeds.values()]
     dense = {row["model"]: row["result"]["before"] for row in rows if row["method"] == uvc.OURS}
-    told = "".join(f"Dense, {model}: {top1:.2f} %. " for model, top1 in dense.items())
+    told = "".join(f"Dense, {model}: {before:.2f} %. " for model, before in dense.items())
     header = ("model", "budget", "method", "MACs kept", "parameters", "removed, %", "after, %", "mean")
-    return table(header, lines) + f"\n{told}{last['epochs']:g} epochs each. {conditions(last)}"
-
-
-def _by(rows: list[dict], *names: str) -> list[list[dict]]:
-    """Rows that agree in all of these, together."""
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in names), []).append(row)
-    return list(found.values())
-
-
-def _any(seeds: dict[int, dict]) -> dict:
-    return seeds[min(seeds)]
-
-
-def _mean(seeds: dict[int, dict]) -> float:
-    return sum(row["result"]["after"] for row in seeds.values()) / len(seeds)
+    return table(header, lines) + f"\n{told}{rows[-1]['epochs']:g} epochs each. {conditions(_newest(rows))}"
 
 
 def mechanisms() -> str:
     """What took the multiply-adds along, of ours alone and with lower ranks."""
-    rows = [row for row in read(uvc.OUT) if row["kind"] == "method" and "removed" in row["result"]]
+    rows = [row for seeds in runs().values() for row in seeds.values() if "removed" in row["result"]]
     if not rows:
         return NO_RUN
-    latest = {(row["model"], -row["budget"], row["method"], row["seed"]): row for row in rows}
     lines = []
-    for (model, budget, method, seed), row in sorted(latest.items()):
+    for row in sorted(rows, key=lambda row: (row["model"], -row["budget"], row["method"], row["seed"])):
         removed = row["result"]["removed"]
         total = sum(removed.values())
         shares = (f"{100 * removed.get(kind, 0) / total:.0f} %" for kind in KINDS)
-        lines.append((model, -budget, method, seed, *shares))
-    return table(("model", "budget", "method", "seed", *KINDS), lines) + "\n" + conditions(rows[-1])
+        lines.append((row["model"], row["budget"], row["method"], row["seed"], *shares))
+    return table(("model", "budget", "method", "seed", *KINDS), lines) + "\n" + conditions(_newest(rows))
+
+
+def _newest(rows: list[dict]) -> dict:
+    return max(rows, key=lambda row: row["environment"]["date"])
 
 
 def speed() -> str:
