@@ -281,10 +281,7 @@ class Training:
         loss = objective(logits, target, teacher, **smoothing)
         found = mean(loss.detach())
         if not math.isfinite(found):
-            raise InputError(
-                f"the loss was not finite at step {self.step} of {self.steps}: take a lower learning_rate than "
-                f"{options.learning_rate}"
-            )
+            raise self.diverged()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
@@ -292,6 +289,13 @@ class Training:
         if self.average is not None:
             self.average.update(self.model, step=self.step - self.averaged_from)
         self.after_step(found)
+
+    def diverged(self) -> InputError:
+        """What is raised where the training led to numbers that are not finite."""
+        return InputError(
+            f"the loss was not finite at step {self.step} of {self.steps}: take a lower learning_rate than "
+            f"{self.options.learning_rate}"
+        )
 
     def _final(self) -> nn.Module:
         return self.model if self.average is None else self.average.module

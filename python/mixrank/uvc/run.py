@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mixrank.attributes import block_list
 from mixrank.counting import count_macs
+from mixrank.errors import InputError
 from mixrank.processes import shared
 from mixrank.uvc.data import TrainingData
 from mixrank.uvc.finetune import Training, become
@@ -185,7 +186,12 @@ class _Search(Training):
 
     def _observe(self) -> list[tuple[Inputs, Inputs]]:
         options = self.options
-        return observe(self.model, self.data, options.observed, seed=options.seed, dtype=self.dtype)
+        try:
+            return observe(self.model, self.data, options.observed, seed=options.seed, dtype=self.dtype)
+        except InputError as error:  # its logits are not finite
+            if self.step == 0:
+                raise
+            raise self.diverged() from error
 
     def _weigh(self, found: list[tuple[Inputs, Inputs]]) -> list[Importance]:
         return [importance_of(*pair) for pair in zip(parts_of(self.model), found, strict=True)]
