@@ -110,7 +110,7 @@ CHOICES: dict[str, Callable[[nn.Module, float, int], Chosen] | None] = {
 }
 PRUNERS = {"Torch-Pruning, bottleneck": True, "Torch-Pruning, uniform": False}
 LOW_RANK = "mixed-rank alone"
-COMBINED = {f"both, power {power:g}": CombinedOptions(power=power) for power in (0.25, 0.5, 0.75)}
+COMBINED = {f"both, power {power:g}": CombinedOptions(power=power) for power in (0.1, 0.25, 0.5)}
 METHODS = (*CHOICES, *PRUNERS, LOW_RANK, *COMBINED)
 
 

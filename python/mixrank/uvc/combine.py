@@ -34,19 +34,25 @@ class CombinedOptions:
         learning_rate: the highest of these.
     """
 
-    power: float = 0.5
-    last: float = 0.3
-    learning_rate: float = 1e-4
+    power: float = 0.25
+    last: float = 0.7
+    learning_rate: float = 3e-4
 
-    def check(self, budget: float) -> None:
-        """Raise InputError unless every option lies in its range."""
+    def check(self, options: UVCOptions) -> None:
+        """Raise InputError unless every option lies in its range, and leaves the search its share of the run."""
         for name in ("power", "last"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} must be above 0 and below 1, but it was {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate must be above 0, but it was {self.learning_rate}")
-        if not 0 < budget < 1:
-            raise InputError(f"budget must be above 0 and below 1, but it was {budget}")
+        if not 0 < options.budget < 1:
+            raise InputError(f"budget must be above 0 and below 1, but it was {options.budget}")
+        most = 1 - options.warm_up - options.search
+        if self.last > most:
+            raise InputError(
+                f"last must be at most {most:g}, what warm_up = {options.warm_up:g} and search = {options.search:g} "
+                f"leave of the run, but it was {self.last:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +102,8 @@ def compress_combined_(
         data: images and labels by epochs, for all of the training.
         images: batches of images without labels to lower the ranks by, as for :func:`mixrank.compress`; a list or a
             loader. Under ``torchrun`` the same in every process.
-        options: ``budget`` is that of the whole, ``epochs`` are all there are.
+        options: ``budget`` is that of the whole, ``epochs`` are all there are, of which ``warm_up`` and ``search`` are
+            shares.
         combined: how the budget and the epochs are divided.
         validation: as for :func:`mixrank.uvc.run.compress_uvc_`.
         dtype: run the models under autocast in this dtype; weights stay in fp32.
@@ -120,10 +127,18 @@ def compress_combined_(
     """
     options, combined = options or UVCOptions(), combined or CombinedOptions()
     options.check()
-    combined.check(options.budget)
+    combined.check(options)
     first, second = (None, None) if state is None else states_of(Path(state))
     before, small = count_macs(model), copy.deepcopy(model)
-    searching = replace(options, budget=options.budget**combined.power, epochs=options.epochs * (1 - combined.last))
+    part = 1 - combined.last
+    warm_up = options.warm_up / part
+    searching = replace(
+        options,
+        budget=options.budget**combined.power,
+        epochs=options.epochs * part,
+        warm_up=warm_up,
+        search=min(options.search / part, 1 - warm_up),
+    )
     pruned = compress_uvc_(
         small, data, options=searching, validation=validation, dtype=dtype, state=first, log=log, progress=progress
     )

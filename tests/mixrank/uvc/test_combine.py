@@ -34,9 +34,9 @@ def test_the_budget_is_kept_and_divided_and_what_was_learnt_stays(model, data, i
     assert 0.97 * 0.4 <= result.macs_after / before <= 0.4
     between = result.macs_after + result.macs_by_ranks
     assert between == result.pruned.macs_after
-    assert 0.99 * 0.4**0.5 <= between / before <= 0.4**0.5
+    assert 0.99 * 0.4**0.25 <= between / before <= 0.4**0.25
     assert sum(result.to_json()["removed"].values()) == before - result.macs_after
-    assert (result.pruned.steps, result.trained.steps) == (38, 16)
+    assert (result.pruned.steps, result.trained.steps) == (16, 38)
     assert result.trained.after > 95
     mixrank.save(model, tmp_path / "model.safetensors")
     loaded, x = mixrank.load(tmp_path / "model.safetensors"), validation[0][0]
@@ -73,6 +73,10 @@ def test_a_run_that_was_interrupted_in_its_last_training_goes_on_to_the_same_bit
     [
         ({"power": 1.0}, "power must be above 0 and below 1, but it was 1.0"),
         ({"last": 0.0}, "last must be above 0 and below 1, but it was 0.0"),
+        (
+            {"last": 0.96},
+            r"last must be at most 0.95, what warm_up = 0 and search = 0.05 leave of the run, but .* 0.96",
+        ),
         ({"learning_rate": -1.0}, "learning_rate must be above 0, but it was -1.0"),
     ],
 )
