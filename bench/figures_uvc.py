@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DRAWN = 0.5
 """The budget of the run that is drawn."""
+LINES = {uvc.BOTH: "-", uvc.LOW_RANK: "--", uvc.OURS: ":"}
+"""How what this library does is drawn."""
 
 
 def _run() -> list[dict[str, Any]]:
@@ -45,11 +47,12 @@ def front() -> Figure:
     found = fronts()
     figure, axes = panels(1, len(found), (5.6, 3.6))
     for axis, (model, methods) in zip(axes, found.items(), strict=True):
-        others = [name for name in methods if name != uvc.OURS]
+        others = [name for name in methods if name not in LINES]
         for name, points in methods.items():
-            ours = name == uvc.OURS
-            colour = OURS_COLOUR if ours else OTHERS[others.index(name) % len(OTHERS)]
-            style = {"lw": 2.4, "zorder": 3} if ours else {"lw": 1.2, "ls": "--" if name in uvc.COMBINED else "-"}
+            if name in LINES:
+                colour, style = OURS_COLOUR, {"lw": 2.4, "zorder": 3, "ls": LINES[name]}
+            else:
+                colour, style = OTHERS[others.index(name) % len(OTHERS)], {"lw": 1.2}
             axis.plot([x / 1e6 for x, _ in points], [y for _, y in points], "o", color=colour, label=name, **style)
         axis.set(xlabel="parameters that remain, millions", ylabel="top-1, %", title=model)
         axis.legend(frameon=False, fontsize=7)

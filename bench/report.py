@@ -89,6 +89,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
     "docs/uvc.md": {
         "uvc-methods": tables_uvc.methods,
         "uvc-mechanisms": tables_uvc.mechanisms,
+        "uvc-split": tables_uvc.split,
         "uvc-speed": tables_uvc.speed,
         "uvc-times": tables_uvc.times,
         "uvc-figures": partial(figures.links, "uvc_front", "uvc_run"),

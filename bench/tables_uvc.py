@@ -59,6 +59,22 @@ def mechanisms() -> str:
     return table(("model", "budget", "method", "seed", *KINDS), lines) + "\n" + conditions(_newest(rows))
 
 
+def split() -> str:
+    """How far from the dense model each division of a budget leaves the compressed one, before any training."""
+    rows = [row for seeds in runs().values() for row in seeds.values() if row["method"] == uvc.BOTH]
+    if not rows:
+        return NO_RUN
+    powers = sorted({power for row in rows for power in row["result"]["tried"]}, key=float)
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["model"], -row["budget"], row["seed"])):
+        tried, taken = row["result"]["tried"], f"{row['result']['power']:g}"
+        cells = (f"{tried[power]:.4f}" if power in tried else "not reached" for power in powers)
+        marked = (f"**{cell}**" if power == taken else cell for power, cell in zip(powers, cells, strict=True))
+        lines.append((row["model"], row["budget"], row["seed"], *marked))
+    header = ("model", "budget b", "seed", *(f"parts to b^{power}" for power in powers))
+    return table(header, lines) + "\n" + conditions(_newest(rows))
+
+
 def _newest(rows: list[dict]) -> dict:
     return max(rows, key=lambda row: row["environment"]["date"])
 

@@ -32,7 +32,7 @@ from mixrank.demo.uvc import BATCH, EPOCHS
 from mixrank.errors import InputError
 from mixrank.models import create_model
 from mixrank.precision import fast_dtype
-from mixrank.uvc.combine import CombinedOptions, compress_combined_, lower_ranks_
+from mixrank.uvc.combine import compress_combined_, lower_ranks_
 from mixrank.uvc.data import TensorData
 from mixrank.uvc.finetune import finetune_
 from mixrank.uvc.landing import kept_by, land, macs_of
@@ -45,7 +45,7 @@ from mixrank_bench.accuracy_peers.structured import prune_to_
 from mixrank_bench.environment import RESULTS, append, read
 
 OUT = RESULTS / "uvc.jsonl"
-BUDGETS = (0.5, 0.7, 0.3)
+BUDGETS = (0.5, 0.7, 0.3, 0.15, 0.1)
 OURS = "unified"
 NORMS = "unified, by norms"
 RATIOS = 256
@@ -110,8 +110,8 @@ CHOICES: dict[str, Callable[[nn.Module, float, int], Chosen] | None] = {
 }
 PRUNERS = {"Torch-Pruning, bottleneck": True, "Torch-Pruning, uniform": False}
 LOW_RANK = "mixed-rank alone"
-COMBINED = {f"both, power {power:g}": CombinedOptions(power=power) for power in (0.1, 0.25, 0.5)}
-METHODS = (*CHOICES, *PRUNERS, LOW_RANK, *COMBINED)
+BOTH = "both"
+METHODS = (*CHOICES, *PRUNERS, LOW_RANK, BOTH)
 
 
 def load(assets: Path, args: dict[str, Any]) -> nn.Module:
@@ -135,10 +135,12 @@ def measure(dense: nn.Module, data: Path, method: str, options: UVCOptions, mode
     if method in (OURS, NORMS):
         options = replace(options, observed=0) if method == NORMS else options
         found = compress_uvc_(model, training, options=options, **common).to_json()
-    elif method in COMBINED:
+    elif method == BOTH:
         unlabelled = batches(images[used:])
-        both = compress_combined_(model, training, unlabelled, options=options, combined=COMBINED[method], **common)
-        found = both.trained.to_json() | {"landed": both.trained.before, "removed": both.to_json()["removed"]}
+        both = compress_combined_(model, training, unlabelled, options=options, **common)
+        told = both.to_json()
+        found = both.trained.to_json() | {"landed": both.trained.before}
+        found |= {name: told[name] for name in ("removed", "power", "tried")}
     elif method == LOW_RANK:
         _, trained = lower_ranks_(model, training, batches(images[used:]), int(options.budget * full), **training_alone)
         found = trained.to_json() | {"landed": trained.before}

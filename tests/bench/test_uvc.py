@@ -67,8 +67,8 @@ def test_torch_pruning_fits_the_budget_closely(bottleneck, budget):
 def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
     monkeypatch.setattr(uvc, "OUT", tmp_path / "rows.jsonl")
     monkeypatch.setattr(uvc_speed, "OUT", tmp_path / "speed.jsonl")
-    tables = (tables_uvc.methods, tables_uvc.mechanisms, tables_uvc.speed, tables_uvc.times)
-    assert [make() for make in tables] == [tables_uvc.NO_RUN] * 4
+    tables = (tables_uvc.methods, tables_uvc.mechanisms, tables_uvc.split, tables_uvc.speed, tables_uvc.times)
+    assert [make() for make in tables] == [tables_uvc.NO_RUN] * 5
     environment = {"cpu": "a", "threads": 1, "torch": "2", "timm": "1", "commit": "c", "date": "2026-01-01"}
     removed = {"blocks": 0, "heads": 1, "columns": 1, "neurons": 2}
     common = {"model": "m", "environment": environment}
@@ -84,6 +84,8 @@ def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
 
     rows = [method("depth", 80.0), method(uvc.OURS, 70.0), method(uvc.OURS, 88.0), method(uvc.OURS, 87.0, 1)]
     rows.append(method("Torch-Pruning, uniform", 60.0))
+    rows.append(method(uvc.BOTH, 50.0))
+    rows[-1]["result"] |= {"removed": removed | {"ranks": 4}, "power": 0.25, "tried": {"0.25": 0.5, "0.1": 1.0}}
     speeds = [speed("dense", 10.0, 100), speed("0.5", 1.0, 50), speed("0.5", 18.0, 50)]
     for path, written in ((uvc.OUT, rows), (uvc_speed.OUT, speeds)):
         path.write_text("".join(json.dumps(row) + "\n" for row in written))
@@ -92,7 +94,10 @@ def test_the_tables_tell_the_latest_of_each(tmp_path, monkeypatch):
     assert lines[3].startswith("| m | 0.5 | depth |")
     assert lines[4] == "| m | 0.5 | Torch-Pruning, uniform | 0.4999 | 1,234 | 50.00 | 60.00 | 60.00 |"
     assert lines[-1].startswith("Dense, m: 90.00 %. 4 epochs each. ")
-    assert tables_uvc.mechanisms().splitlines()[2] == "| m | 0.5 | unified | 0 | 0 % | 25 % | 25 % | 50 % | 0 % |"
+    told = tables_uvc.mechanisms().splitlines()
+    assert told[2] == "| m | 0.5 | both | 0 | 0 % | 12 % | 12 % | 25 % | 50 % |"
+    assert told[3] == "| m | 0.5 | unified | 0 | 0 % | 25 % | 25 % | 50 % | 0 % |"
+    assert tables_uvc.split().splitlines()[2] == "| m | 0.5 | 0 | 1.0000 | **0.5000** |"
     assert tables_uvc.speed().splitlines()[3] == "| m | 2 | 0.5 | 18.0 | 1.80x | 2.00x | 0.90 |"
     assert tables_uvc.times().splitlines()[3] == "| m | 2 | 0.5 |" + 7 * " 18.00 |" + " 126.0 |"
 

@@ -16,11 +16,16 @@ from mixrank.compress import compress
 from mixrank.counting import count_macs
 from mixrank.errors import InputError
 from mixrank.nn_pivoted import put_back_, unpivot_
+from mixrank.processes import are_several
 from mixrank.result import CompressionResult
 from mixrank.uvc.data import TrainingData
 from mixrank.uvc.finetune import become, finetune_
 from mixrank.uvc.options import FinetuneOptions, FinetuneResult, UVCOptions, UVCResult
 from mixrank.uvc.run import compress_uvc_
+from mixrank.uvc.split import measure_split
+
+POWER = 0.25
+"""Where it is not measured; the best at 0.15 to 0.3 of the multiply-adds of the embedded model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +34,21 @@ class CombinedOptions:
 
     Attributes:
         power: of the budget that is left when parts have been removed: from a budget b, ``b ** power`` of the
-            multiply-adds stay, of which the ranks then take the rest; above 0 and below 1.
+            multiply-adds stay, of which the ranks then take the rest; above 0 and below 1. None: measured, see
+            :mod:`mixrank.uvc.split`; under ``torchrun`` :data:`POWER`.
         last: share of the epochs in which the model of low ranks is trained, above 0 and below 1.
         learning_rate: the highest of these.
     """
 
-    power: float = 0.25
+    power: float | None = None
     last: float = 0.7
     learning_rate: float = 3e-4
 
     def check(self, options: UVCOptions) -> None:
         """Raise InputError unless every option lies in its range, and leaves the search its share of the run."""
-        for name in ("power", "last"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name} must be above 0 and below 1, but it was {getattr(self, name)}")
+        for name, share in (("power", self.power), ("last", self.last)):
+            if share is not None and not 0 < share < 1:
+                raise InputError(f"{name} must be above 0 and below 1, but it was {share}")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate must be above 0, but it was {self.learning_rate}")
         if not 0 < options.budget < 1:
@@ -66,6 +72,8 @@ class CombinedResult:
         ranks: how the ranks were lowered.
         macs_by_ranks: multiply-adds that went with them.
         trained: the training after it.
+        power: of the budget, by which it was divided.
+        tried: where that was measured, by each power the divergence from the dense model without training, in nats.
     """
 
     macs_before: int
@@ -74,10 +82,13 @@ class CombinedResult:
     ranks: CompressionResult
     macs_by_ranks: int
     trained: FinetuneResult
+    power: float
+    tried: dict[float, float]
 
     def to_json(self) -> dict:
         """Return the result in terms of JSON."""
-        own = {name: getattr(self, name) for name in ("macs_before", "macs_after", "macs_by_ranks")}
+        own = {name: getattr(self, name) for name in ("macs_before", "macs_after", "macs_by_ranks", "power")}
+        own["tried"] = {f"{power:g}": divergence for power, divergence in self.tried.items()}
         parts = {name: getattr(self, name).to_json() for name in ("pruned", "ranks", "trained")}
         return own | parts | {"removed": asdict(self.pruned.removed) | {"ranks": self.macs_by_ranks}}
 
@@ -130,11 +141,17 @@ def compress_combined_(
     combined.check(options)
     first, second = (None, None) if state is None else states_of(Path(state))
     before, small = count_macs(model), copy.deepcopy(model)
+    tried: dict[float, float] = {}
+    power = combined.power
+    if power is None:
+        if not are_several():
+            tried = measure_split(model, data, images, options, dtype=dtype)
+        power = min(tried, key=tried.__getitem__, default=POWER)
     part = 1 - combined.last
     warm_up = options.warm_up / part
     searching = replace(
         options,
-        budget=options.budget**combined.power,
+        budget=options.budget**power,
         epochs=options.epochs * part,
         warm_up=warm_up,
         search=min(options.search / part, 1 - warm_up),
@@ -167,6 +184,8 @@ def compress_combined_(
         ranks=ranks,
         macs_by_ranks=between - after,
         trained=trained,
+        power=power,
+        tried=tried,
     )
 
 
