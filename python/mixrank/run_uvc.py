@@ -242,6 +242,8 @@ def _report(
     console = Console()
     console.print(comparison_table(sizes["dense"], sizes["compressed"], options.model))
     console.print(shares(result), highlight=False)
+    if isinstance(result, CombinedResult) and result.tried:
+        console.print(division(result), highlight=False)
     if skipped:
         console.print(f"{len(skipped)} images were skipped, the first: {skipped[0]}", markup=False)
     for label, path in (("checkpoint", options.out), ("JSON", options.json)):
@@ -256,3 +258,12 @@ def shares(result: UVCResult | CombinedResult) -> str:
     parts = ", ".join(f"{name} {100 * macs / total:.0f} %" for name, macs in removed.items())
     kept = 100 * result.macs_after / result.macs_before
     return f"{kept:.2f} % of the multiply-adds remain; of those that went: {parts}"
+
+
+def division(result: CombinedResult) -> str:
+    """How the budget was divided, in a sentence."""
+    tried = ", ".join(f"{power:g}: {divergence:.4f}" for power, divergence in result.tried.items())
+    return (
+        f"parts were removed down to the budget's power {result.power:g}, ranks lowered for the rest "
+        f"(nats from the dense model without training, by power: {tried})"
+    )

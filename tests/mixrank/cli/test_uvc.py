@@ -77,6 +77,10 @@ def test_then_mixed_rank_keeps_the_budget_and_tells_what_the_ranks_took(world, w
     assert result.exit_code == 0, result.output
     found = json.loads(data_file.read_text())["result"]
     assert found["macs_by_ranks"] == found["removed"]["ranks"] > 0
+    assert found["tried"][f"{found['power']:g}"] == min(found["tried"].values())
+    assert f"down to the budget's power {found['power']:g}, ranks lowered for the rest" in " ".join(
+        result.output.split()
+    )
     assert 0.9 * 0.5 <= found["macs_after"] / found["macs_before"] <= 0.5
     assert count_macs(load(out)) == found["macs_after"]
     page = tmp_path / "page.html"
