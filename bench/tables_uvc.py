@@ -42,7 +42,7 @@ def methods() -> str:
     dense = {row["model"]: row["result"]["before"] for row in rows if row["method"] == uvc.OURS}
     told = "".join(f"Dense, {model}: {before:.2f} %. " for model, before in dense.items())
     header = ("model", "budget", "method", "MACs kept", "parameters", "removed, %", "after, %", "mean")
-    return table(header, lines) + f"\n{told}{rows[-1]['epochs']:g} epochs each. {conditions(_newest(rows))}"
+    return table(header, lines) + f"\n{told}{_newest()['epochs']:g} epochs each. {conditions(_newest())}"
 
 
 def mechanisms() -> str:
@@ -56,7 +56,7 @@ def mechanisms() -> str:
         total = sum(removed.values())
         shares = (f"{100 * removed.get(kind, 0) / total:.0f} %" for kind in KINDS)
         lines.append((row["model"], row["budget"], row["method"], row["seed"], *shares))
-    return table(("model", "budget", "method", "seed", *KINDS), lines) + "\n" + conditions(_newest(rows))
+    return table(("model", "budget", "method", "seed", *KINDS), lines) + "\n" + conditions(_newest())
 
 
 def split() -> str:
@@ -72,11 +72,12 @@ def split() -> str:
         marked = (f"**{cell}**" if power == taken else cell for power, cell in zip(powers, cells, strict=True))
         lines.append((row["model"], row["budget"], row["seed"], *marked))
     header = ("model", "budget b", "seed", *(f"parts to b^{power}" for power in powers))
-    return table(header, lines) + "\n" + conditions(_newest(rows))
+    return table(header, lines) + "\n" + conditions(_newest())
 
 
-def _newest(rows: list[dict]) -> dict:
-    return max(rows, key=lambda row: row["environment"]["date"])
+def _newest() -> dict:
+    """The row of a method that was measured last."""
+    return [row for row in read(uvc.OUT) if row["kind"] == "method"][-1]
 
 
 def speed() -> str:
