@@ -44,7 +44,7 @@ def fronts() -> dict[str, dict[str, list[tuple[int, float]]]]:
 
 def front() -> Figure:
     """Top-1 against the parameters that remain, by method, after equal trainings."""
-    found = fronts()
+    found, dense = fronts(), tables_uvc.dense()
     figure, axes = panels(1, len(found), (5.6, 3.6))
     for axis, (model, methods) in zip(axes, found.items(), strict=True):
         others = [name for name in methods if name not in LINES]
@@ -54,6 +54,8 @@ def front() -> Figure:
             else:
                 colour, style = OTHERS[others.index(name) % len(OTHERS)], {"lw": 1.2}
             axis.plot([x / 1e6 for x, _ in points], [y for _, y in points], "o", color=colour, label=name, **style)
+        if model in dense:
+            axis.axhline(dense[model], color="#222222", ls=":", lw=1, label="dense")
         axis.set(xlabel="parameters that remain, millions", ylabel="top-1, %", title=model)
         axis.legend(frameon=False, fontsize=7)
     return figure
@@ -65,7 +67,7 @@ FIGURES: dict[str, Drawing] = {
     ),
     "uvc_front": Drawing(
         "Top-1 against the parameters that remain, by method, after equal trainings",
-        lambda: fingerprint(fronts()),
+        lambda: fingerprint([fronts(), tables_uvc.dense()] if fronts() else {}),
         front,
     ),
 }

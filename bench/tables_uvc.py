@@ -26,6 +26,15 @@ def top1(seeds: dict[int, dict]) -> float:
     return mean(row["result"]["after"] for row in seeds.values())
 
 
+def dense() -> dict[str, float]:
+    """Of each model the top-1 before anything is removed, in per cent."""
+    found = {}
+    for (model, _, method), seeds in runs().items():
+        if method == uvc.OURS:
+            found[model] = next(iter(seeds.values()))["result"]["before"]
+    return found
+
+
 def methods() -> str:
     """Every method at every budget, of each model, the most accurate first; its seeds side by side."""
     found = runs()
@@ -38,9 +47,7 @@ def methods() -> str:
             ", ".join(f"{seeds[seed]['result'][name]:.2f}" for seed in sorted(seeds)) for name in ("landed", "after")
         )
         lines.append((model, budget, method, f"{share:.4f}", f"{parameters:,}", landed, after, f"{top1(seeds):.2f}"))
-    rows = [row for seeds in found.values() for row in seeds.values()]
-    dense = {row["model"]: row["result"]["before"] for row in rows if row["method"] == uvc.OURS}
-    told = "".join(f"Dense, {model}: {before:.2f} %. " for model, before in dense.items())
+    told = "".join(f"Dense, {model}: {before:.2f} %. " for model, before in dense().items())
     header = ("model", "budget", "method", "MACs kept", "parameters", "removed, %", "after, %", "mean")
     return table(header, lines) + f"\n{told}{_newest()['epochs']:g} epochs each. {conditions(_newest())}"
 

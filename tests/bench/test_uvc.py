@@ -132,12 +132,13 @@ def test_the_figures_show_a_search_and_the_front(tmp_path, monkeypatch):
     def row(method: str, budget: float, seed: int, parameters: int, top1: float) -> dict:
         history = [entry(0, 1.0), entry(5, budget), {"step": 6, "landed": budget, "top1": 1.0}]
         named = {"kind": "method", "model": "m", "method": method, "budget": budget, "seed": seed}
-        return named | {"parameters": parameters, "result": {"after": top1, "history": history}}
+        return named | {"parameters": parameters, "result": {"before": 90.0, "after": top1, "history": history}}
 
     rows = [row(uvc.OURS, 0.7, 0, 70, 89.0), row(uvc.OURS, 0.5, 0, 50, 88.0), row(uvc.OURS, 0.5, 1, 52, 87.0)]
     rows.append(row("depth", 0.5, 0, 51, 80.0))
     uvc.OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert figures_uvc.fronts() == {"m": {uvc.OURS: [(51, 87.5), (70, 89.0)], "depth": [(51, 80.0)]}}
+    assert tables_uvc.dense() == {"m": 90.0}
     for drawing in drawings.values():
         assert len(drawing.source()) == 64
         drawing.draw().savefig(tmp_path / "figure.svg")
