@@ -119,4 +119,6 @@ def times() -> str:
 
 
 def _speeds() -> dict[tuple[str, int, str], dict]:
-    return {(row["model"], row["threads"], row["budget"]): row for row in read(uvc_speed.OUT)}
+    """The newest rows by model, threads and budget, the most multiply-adds first."""
+    latest = {(row["model"], row["threads"], row["budget"]): row for row in read(uvc_speed.OUT)}
+    return dict(sorted(latest.items(), key=lambda one: (*one[0][:2], -one[1]["macs"])))
