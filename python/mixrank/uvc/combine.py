@@ -44,15 +44,16 @@ class CombinedOptions:
     last: float = 0.7
     learning_rate: float = 3e-4
 
-    def check(self, options: UVCOptions) -> None:
-        """Raise InputError unless every option lies in its range, and leaves the search its share of the run."""
+    def check(self) -> None:
+        """Raise InputError unless every option lies in its range."""
         for name, share in (("power", self.power), ("last", self.last)):
             if share is not None and not 0 < share < 1:
                 raise InputError(f"{name} must be above 0 and below 1, but it was {share}")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate must be above 0, but it was {self.learning_rate}")
-        if not 0 < options.budget < 1:
-            raise InputError(f"budget must be above 0 and below 1, but it was {options.budget}")
+
+    def check_beside(self, options: UVCOptions) -> None:
+        """Raise InputError where ``last`` does not leave the search its share of the run."""
         most = 1 - options.warm_up - options.search
         if self.last > most:
             raise InputError(
@@ -138,7 +139,8 @@ def compress_combined_(
     """
     options, combined = options or UVCOptions(), combined or CombinedOptions()
     options.check()
-    combined.check(options)
+    combined.check()
+    combined.check_beside(options)
     first, second = (None, None) if state is None else states_of(Path(state))
     before, small = count_macs(model), copy.deepcopy(model)
     tried: dict[float, float] = {}

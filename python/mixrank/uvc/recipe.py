@@ -58,7 +58,7 @@ def read_recipe(name: Path | str | None, given: Mapping[str, Any]) -> Recipe:
         raise InputError(f"batch_size must be a whole number of at least 1, but it was {batch_size!r}")
     recipe = Recipe(_made(UVCOptions, content, name), _made(CombinedOptions, combined, name), batch_size, views)
     recipe.options.check()
-    recipe.combined.check(recipe.options)
+    recipe.combined.check()  # beside the options only where both are used
     return recipe
 
 

@@ -107,6 +107,9 @@ def test_a_recipe_names_what_it_changes(tmp_path):
     assert recipe.options == UVCOptions(epochs=3.0, seed=4, budget=0.3)
     assert (recipe.combined.power, recipe.batch_size, recipe.views) == (0.7, 32, {"re_prob": 0.1})
     assert read_recipe(None, {}) == Recipe()
+    # A long search leaves both systems too little, which matters only where both are used.
+    path.write_text("search = 0.4\n")
+    assert read_recipe(path, {}).options.search == 0.4
 
 
 def test_the_recipes_that_ship_can_be_read():
