@@ -30,11 +30,12 @@ def in_checkout() -> bool:
 def environment(commit: str | None = None) -> dict[str, Any]:
     """Return the header of a row of results.
 
-    ``commit`` ends in ``+`` where tracked files other than results and documents differ from it, and is ``unknown``
-    outside a checkout and without git, unless it is given.
+    ``commit`` is the one that was checked out when this module was imported, since that is the code that runs. It ends
+    in ``+`` where tracked files other than results and documents differ from it, and is ``unknown`` outside a checkout
+    and without git, unless it is given.
     """
     return versions() | {
-        "commit": commit or _commit(),
+        "commit": commit or _COMMIT,
         "load": round(os.getloadavg()[0], 2),
         "date": datetime.date.today().isoformat(),
     }
@@ -75,7 +76,8 @@ def peer_versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def checked_out() -> str:
+    """The commit that is checked out now, as :func:`environment` says it."""
     if not in_checkout():
         return "unknown"
     changed = _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs", ":!README.md")
@@ -88,6 +90,9 @@ def _git(*arguments: str) -> str:
     except FileNotFoundError:
         return ""
     return done.stdout.strip()
+
+
+_COMMIT = checked_out()
 
 
 def busy(

@@ -274,7 +274,7 @@ def test_settings_are_read_where_the_driver_answers(monkeypatch, tmp_path):
     tool.write_text("#!/bin/sh\necho '580.1, 1980 MHz, 3201 MHz, 1980 MHz, 100.0 W, 700.0 W'\n")
     tool.chmod(0o755)
     assert environment.gpu_settings()["power.limit"] == "700.0 W"
-    assert environment.environment()["commit"] == "unknown", "there is no git on this PATH"
+    assert environment.checked_out() == "unknown", "there is no git on this PATH"
 
 
 def test_a_compiled_model_takes_the_same_way():

@@ -106,7 +106,14 @@ def test_an_installed_copy_is_no_checkout(monkeypatch, tmp_path):
     assert environment.in_checkout()
     monkeypatch.setattr(environment, "ROOT", Path(tmp_path))
     assert not environment.in_checkout()
-    assert environment.environment()["commit"] == "unknown"
+    assert environment.checked_out() == "unknown"
+
+
+def test_a_row_names_the_commit_of_the_code_that_ran(monkeypatch):
+    before = environment.environment()["commit"]
+    monkeypatch.setattr(environment, "_git", lambda *arguments: "another")
+    assert environment.checked_out() == "another+", "the checkout has moved on"
+    assert environment.environment()["commit"] == before
 
 
 def test_ceilings_survive_json_and_choose_the_bandwidth_by_size():
