@@ -88,6 +88,39 @@ def pivoted_linear(
     return Sample("pivoted_linear", name, make)
 
 
+def sparse_linear(
+    name: str,
+    rows: tuple[int, ...],
+    k: int,
+    n: int,
+    density: float,
+    r: int = 0,
+    bias: bool = True,
+    layout: Callable = lambda t: t,
+) -> Sample:
+    """A share ``density`` of the entries at random places, and factors of rank ``r`` (0: none)."""
+
+    def make(generator: torch.Generator) -> dict[str, Argument]:
+        stored = torch.rand(n, k, generator=generator) < density
+        made: dict[str, Argument] = {
+            "x": layout(_normal(generator, *rows, k)),
+            "mask": packed_bits(stored),
+            "values": _normal(generator, int(stored.sum())) / (max(density, 1 / k) * k) ** 0.5,
+            "down": _normal(generator, r, k) / k**0.5 if r else None,
+            "up": _normal(generator, n, r) / r**0.5 if r else None,
+        }
+        return made | {"bias": _normal(generator, n) if bias else None}
+
+    return Sample("sparse_linear", name, make)
+
+
+def packed_bits(stored: Tensor) -> Tensor:
+    """The mask ``[N, ceil(K / 8)]`` of what is True in ``stored`` ``[N, K]``."""
+    n, k = stored.shape
+    padded = torch.nn.functional.pad(stored.to(torch.uint8), (0, -k % 8)).reshape(n, -1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=stored.device)).sum(-1, dtype=torch.uint8)
+
+
 def residual_linear(
     name: str,
     rows: tuple[int, ...],

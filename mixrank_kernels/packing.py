@@ -97,6 +97,32 @@ def packed_pivots(down: Tensor, coefficients: Tensor, index: Tensor) -> Tensor |
     return _packed("_pack_pivots", weights, weights)
 
 
+def packed_sparse(mask: Tensor, values: Tensor, down: Tensor | None = None, up: Tensor | None = None) -> Tensor | None:
+    """Return the weights of :func:`mixrank_kernels.sparse_linear` in the layout of the CPU kernels.
+
+    Args:
+        mask: ``[N, ceil(K / 8)]``, uint8, contiguous, on the CPU.
+        values: ``[nnz]``, float32, bfloat16, float16 or float64, contiguous.
+        down: ``[R, K]``, dtype of ``values``, any strides, or None.
+        up: ``[N, R]``, dtype of ``values``, given exactly when ``down`` is.
+
+    Returns:
+        As :func:`packed`.
+
+    Raises:
+        RuntimeError: the weights do not fit together; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from mixrank_kernels import ops
+        >>> x, weights = torch.ones(1, 3), (torch.tensor([[5], [2]], dtype=torch.uint8), torch.tensor([1.0, 2.0, 4.0]))
+        >>> ops.sparse_linear(x, *weights, packed=packed_sparse(*weights))
+        tensor([[3., 4.]])
+    """
+    weights = (mask, values, down, up)
+    return _packed("_pack_sparse", weights, tuple(weight for weight in weights if weight is not None))
+
+
 def _packed(pack: str, weights: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> Tensor | None:
     """What the operator ``pack`` made of ``weights`` or makes now; ``given`` are those that are not None."""
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in given):
@@ -189,6 +215,38 @@ def pivoted_linear(x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor,
         tensor([[ 8., 16.,  8.]])
     """
     return overload(_self_packed("pivoted_linear"))(x, down, coefficients, index, bias)
+
+
+def sparse_linear(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Apply :func:`mixrank_kernels.sparse_linear` with the weights packed at run time, as :func:`lowrank_linear` does.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
+        mask: ``[N, ceil(K / 8)]``, uint8, contiguous.
+        values: ``[nnz]``, dtype of ``x``, contiguous.
+        down: ``[R, K]``, dtype of ``x``, any strides, or None.
+        up: ``[N, R]``, dtype of ``x``, given exactly when ``down`` is.
+        bias: ``[N]``, dtype of ``x``, or None.
+
+    Returns:
+        ``[..., N]``: what the operator gives.
+
+    Raises:
+        RuntimeError: as for the operator.
+
+    Example:
+        >>> import torch
+        >>> sparse_linear(torch.ones(1, 3), torch.tensor([[5], [2]], dtype=torch.uint8), torch.tensor([1.0, 2.0, 4.0]))
+        tensor([[3., 4.]])
+    """
+    return overload(_self_packed("sparse_linear"))(x, mask, values, down, up, bias)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dynamic: bool = True) -> Tensor:
@@ -354,6 +412,7 @@ def _define(op: str, packed_of: Callable[..., Tensor | None]) -> None:
 
 _define("lowrank_linear", packed)
 _define("pivoted_linear", packed_pivots)
+_define("sparse_linear", packed_sparse)
 
 
 def _int8_self_packed(name: str) -> Callable[..., Tensor]:

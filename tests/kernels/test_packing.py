@@ -14,6 +14,7 @@ from mixrank_kernels import backend, ops, packing, testing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
+SPARSE = "sparse_linear"
 # Around the rows of a tile (12) and the switch from dot products to packed weights (24 rows).
 ROWS = (1, 2, 3, 5, 11, 12, 13, 25, 37)
 
@@ -67,6 +68,13 @@ def pivots(dtype: torch.dtype) -> dict[str, Tensor]:
     return {"down": down, "coefficients": coefficients, "index": index}
 
 
+def sparse(dtype: torch.dtype, rank: int = 13) -> dict[str, Tensor]:
+    stored = torch.rand(61, 37) < 0.4
+    values = (torch.randn(int(stored.sum())) / 4).to(dtype)
+    made = dict(zip(("down", "up"), factors((rank, 37), (61, rank), dtype=dtype), strict=True)) if rank else {}
+    return {"mask": testing.packed_bits(stored), "values": values} | made
+
+
 WEIGHTS = {
     "odd-rank": (LINEAR, low_rank),
     "transposed": (LINEAR, transposed),
@@ -74,7 +82,11 @@ WEIGHTS = {
     "blocks-16": (RESIDUAL, lambda dtype: blocks(16, dtype)),
     "blocks-32": (RESIDUAL, lambda dtype: blocks(32, dtype)),
     "pivots": (PIVOTED, pivots),
+    "sparse": (SPARSE, sparse),
+    "sparse-alone": (SPARSE, lambda dtype: sparse(dtype, 0)),
 }
+PACK = {PIVOTED: packing.packed_pivots, SPARSE: packing.packed_sparse}
+COLUMNS = {PIVOTED: "index", SPARSE: "mask"}  # has an entry for each column of y, as up has elsewhere
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
@@ -82,10 +94,11 @@ WEIGHTS = {
 def test_results_are_those_without_packing(isa, kind, dtype):
     op, make = WEIGHTS[kind]
     weights = make(dtype)
-    (bias,) = factors((1, weights["index" if op == PIVOTED else "up"].shape[0]), dtype=dtype)
-    packed = (packing.packed_pivots if op == PIVOTED else packing.packed)(**weights)
+    (bias,) = factors((1, weights[COLUMNS.get(op, "up")].shape[0]), dtype=dtype)
+    packed = PACK.get(op, packing.packed)(**weights)
+    columns = weights["down"].shape[1] if "down" in weights else 37
     for rows in ROWS:
-        arguments = {"x": torch.randn(rows, weights["down"].shape[1]).to(dtype), "bias": bias[0], **weights}
+        arguments = {"x": torch.randn(rows, columns).to(dtype), "bias": bias[0], **weights}
         actual = getattr(ops, op)(**arguments, packed=packed)
         if rows > 24:
             assert torch.equal(actual, getattr(ops, op)(**arguments)), f"{rows} rows"
@@ -225,6 +238,53 @@ def test_every_weight_of_pivots_is_watched():
         assert torch.equal(after, ops.pivoted_linear(x, **weights)), "a write that torch does not count"
         assert not torch.equal(after, before)
         before = after
+
+
+def test_every_weight_of_a_sparse_layer_is_watched():
+    weights, x = sparse(torch.float32), torch.randn(30, 37)
+    for name in weights:
+        before = packing.packed_sparse(**weights)
+        assert packing.packed_sparse(**weights) is before
+        weights[name].copy_(weights[name].clone())
+        after = packing.packed_sparse(**weights)
+        assert after is not before, name
+        assert torch.equal(ops.sparse_linear(x, **weights, packed=after), ops.sparse_linear(x, **weights))
+    before = ops.sparse_linear(x, **weights)
+    for name in ("values", "down", "up", "mask"):
+        packed = packing.packed_sparse(**weights)
+        weights[name].data.copy_(weights[name].flip(0) if name == "mask" else -weights[name])
+        after = ops.sparse_linear(x, **weights, packed=packed)
+        assert torch.equal(after, ops.sparse_linear(x, **weights)), f"{name}: a write that torch does not count"
+        assert not torch.equal(after, before)
+        before = after
+
+
+def test_packed_sparse_weights_of_others_are_refused(isa):
+    weights = sparse(torch.float32)
+    right = packing.packed_sparse(**weights).clone()
+    scrambled = right.clone()
+    scrambled[:8] = 255
+    other = r"packed must be made from these weights, but it was made for a mask of \[61, 5\], R = 13 and \d+ values"
+    for packed, message in (
+        (packing.packed_sparse(weights["mask"].clone(), weights["values"]), other.replace("13", "0")),
+        (packing.packed_sparse(**sparse(torch.float32)), other),
+        (packing.packed_sparse(**{n: t if n == "mask" else t.double() for n, t in weights.items()}), other),
+        (right[:-64], "packed must be whole, but it was cut"),
+        (right[:8], "packed must come from mixrank_kernels.packing, but it has another content"),
+        (scrambled, "packed must come from mixrank_kernels.packing, but it has another content"),
+        (packing.packed(*factors((13, 37), (29, 13))), "packed must come from mixrank_kernels.packing"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.sparse_linear(torch.ones(3, 37), **weights, packed=packed)
+
+
+def test_packed_sparse_weights_do_not_hide_bits_beyond_the_features():
+    """Without factors, nothing tells while packing how many features there are."""
+    weights = {"mask": torch.tensor([[0b1001]], dtype=torch.uint8), "values": torch.ones(2)}
+    packed = packing.packed_sparse(**weights)
+    assert ops.sparse_linear(torch.ones(1, 4), **weights, packed=packed).item() == 2
+    with pytest.raises(RuntimeError, match="mask must have no bit set beyond K = 3, but row 0 had one"):
+        ops.sparse_linear(torch.ones(1, 3), **weights, packed=packed)
 
 
 def test_pivots_and_factors_are_not_taken_for_each_other():
