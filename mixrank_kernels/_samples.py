@@ -78,7 +78,7 @@ _SPARSE_SMALL = (
     make.sparse_linear("below-tile", (63,), 127, 127, 0.2, 15),
     make.sparse_linear("on-tile", (64,), 128, 128, 0.2, 16),
     make.sparse_linear("above-tile", (65,), 129, 129, 0.2, 17),
-    make.sparse_linear("several-chunks", (81,), 300, 140, 0.1, 150),
+    make.sparse_linear("several-chunks", (137,), 300, 140, 0.1, 150),
     make.sparse_linear("every-other-row", (10,), 32, 24, 0.4, 8, layout=make.every_other_row),
     make.sparse_linear("transposed", (10,), 32, 24, 0.4, 8, layout=make.transposed),
     make.sparse_linear("slice-of-wider", (10,), 32, 24, 0.4, 8, layout=make.slice_of_wider),

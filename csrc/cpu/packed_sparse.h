@@ -10,8 +10,15 @@
 namespace mixrank {
 namespace {
 
-// Features whose panel of x stays in the L1 cache.
-constexpr int64_t kChunk = 128;
+// Vectors of tokens in a tile: a broadcast and the loop around it are shared by as many multiply-adds.
+constexpr int kTokenVecs = 8;
+// Bytes of a panel of x that stays in the L1 cache.
+constexpr int64_t kPanelOfX = 32 << 10;
+// Features of a panel: half as many multiply-adds for each row's sums are too few, and more fit no byte.
+template <class S>
+constexpr int64_t kChunk = kPanelOfX / (kTokenVecs * sizeof(typename S::V)) < 128
+                               ? kPanelOfX / (kTokenVecs * sizeof(typename S::V))
+                               : 128;
 // Rows of S that are sorted together, and the least that a thread takes.
 constexpr int64_t kGroup = 128;
 
@@ -19,7 +26,7 @@ struct SparseRow {
   uint8_t row;  // of the group
   uint8_t count;
 };
-static_assert(kChunk < 256 && kGroup <= 256, "both fit a byte");
+static_assert(kGroup <= 256, "a row fits a byte, and so does a count of at most 128");
 
 // Where the parts of packed weights lie, and how they are made.
 template <class S, class T>
@@ -27,16 +34,16 @@ struct PackedSparse {
   using Acc = typename S::Acc;
   // An odd number of cache lines keeps the rows of a factor out of each other's cache sets.
   static constexpr int64_t kLineUnits = kLine / sizeof(Acc);
-  static constexpr int64_t kDownRow = kChunk + kLineUnits;
+  static constexpr int64_t kDownRow = kChunk<S> + kLineUnits;
   // Bytes of a vector of tokens of one feature: what places count.
   static constexpr int64_t kStep = sizeof(typename S::V);
-  static_assert(kChunk * kStep <= 65536, "a place fits 16 bits");
+  static_assert(kChunk<S> * kStep <= 65536, "a place fits 16 bits");
 
   const SparseLinearParams& p;
   const int64_t K = p.x.cols, N = p.N, R = p.down.rows;
   const int64_t mask_row = ceil_div(K, 8);
   // Of the mask's bytes alone: without factors, nothing else tells K while packing.
-  const int64_t chunks = ceil_div(8 * mask_row, kChunk), groups = ceil_div(N, kGroup);
+  const int64_t chunks = ceil_div(8 * mask_row, kChunk<S>), groups = ceil_div(N, kGroup);
   const int64_t width = round_up(ceil_div(8 * mask_row, chunks), 16);  // of a chunk
   const int64_t up_row = (ceil_div(R, kLineUnits) | 1) * kLineUnits;
 
@@ -114,13 +121,13 @@ struct PackedSparse {
 
   // By counting: rows of equal count keep their order.
   void sort_rows(const uint8_t* mask, int64_t length, int64_t rows, SparseRow* order) const {
-    int64_t below[kChunk + 2] = {};
+    int64_t below[kChunk<S> + 2] = {};
     uint8_t counts[kGroup];
     for (int64_t n = 0; n < rows; ++n) {
       counts[n] = static_cast<uint8_t>(bits(mask + n * mask_row, length));
       ++below[counts[n] + 1];
     }
-    for (int64_t count = 1; count <= kChunk; ++count) below[count] += below[count - 1];
+    for (int64_t count = 1; count <= kChunk<S>; ++count) below[count] += below[count - 1];
     for (int64_t n = 0; n < rows; ++n) order[below[counts[n]]++] = {static_cast<uint8_t>(n), counts[n]};
   }
 

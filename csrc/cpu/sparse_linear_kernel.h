@@ -11,10 +11,11 @@
 namespace mixrank {
 namespace {
 
-// Groups of rows whose sums stay in the L2 cache beside what they are made of.
-constexpr int64_t kPassGroups = 8;
-// With this many tiles their number is a multiple of kEvenThreads.
-constexpr int64_t kManyTiles = 16;
+// Bytes of sums that stay in the L2 cache beside what they are made of.
+constexpr int64_t kSumBytes = 384 << 10;
+// Tiles of at least this many vectors have enough independent sums for one chain each, and so make the same ones: rows may
+// be divided among such tiles as the threads like it, and narrower ones take several chains.
+constexpr int kWideVecs = 4;
 
 // rows[i][j] to dst[j * stride + i].
 template <class S>
@@ -36,7 +37,7 @@ __attribute__((noinline)) void multiply_entries(const SparseRow* rows, int64_t c
                                                 const typename S::Acc* value, const typename S::Acc* panel,
                                                 typename S::Acc* sums, bool accumulate) {
   using Acc = typename S::Acc;
-  constexpr int kParts = kSplit<kV>;
+  constexpr int kParts = kV >= kWideVecs ? 1 : kSplit<kV>;
   constexpr int64_t kRow = kStride * S::kLanes;
   for (int64_t i = 0; i < count; ++i) {
     Acc* sum = sums + rows[i].row * kRow;
@@ -78,20 +79,23 @@ struct alignas(kLine) SparseLinear {
   using V = typename S::V;
   using Packed = PackedSparse<S, T>;
   static constexpr int64_t kLanes = S::kLanes;
-  // Vectors of a tile: enough for independent sums, and few enough that a panel is 32 KiB.
-  static constexpr int kVecs = sizeof(V) == 64 ? 4 : 8;
+  static constexpr int kVecs = kTokenVecs;
   static constexpr int64_t kTokens = kVecs * kLanes;
+  static constexpr int64_t kPassGroups = kSumBytes / (kGroup * kVecs * static_cast<int64_t>(sizeof(V)));
 
   const SparseLinearParams& p;
   const Packed packed{p};
   const int64_t M = p.x.rows, K = packed.K, N = packed.N, R = packed.R;
   const int64_t work = p.count + R * (K + N);  // multiply-adds for a token
   const int64_t vectors = ceil_div(M, kLanes);
-  // Not a matter of the number of threads, which therefore changes no sum.
-  const int64_t tiles = even(ceil_div(vectors, kVecs));
+  const int64_t tiles = number_of_tiles();
   const void* weights = p.packed;
 
-  static int64_t even(int64_t tiles) { return tiles < kManyTiles ? tiles : round_up(tiles, kEvenThreads); }
+  // As few as there can be, or as many more as the threads divide evenly.
+  int64_t number_of_tiles() const {
+    const int64_t least = ceil_div(vectors, kVecs), even = round_up(least, num_threads());
+    return vectors / max_of(1, even) >= kWideVecs ? even : least;
+  }
 
   struct Range {
     int64_t begin, end;
@@ -100,7 +104,7 @@ struct alignas(kLine) SparseLinear {
   // What a thread works on. In a tile of one vector the rows of all three are one vector long, else kVecs; vectors past
   // the tokens hold anything.
   struct Buffers {
-    Acc* panel;   // [kChunk][kTokens]
+    Acc* panel;   // [kChunk<S>][kTokens]
     Acc* sums;    // [kPassGroups * kGroup][kTokens]
     Acc* hidden;  // [R][kTokens]
   };
@@ -171,7 +175,7 @@ struct alignas(kLine) SparseLinear {
 
   Buffers buffers_in(Scratch slot, bool with_hidden) const {
     Arena arena;
-    const int64_t panel_at = arena.reserve<Acc>(kChunk * kTokens);
+    const int64_t panel_at = arena.reserve<Acc>(kChunk<S> * kTokens);
     const int64_t sums_at = arena.reserve<Acc>(min_of(packed.groups, kPassGroups) * kGroup * kTokens);
     const int64_t hidden_at = arena.reserve<Acc>(with_hidden ? R * kTokens : 0);
     void* base = scratch(slot, arena.bytes);
@@ -218,12 +222,24 @@ struct alignas(kLine) SparseLinear {
         for (int64_t group = groups.begin; group < groups.end; ++group) {
           const bool last = chunk + 1 == packed.chunks;
           Acc* sums = buffers.sums + (group - groups.begin) * kGroup * kRow;
+          if (!last) fetch_ahead((chunk + 1) * packed.width, group - groups.begin, groups.end - groups.begin);
           multiply_group(group, chunk, sums);
           if (last) {
             multiply_up(group, sums);
             store_group(group, sums);
           }
         }
+      }
+    }
+
+    // The part of x that the next panel is made of comes into the L2 cache while groups are multiplied, some tokens with
+    // each: short pieces of many rows are nothing that the processor fetches by itself.
+    void fetch_ahead(int64_t feature, int64_t part, int64_t parts) const {
+      if (op.p.x.col_stride != 1) return;
+      const int64_t features = min_of(op.packed.width, op.K - feature);
+      for (int64_t i = part * tokens / parts; i < (part + 1) * tokens / parts; ++i) {
+        const T* at = element_of<T>(op.p.x, token + i, feature);
+        for (int64_t k = 0; k < features; k += kLine / sizeof(T)) __builtin_prefetch(at + k, 0, 2);
       }
     }
 
