@@ -240,53 +240,6 @@ def test_every_weight_of_pivots_is_watched():
         before = after
 
 
-def test_every_weight_of_a_sparse_layer_is_watched():
-    weights, x = sparse(torch.float32), torch.randn(30, 37)
-    for name in weights:
-        before = packing.packed_sparse(**weights)
-        assert packing.packed_sparse(**weights) is before
-        weights[name].copy_(weights[name].clone())
-        after = packing.packed_sparse(**weights)
-        assert after is not before, name
-        assert torch.equal(ops.sparse_linear(x, **weights, packed=after), ops.sparse_linear(x, **weights))
-    before = ops.sparse_linear(x, **weights)
-    for name in ("values", "down", "up", "mask"):
-        packed = packing.packed_sparse(**weights)
-        weights[name].data.copy_(weights[name].flip(0) if name == "mask" else -weights[name])
-        after = ops.sparse_linear(x, **weights, packed=packed)
-        assert torch.equal(after, ops.sparse_linear(x, **weights)), f"{name}: a write that torch does not count"
-        assert not torch.equal(after, before)
-        before = after
-
-
-def test_packed_sparse_weights_of_others_are_refused(isa):
-    weights = sparse(torch.float32)
-    right = packing.packed_sparse(**weights).clone()
-    scrambled = right.clone()
-    scrambled[:8] = 255
-    other = r"packed must be made from these weights, but it was made for a mask of \[61, 5\], R = 13 and \d+ values"
-    for packed, message in (
-        (packing.packed_sparse(weights["mask"].clone(), weights["values"]), other.replace("13", "0")),
-        (packing.packed_sparse(**sparse(torch.float32)), other),
-        (packing.packed_sparse(**{n: t if n == "mask" else t.double() for n, t in weights.items()}), other),
-        (right[:-64], "packed must be whole, but it was cut"),
-        (right[:8], "packed must come from mixrank_kernels.packing, but it has another content"),
-        (scrambled, "packed must come from mixrank_kernels.packing, but it has another content"),
-        (packing.packed(*factors((13, 37), (29, 13))), "packed must come from mixrank_kernels.packing"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            ops.sparse_linear(torch.ones(3, 37), **weights, packed=packed)
-
-
-def test_packed_sparse_weights_do_not_hide_bits_beyond_the_features():
-    """Without factors, nothing tells while packing how many features there are."""
-    weights = {"mask": torch.tensor([[0b1001]], dtype=torch.uint8), "values": torch.ones(2)}
-    packed = packing.packed_sparse(**weights)
-    assert ops.sparse_linear(torch.ones(1, 4), **weights, packed=packed).item() == 2
-    with pytest.raises(RuntimeError, match="mask must have no bit set beyond K = 3, but row 0 had one"):
-        ops.sparse_linear(torch.ones(1, 3), **weights, packed=packed)
-
-
 def test_pivots_and_factors_are_not_taken_for_each_other():
     weights = pivots(torch.float32)
     both = {"with": packing.packed_pivots(**weights), "without": packing.packed(weights["down"], torch.randn(61, 13))}
