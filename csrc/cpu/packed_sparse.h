@@ -1,8 +1,8 @@
 // A sparse weight and its factors in the order in which the tiles read them, behind a header: what sparse_pack of isa.h
 // writes. Included by sparse_linear_kernel.h alone, for one instruction set.
 //
-// S is cut into groups of rows and chunks of features. The entries of one group and chunk lie together: rows in the order
-// of their number of entries, so that the loops over them mostly end where the processor expects it.
+// S is cut into groups of rows and chunks of features. The entries of one group and chunk lie together: rows in the
+// order of their number of entries, so that the loops over them mostly end where the processor expects it.
 #pragma once
 
 #include "cpu/sparse_linear.h"
@@ -14,11 +14,11 @@ namespace {
 constexpr int kTokenVecs = 8;
 // Bytes of a panel of x that stays in the L1 cache.
 constexpr int64_t kPanelOfX = 32 << 10;
-// Features of a panel: half as many multiply-adds for each row's sums are too few, and more fit no byte.
+// Features of a panel; not more than 128, so that a count of them fits a byte.
 template <class S>
-constexpr int64_t kChunk = kPanelOfX / (kTokenVecs * sizeof(typename S::V)) < 128
-                               ? kPanelOfX / (kTokenVecs * sizeof(typename S::V))
-                               : 128;
+constexpr int64_t kFitting = kPanelOfX / (kTokenVecs * sizeof(typename S::V));
+template <class S>
+constexpr int64_t kChunk = kFitting<S> < 128 ? kFitting<S> : 128;
 // Rows of S that are sorted together, and the least that a thread takes.
 constexpr int64_t kGroup = 128;
 

@@ -1,20 +1,22 @@
 // The implementation of sparse_linear.h for one instruction set.
 //
 // Tokens are what is in the lanes. A tile of tokens goes through S chunk by chunk of features: their part of x is
-// transposed into a panel [features][tokens] in the L1 cache, of which each stored entry multiplies one row and adds it to
-// the sums [rows of S][tokens], which stay in the L2 cache. The intermediate of the factors is made from the same panels,
-// and after the last chunk the second factor adds it to the sums, which are transposed into y and rounded there.
+// transposed into a panel [features][tokens] in the L1 cache, of which each stored entry multiplies one row and adds it
+// to the sums [rows of S][tokens], which stay in the L2 cache. The intermediate of the factors is made from the same
+// panels, and after the last chunk the second factor adds it to the sums, which are transposed into y and rounded there.
+// For a few tokens sparse_few_tokens.h has another way.
 #pragma once
 
 #include "cpu/packed_sparse.h"
+#include "cpu/sparse_few_tokens.h"
 
 namespace mixrank {
 namespace {
 
 // Bytes of sums that stay in the L2 cache beside what they are made of.
 constexpr int64_t kSumBytes = 384 << 10;
-// Tiles of at least this many vectors have enough independent sums for one chain each, and so make the same ones: rows may
-// be divided among such tiles as the threads like it, and narrower ones take several chains.
+// Tiles of at least this many vectors have enough independent sums for one chain each, and so make the same ones: rows
+// may be divided among such tiles as the threads like it, and narrower ones take several chains.
 constexpr int kWideVecs = 4;
 
 // rows[i][j] to dst[j * stride + i].
@@ -110,7 +112,11 @@ struct alignas(kLine) SparseLinear {
   };
 
   static void entry(const SparseLinearParams& params) {
-    if (params.x.rows > 0) SparseLinear{params}.run();
+    if (params.x.rows == 0) return;
+    if constexpr (S::kExpands) {
+      if (SparseFewTokens<S, T>::serves(params)) return SparseFewTokens<S, T>{params}.run();
+    }
+    SparseLinear{params}.run();
   }
 
   void run() {
@@ -232,8 +238,8 @@ struct alignas(kLine) SparseLinear {
       }
     }
 
-    // The part of x that the next panel is made of comes into the L2 cache while groups are multiplied, some tokens with
-    // each: short pieces of many rows are nothing that the processor fetches by itself.
+    // The part of x that the next panel is made of comes into the L2 cache while groups are multiplied, some tokens
+    // with each: short pieces of many rows are nothing that the processor fetches by itself.
     void fetch_ahead(int64_t feature, int64_t part, int64_t parts) const {
       if (op.p.x.col_stride != 1) return;
       const int64_t features = min_of(op.packed.width, op.K - feature);

@@ -1,5 +1,5 @@
-// sparse_linear for the dispatch key CPU, and _pack_sparse, which only mixrank_kernels.packing calls: what it returns is
-// the `packed` of the other.
+// sparse_linear for the dispatch key CPU, and _pack_sparse, which only mixrank_kernels.packing calls: what it returns
+// is the `packed` of the other.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>

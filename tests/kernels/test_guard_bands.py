@@ -59,8 +59,8 @@ SPARSE_SIZES = (
     (129, 33, 31),
     (9, 130, 2),
 )
-# Around the lanes and the vectors of a tile of tokens.
-SPARSE_ROWS = (1, 7, 16, 33, 66, 129)
+# Few tokens, and around the lanes and the vectors of a tile of them.
+SPARSE_ROWS = (1, 3, 7, 33, 66, 129)
 GRAM_SIZES = ((1,), (7,), (8,), (9,), (15,), (17,), (31,), (32,), (33,), (67,))
 CROSS_SIZES = ((1, 1), (7, 5), (8, 32), (17, 9), (33, 31), (31, 67))
 

@@ -215,3 +215,12 @@ def test_fakes_make_what_the_operator_makes(op):
         assert (output.shape, output.dtype, output.stride()) == (real.shape, real.dtype, real.stride())
     else:
         assert output is None
+
+
+def test_a_sparse_weight_is_expanded_inside_a_graph():
+    stored = torch.rand(29, 37) < 0.4
+    weight = torch.where(stored, torch.randn(29, 37), 0)
+    arguments = testing.packed_bits(stored), weight[stored], 37
+    assert torch.equal(reference.expanded(*arguments), weight)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(reference.expanded, fullgraph=True, dynamic=True)(*arguments), weight)
