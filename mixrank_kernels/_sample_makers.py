@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels._schema import Argument, tensor_of
+from mixrank_kernels.reference import packed_bits
 
 # What stays as it is made in every dtype of the operands, unless they are fp64.
 _MASTERS = ("gram", "cross", "column_sum", "row_weight", "scale", "down_scale", "up_scale")
@@ -112,13 +113,6 @@ def sparse_linear(
         return made | {"bias": _normal(generator, n) if bias else None}
 
     return Sample("sparse_linear", name, make)
-
-
-def packed_bits(stored: Tensor) -> Tensor:
-    """The mask ``[N, ceil(K / 8)]`` of what is True in ``stored`` ``[N, K]``."""
-    n, k = stored.shape
-    padded = torch.nn.functional.pad(stored.to(torch.uint8), (0, -k % 8)).reshape(n, -1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=stored.device)).sum(-1, dtype=torch.uint8)
 
 
 def residual_linear(

@@ -92,6 +92,13 @@ def unpacked_bits(mask: Tensor, columns: int) -> Tensor:
     return ((mask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :columns].bool()
 
 
+def packed_bits(stored: Tensor) -> Tensor:
+    """The mask ``[N, ceil(K / 8)]`` of what is True in ``stored`` ``[N, K]``."""
+    n, k = stored.shape
+    padded = torch.nn.functional.pad(stored.to(torch.uint8), (0, -k % 8)).reshape(n, -1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=stored.device)).sum(-1, dtype=torch.uint8)
+
+
 def expanded(
     mask: Tensor,  # [N, ceil(K / 8)]
     values: Tensor,  # [nnz]

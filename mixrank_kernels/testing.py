@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixrank_kernels import reference
-from mixrank_kernels._sample_makers import Sample, every_other_row, packed_bits, slice_of_wider, transposed
+from mixrank_kernels._sample_makers import Sample, every_other_row, slice_of_wider, transposed
 from mixrank_kernels._samples import sample_inputs
 from mixrank_kernels._schema import Argument, tensor_of
+from mixrank_kernels.reference import packed_bits
 
 __all__ = [
     "Sample",
