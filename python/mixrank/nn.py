@@ -56,7 +56,7 @@ class LowRankLinear(nn.Module):
         raise NotImplementedError
 
     def _weights(self) -> tuple[Tensor | None, ...]:
-        """The weights of the form, in the order of its operator, the first one there always."""
+        """The weights of the form, in the order of its operator, the first two there always."""
         raise NotImplementedError
 
     def merge(self) -> nn.Linear:
@@ -81,11 +81,11 @@ class LowRankLinear(nn.Module):
 
     def _packs(self, weights: tuple[Tensor | None, ...]) -> bool:
         """Whether a call would use packed weights more than once."""
-        given = [weight for weight in weights if weight is not None]
-        # torch.fx traces with stand-ins of parameters, but not of buffers
-        if not all(isinstance(weight, Tensor) for weight in given) or given[0].device.type != "cpu":
+        first, second = weights[:2]
+        # torch.fx traces with stand-ins of parameters; the first may be a buffer, of which it has none
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.device.type != "cpu":
             return False
-        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in given)
+        trains = torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
         return not trains and not torch.is_autocast_enabled("cpu")
 
     def extra_repr(self) -> str:
