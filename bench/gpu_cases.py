@@ -7,7 +7,19 @@ from collections.abc import Iterator
 
 import torch
 
-from mixrank_bench.ops import HEAD_WIDTH, HEADS, KEEPS, LAYERS, RESIDUALS, TOKENS, Case, linear, pivoted
+from mixrank_bench.ops import (
+    DENSITIES,
+    HEAD_WIDTH,
+    HEADS,
+    KEEPS,
+    LAYERS,
+    RESIDUALS,
+    TOKENS,
+    Case,
+    linear,
+    pivoted,
+    sparse,
+)
 
 ROWS = (1, 16, TOKENS, 8 * TOKENS, 64 * TOKENS)
 MODELS = ("vit-b", "vit-s", "vit-l, swin-b stage 4")
@@ -33,6 +45,7 @@ def choice_cases() -> Iterator[Case]:
         for m in ROWS:
             yield linear("vit-b", "proj", m, KEEPS[0], dtype, "branch")
             yield pivoted("vit-b", "proj", m, KEEPS[1], dtype)
+            yield sparse("vit-b", "proj", m, DENSITIES[0], dtype)
         for k in (NARROW_WIDTH, *GRAM_WIDTHS):
             yield _gram(k, ROWS[-1], dtype, torch.float64)
         for k, n in ((NARROW_WIDTH, NARROW_WIDTH), (768, 768), (768, 3072)):

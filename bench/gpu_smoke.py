@@ -21,6 +21,7 @@ SAMPLES = {
     "lowrank_linear": ("above-tile", "slice-of-wider"),
     "lowrank_residual_linear": ("branch-above-tile", "both-32", "blocks-16"),
     "pivoted_linear": ("above-tile", "slice-of-wider"),
+    "sparse_linear": ("above-tile", "slice-of-wider"),
     "gram_accumulate_": ("above-tile", "batched", "weighted"),
     "cross_gram_accumulate_": ("above-tile", "transposed"),
 }

@@ -24,7 +24,7 @@ from mixrank.prepare import Prepare
 from mixrank.report import write_report
 from mixrank.uvc.recipe import read_recipe
 from mixrank.uvc.shrink import KeptBlock, shrink_
-from mixrank_kernels import ops
+from mixrank_kernels import ops, testing
 
 Attempt = Callable[[random.Random], None]
 
@@ -252,7 +252,7 @@ def _operators(folder: Path) -> Attempt:
         lead = source.choice(((m,), (2, m), (m, 1, 2), ()))
         bias = of(n) if source.random() < 0.6 else None
         codes, flag = {"dtype": torch.int8}, source.random() < 0.5
-        match source.randrange(7):
+        match source.randrange(8):
             case 0:
                 ops.lowrank_linear(of(*lead, k), of(r, k), of(n, r), bias)
             case 1:
@@ -273,6 +273,13 @@ def _operators(folder: Path) -> Attempt:
             case 5:
                 ops.int8_linear(of(*lead, k), of(n, k, **codes), of(n, dtype=torch.float32), bias, flag)
             case 6:
+                mask, values = of(n, (k + 7) // 8, dtype=torch.uint8), of(n)
+                if source.random() < 0.8:
+                    stored = torch.rand(n, k) < source.choice((0.0, 0.3, 1.0))
+                    mask, values = testing.packed_bits(stored), of(int(stored.sum()))
+                factors = (of(r, k), of(n, r)) if flag else (None, None)
+                ops.sparse_linear(of(*lead, k), mask, values, *factors, bias)
+            case 7:
                 scales = of(r, dtype=torch.float32), of(n, dtype=torch.float32)
                 ops.int8_lowrank_linear(
                     of(*lead, k), of(r, k, **codes), scales[0], of(n, r, **codes), scales[1], bias, flag

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixrank_kernels.testing import packed_bits
+
 WIDTHS = {"vit-ti": 192, "vit-s": 384, "swin-b stage 3": 512, "vit-b": 768, "vit-l, swin-b stage 4": 1024}
 LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
 """In and out features of a transformer's linear layers, in widths."""
@@ -27,6 +29,8 @@ BLOCK_SHARE = 0.05
 GRAM_WIDTHS = (192, 384, 768, 1024, 3072)
 HEADS, HEAD_WIDTH = 12, 64
 DTYPES = (torch.float32, torch.bfloat16)
+DENSITIES, SPARSE_RANK = (0.25, 0.4), 40
+"""What sparse weights store, and the rank of the factors beside them."""
 INDEX = torch.int16
 """What an index of pivots is stored in."""
 INT8 = ("int8_linear", "int8_lowrank_linear")
@@ -47,6 +51,7 @@ class Case:
         batch: number of Gram matrices, 0 for one that is not batched.
         master: dtype of the Gram matrix, which a linear operator does not have.
         dynamic: whether an operator of 8-bit weights quantises its rows too.
+        density: the share of the entries that a sparse weight stores, 0 where the weight is not sparse.
     """
 
     op: str
@@ -61,6 +66,7 @@ class Case:
     batch: int = 0
     master: torch.dtype = torch.float64
     dynamic: bool = True
+    density: float = 0.0
 
     @property
     def dtype_name(self) -> str:
@@ -73,7 +79,8 @@ class Case:
         parts = [self.layer, *(f"{letter}={size}" for letter, size in sizes.items() if size)]
         master = "" if self.master == torch.float64 else f"{_dtype_name(self.master)} master"
         rows = "" if self.dynamic else "weight-only"
-        return " ".join([*parts, *filter(None, (self.residual, master, rows))])
+        stored = f"density {self.density}" if self.density else ""
+        return " ".join([*parts, *filter(None, (self.residual, master, rows, stored))])
 
     @property
     def arithmetic(self) -> str:
@@ -87,6 +94,11 @@ class Case:
             return 0, 0
         side = int(self.residual.split()[1])
         return side, max(1, round(BLOCK_SHARE * (self.n // side) * (self.k // side)))
+
+    @property
+    def stored(self) -> int:
+        """The number of entries that a sparse weight stores; 0 for any other case."""
+        return round(self.density * self.k * self.n)
 
     @property
     def flops(self) -> int:
@@ -104,7 +116,7 @@ class Case:
             return self.rank * (self.k + self.n - self.rank)
         side, count = self.blocks
         rank = self.rank + (RESIDUAL_RANK if self.residual == "branch" else 0)
-        return rank * (self.k + self.n) + count * side * side
+        return rank * (self.k + self.n) + count * side * side + self.stored
 
     @property
     def equivalent_flops(self) -> int:
@@ -125,7 +137,8 @@ class Case:
             codes = self.rank * (self.k + self.n) if self.rank else self.k * self.n
             return codes + 4 * (self.rank + self.n) + size * (self.n + self.m * (self.k + self.n))
         index = INDEX.itemsize * self.n if self.op == "pivoted_linear" else 0
-        return size * (self.weights + self.n + self.m * (self.k + self.n)) + index
+        mask = self.n * -(-self.k // 8) if self.density else 0
+        return size * (self.weights + self.n + self.m * (self.k + self.n)) + index + mask
 
     @torch.inference_mode(False)
     def arguments(self, device: str | torch.device = "cpu") -> dict[str, Tensor | bool | None]:
@@ -156,6 +169,17 @@ class Case:
             }
         if self.op in INT8:
             return self._int8_arguments(normal)
+        if self.density:
+            places = torch.randperm(self.n * self.k, generator=generator, device=device)[: self.stored]
+            stored = torch.zeros(self.n * self.k, dtype=torch.bool, device=device).index_fill_(0, places, True)
+            return {
+                "x": normal(self.m, self.k),
+                "mask": packed_bits(stored.reshape(self.n, self.k)),
+                "values": normal(self.stored, scale=(2 * self.density * self.k) ** -0.5),
+                "down": normal(self.rank, self.k, scale=self.k**-0.5) if self.rank else None,
+                "up": normal(self.n, self.rank, scale=(2 * self.rank) ** -0.5) if self.rank else None,
+                "bias": normal(self.n),
+            }
         made = {
             "x": normal(self.m, self.k),
             "down": normal(self.rank, self.k, scale=self.k**-0.5),
@@ -227,6 +251,8 @@ def cases() -> Iterator[Case]:
                 yield linear(model, layer, m, KEEPS[0], dtype, residual)
         for layer, m in itertools.product(LAYERS, ROWS):
             yield pivoted("vit-b", layer, m, KEEPS[1], dtype)
+        for layer, m, density in itertools.product(LAYERS, ROWS, DENSITIES):
+            yield sparse("vit-b", layer, m, density, dtype)
         for k, m in itertools.product(GRAM_WIDTHS, (ROWS[-1], 8 * ROWS[-1])):
             yield Case("gram_accumulate_", f"width {k}", dtype, m, k)
         yield Case("gram_accumulate_", "heads of vit-b", dtype, ROWS[-1], HEAD_WIDTH, batch=HEADS)
@@ -248,6 +274,7 @@ def quick_cases() -> Iterator[Case]:
         for residual in RESIDUALS[:2]:
             yield linear("vit-b", "proj", TOKENS, KEEPS[0], dtype, residual)
         yield pivoted("vit-b", "proj", TOKENS, KEEPS[1], dtype)
+        yield sparse("vit-b", "proj", TOKENS, DENSITIES[0], dtype)
         for k in (192, 768):
             yield Case("gram_accumulate_", f"width {k}", dtype, ROWS[-1], k)
         yield Case("cross_gram_accumulate_", "vit-s proj", dtype, ROWS[-1], *_features("vit-s", "proj"))
@@ -270,6 +297,12 @@ def pivoted(model: str, layer: str, m: int, keep: float, dtype: torch.dtype) -> 
     """The case of one linear layer in the pivoted form."""
     k, n = _features(model, layer)
     return Case("pivoted_linear", f"{model} {layer}", dtype, m, k, n, pivoted_rank_of(keep, k, n), keep)
+
+
+def sparse(model: str, layer: str, m: int, density: float, dtype: torch.dtype) -> Case:
+    """The case of one linear layer of a sparse weight and factors."""
+    k, n = _features(model, layer)
+    return Case("sparse_linear", f"{model} {layer}", dtype, m, k, n, SPARSE_RANK, density=density)
 
 
 def int8(model: str, layer: str, m: int, keep: float, dynamic: bool) -> Case:

@@ -8,7 +8,7 @@
     the same factors through other libraries; for a residual, factors to which the branch was joined beforehand; for the
     pivoted form, the factors of the same weight, also by our own operator.
 ``add``
-    factors and residual apart, and their sum.
+    factors and residual, or factors and sparse weight, apart, and their sum.
 ``dense``
     one dense layer that does the same.
 ``floating``
@@ -123,11 +123,14 @@ def field(
         if rounded and case.dtype.itemsize == 2:
             offer(ROUNDED, f"torch addmm_ in {case.dtype_name}", lambda: rounded_gram(case, arguments))
         return found
-    for group, program in _programs(case, arguments).items():
+    programs = _sparse_programs(case, arguments) if case.density else _programs(case, arguments)
+    for group, program in programs.items():
         for name, engine in (ENGINES if engines is None else engines).items():
             offer(group, name, lambda e=engine, p=program: Variant(e(arguments["x"], p)))
     if case.op == "pivoted_linear":
         offer("factors", "lowrank_linear", lambda: _factored(arguments))
+    if on_cpu and case.density:
+        offer("add", "torch eager, sparse CSR", lambda: Variant(_csr_add(case, arguments)))
     if on_cpu and case.residual.startswith("blocks"):
         offer("add", "torch eager, sparse BSR", lambda: Variant(_sparse_add(case, arguments)))
     return found
@@ -205,7 +208,8 @@ def ours(
         packed = packing.packed_int8(first, arguments.get("up"), dynamic=case.dynamic)
     else:
         weights = {name: tensor for name, tensor in arguments.items() if name not in ("x", "bias")}
-        packed = (packing.packed_pivots if case.op == "pivoted_linear" else packing.packed)(**weights)
+        pack = {"pivoted_linear": packing.packed_pivots, "sparse_linear": packing.packed_sparse}
+        packed = pack.get(case.op, packing.packed)(**weights)
     made = {SERVED: Variant(lambda: operator(**arguments, packed=packed))}
     if unpacked and packed is not None:
         made[UNPACKED] = Variant(lambda: operator(**arguments))
@@ -286,6 +290,14 @@ def _programs(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Prog
     return programs | {"add": [factors, apart], "dense": [[(merged, bias)]]}
 
 
+def _sparse_programs(case: Case, arguments: dict[str, Tensor | None]) -> dict[str, Program]:
+    """A dense layer of the same weight."""
+    weight = reference.expanded(arguments["mask"], arguments["values"], case.k).float()
+    if case.rank:
+        weight += arguments["up"].float() @ arguments["down"].float()
+    return {"dense": [[(weight.to(case.dtype), arguments["bias"])]]}
+
+
 def _up(arguments: dict[str, Tensor | None]) -> Tensor:
     """The second factor [N, R]; of the pivoted form, that of the same weight."""
     if "index" not in arguments:
@@ -319,3 +331,18 @@ def _sparse_add(case: Case, arguments: dict[str, Tensor | None]) -> Callable[[],
     except RuntimeError as error:
         raise Unavailable(f"torch refuses it: {str(error).splitlines()[0]}") from None
     return lambda: dense() + (residual @ x.mT).mT
+
+
+def _csr_add(case: Case, arguments: dict[str, Tensor | None]) -> Callable[[], Tensor]:
+    x, bias = arguments["x"], arguments["bias"]
+    dense = reference.expanded(arguments["mask"], arguments["values"], case.k)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that CSR tensors are in beta state
+        weight = dense.to_sparse_csr()
+    try:
+        torch.sparse.mm(weight, x.mT)
+    except RuntimeError as error:
+        raise Unavailable(f"torch refuses it: {str(error).splitlines()[0]}") from None
+    if not case.rank:
+        return lambda: torch.sparse.mm(weight, x.mT).mT + bias
+    factors = libraries.eager(x, [[(arguments["down"], None), (arguments["up"], bias)]])
+    return lambda: factors() + torch.sparse.mm(weight, x.mT).mT

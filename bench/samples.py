@@ -24,6 +24,7 @@ def tiny_cases(dtype: torch.dtype) -> list[Case]:
         Case("cross_gram_accumulate_", "tiny", dtype, 2 * TOKENS, 24, 16),
     ]
     pivoted = [Case("pivoted_linear", "tiny", dtype, 5, 48, 40, 16, 0.6)]
+    sparse = [Case("sparse_linear", "tiny", dtype, 5, 48, 40, rank, density=0.4) for rank in (0, 8)]
     int8 = []
     if dtype == torch.float32:
         for dynamic in (True, False):
@@ -31,7 +32,7 @@ def tiny_cases(dtype: torch.dtype) -> list[Case]:
                 Case("int8_linear", "tiny", dtype, 5, 48, 40, dynamic=dynamic),
                 Case("int8_lowrank_linear", "tiny", dtype, 5, 48, 40, 8, 0.4, dynamic=dynamic),
             ]
-    return linear + residual + grams + pivoted + int8
+    return linear + residual + grams + pivoted + sparse + int8
 
 
 def _timing(median: float) -> dict[str, float]:

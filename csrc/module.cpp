@@ -64,8 +64,9 @@ double peak_flops(const std::string& kind, double milliseconds) {
 std::string choose(const std::string& op, const std::string& dtype) {
   const KernelTable& table = kernels();
   const bool is_gram = op == "gram_accumulate_", is_int8 = op == "int8_linear" || op == "int8_lowrank_linear";
-  if (!is_gram && !is_int8 && op != "lowrank_linear" && op != "lowrank_residual_linear" && op != "pivoted_linear" &&
-      op != "cross_gram_accumulate_") {
+  const bool is_sparse = op == "sparse_linear";
+  if (!is_gram && !is_int8 && !is_sparse && op != "lowrank_linear" && op != "lowrank_residual_linear" &&
+      op != "pivoted_linear" && op != "cross_gram_accumulate_") {
     throw py::value_error("choose: op must be the name of an operator, but it was '" + op + "'");
   }
   if (dtype != "float32" && dtype != "float64" && dtype != "bfloat16" && dtype != "float16") {
@@ -78,6 +79,10 @@ std::string choose(const std::string& op, const std::string& dtype) {
                           ", but it was 'float64'");
   }
   if (is_int8) return isa + ": " + dtype + " as 8-bit codes (" + table.int8_products + ") or as fp32, tiles of " + tile;
+  if (is_sparse) {
+    return isa + ": " + (dtype == "float64" || dtype == "float32" ? dtype : dtype + " widened to fp32") +
+           ", each stored entry times a tile of tokens";
+  }
   if (dtype == "float64") return isa + ": fp64 tiles of " + table.double_tile;
   if (dtype == "float32") return isa + ": fp32 tiles of " + tile;
   if (dtype == "bfloat16" && table.bfloat_pairs) {

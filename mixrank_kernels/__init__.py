@@ -1,4 +1,5 @@
-"""Operators for mixed-rank models: fused low-rank linear layers, also in 8 bits, and Gram-matrix accumulation.
+"""Operators for mixed-rank models: fused low-rank linear layers, also in 8 bits or with sparse weights, and
+Gram-matrix accumulation.
 
 Importing the package registers the operators and loads the compiled extension where there is one; it
 touches neither CUDA nor Triton. :mod:`mixrank_kernels.backend` tells which implementation serves a call.
@@ -16,6 +17,7 @@ from mixrank_kernels.ops import (
     lowrank_linear,
     lowrank_residual_linear,
     pivoted_linear,
+    sparse_linear,
 )
 
 HAS_EXTENSION: bool = _register.extension is not None
@@ -31,4 +33,5 @@ __all__ = [
     "lowrank_linear",
     "lowrank_residual_linear",
     "pivoted_linear",
+    "sparse_linear",
 ]

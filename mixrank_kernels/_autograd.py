@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels._schema import Arguments, overload
-from mixrank_kernels.reference import block_rows
+from mixrank_kernels.reference import block_rows, expanded, unpacked_bits
 
 
 class _Context(Protocol):
@@ -121,6 +121,38 @@ def pivoted_linear(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_others.mT @ (_as_rows(x) @ down.mT) if needed[2] else None,
         None,
         _as_rows(grad).sum(0) if needed[4] else None,
+        None,
+    )
+    return grads[: len(ctx.needs_input_grad)]
+
+
+def save_sparse_linear(ctx: _Context, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    """Keep what :func:`sparse_linear` reads."""
+    ctx.save_for_backward(*inputs[:5])
+
+
+def sparse_linear(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, values, down, up and bias; that of values is one of the dense weight, read where bits are set."""
+    x, mask, values, down, up = ctx.saved_tensors
+    needed = _needed(ctx, 7)
+    rows, grad_rows = _as_rows(x), _as_rows(grad)
+    hidden_grad = None if down is None or not (needed[0] or needed[3]) else grad_rows @ up
+    x_grad = values_grad = None
+    if needed[0]:
+        x_grad = grad_rows @ expanded(mask, values, x.shape[-1])
+        x_grad = (x_grad if hidden_grad is None else x_grad + hidden_grad @ down).reshape(x.shape)
+    if needed[2]:
+        count = unpacked_bits(mask, x.shape[-1]).flatten().cumsum(0)
+        # The place of the i-th bit is the first with i bits up to it: no size depends on the contents.
+        ordinal = torch.arange(1, values.shape[0] + 1, device=count.device)
+        values_grad = (grad_rows.mT @ rows).flatten().index_select(0, torch.searchsorted(count, ordinal))
+    grads = (
+        x_grad,
+        None,
+        values_grad,
+        hidden_grad.mT @ rows if hidden_grad is not None and needed[3] else None,
+        grad_rows.mT @ (rows @ down.mT) if needed[4] else None,
+        grad_rows.sum(0) if needed[5] else None,
         None,
     )
     return grads[: len(ctx.needs_input_grad)]

@@ -146,6 +146,51 @@ def pivoted_linear(
     _packed(op, packed, x)
 
 
+def sparse_linear(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None,
+) -> None:
+    """Raise RuntimeError unless x, mask, values, the factors, bias and packed fit together (shapes: see ``ops``)."""
+    op = "sparse_linear"
+    _one_of(op, "x", x, FLOATING)
+    _shape(op, "x", x.dim() >= 1, "[..., K]", x)
+    k = x.shape[-1]
+    torch._check(k >= 1, lambda: f"{op}: x must have at least one feature (its last dimension), but it had none")
+    fits = mask.dim() == 2 and mask.shape[1] == (k + 7) // 8
+    _shape(op, "mask", fits, f"[N, ceil(K / 8)] with K = {k} (the last dimension of x)", mask)
+    n = mask.shape[0]
+    torch._check(n >= 1, lambda: f"{op}: mask must have at least one row (out features N), but it had none")
+    _typed(op, "mask", mask, torch.uint8, x)
+    _shape(op, "values", values.dim() == 1, "[nnz]", values)
+    _like(op, "values", values, x)
+    _contiguous(op, "values", values)
+    _together(op, {"down": down, "up": up})
+    if down is not None:
+        _shape(
+            op, "down", down.dim() == 2 and down.shape[1] == k, f"[R, K] with K = {k} (the last dimension of x)", down
+        )
+        r, up = down.shape[0], cast(Tensor, up)
+        torch._check(r >= 1, lambda: f"{op}: down must have at least one row (the rank R), but it had none")
+        fits = up.dim() == 2 and up.shape[0] == n and up.shape[1] == r
+        _shape(op, "up", fits, f"[N, R] with N = {n} (the rows of mask) and R = {r} (the rows of down)", up)
+        _like(op, "down", down, x)
+        _like(op, "up", up, x)
+    if bias is not None:
+        _shape(op, "bias", bias.dim() == 1 and bias.shape[0] == n, f"[N] with N = {n} (the rows of mask)", bias)
+        _like(op, "bias", bias, x)
+    _packed(op, packed, x)
+
+
+def _like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    _same_device(op, name, tensor, x, "x")
+    _same_dtype(op, name, tensor, x.dtype, "x")
+
+
 def _together(op: str, parts: dict[str, Tensor | None]) -> None:
     absent = [name for name, tensor in parts.items() if tensor is None]
     torch._check(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixrank_kernels._schema import Argument, tensor_of
+from mixrank_kernels.reference import unpacked_bits
 
 # What an operator changes, beside each argument that must lie apart from it.
 APART = {
@@ -28,7 +29,7 @@ def memory_and_contents(op: str, arguments: Mapping[str, Argument]) -> None:
     """The checks that need real memory and not only shapes: what fakes cannot be asked.
 
     Raises:
-        RuntimeError: an accumulator shares memory with another argument, or crow and col, or index, are not valid.
+        RuntimeError: an accumulator shares memory with another argument, or crow and col, index, or mask are not valid.
     """
     if op == "lowrank_residual_linear" and arguments["values"] is not None:
         x, crow, col, values = (tensor_of(arguments, name) for name in ("x", "crow", "col", "values"))
@@ -36,6 +37,10 @@ def memory_and_contents(op: str, arguments: Mapping[str, Argument]) -> None:
     if op == "pivoted_linear":
         index, rank = tensor_of(arguments, "index"), tensor_of(arguments, "down").shape[0]
         _once((index,), rank, lambda: _read_pivots(op, index, rank))
+    if op == "sparse_linear":
+        mask, columns = tensor_of(arguments, "mask"), tensor_of(arguments, "x").shape[-1]
+        nnz = tensor_of(arguments, "values").shape[0]
+        _once((mask,), (columns, nnz), lambda: _read_mask(op, mask, columns, nnz))
     if op == "int8_lowrank_linear" and arguments["index"] is not None:
         _permutation(op, tensor_of(arguments, "index"))
     for name, other in APART.get(op, ()):
@@ -84,7 +89,7 @@ def _indices(op: str, crow: Tensor, col: Tensor, columns: int) -> None:
     _once((crow, col), columns, lambda: _read_indices(op, crow, col, columns))
 
 
-def _once(indices: tuple[Tensor, ...], limit: int, read: Callable[[], None]) -> None:
+def _once(indices: tuple[Tensor, ...], limit: int | tuple[int, ...], read: Callable[[], None]) -> None:
     """Call ``read``, which raises where the indices are not valid for ``limit``, once after each write to them."""
     if any(tensor.is_inference() for tensor in indices):  # they do not count writes
         read()
@@ -112,6 +117,20 @@ def _read_pivots(op: str, index: Tensor, rank: int) -> None:
                 f"rows of down) and in the others, but {n} was missing or out of order"
             )
         pivot, other = pivot + is_pivot, other + (not is_pivot)
+
+
+def _read_mask(op: str, mask: Tensor, columns: int, nnz: int) -> None:
+    bits = unpacked_bits(mask, 8 * mask.shape[1])
+    beyond = bits[:, columns:].any(1).nonzero()
+    torch._check(
+        len(beyond) == 0,
+        lambda: f"{op}: mask must have no bit set beyond K = {columns}, but row {int(beyond[0])} had one",
+    )
+    stored = int(bits.sum())
+    torch._check(
+        stored == nnz,
+        lambda: f"{op}: values must have shape [nnz] with nnz = {stored} (the bits of mask), but it was [{nnz}]",
+    )
 
 
 def _read_indices(op: str, crow: Tensor, col: Tensor, columns: int) -> None:

@@ -22,7 +22,7 @@ AUTOCAST = ("cpu", "cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Stated here, as asking mixrank_kernels.triton would import Triton.
-TRITON_OPERATORS = tuple(name for name in SCHEMAS if name != "pivoted_linear")
+TRITON_OPERATORS = tuple(name for name in SCHEMAS if name not in ("pivoted_linear", "sparse_linear"))
 
 
 def checked(name: str, implementation: Callable) -> Callable:
@@ -190,7 +190,7 @@ def _out_features(name: str, arguments: Sequence[Argument]) -> int:
     if name == "int8_lowrank_linear":
         _x, down, _down_scale, up, _up_scale, _bias, _dynamic, index, _packed = arguments
         return _rows(up) + (0 if index is None else _rows(down))
-    return _rows(arguments[3 if name == "pivoted_linear" else 2])  # of index, or of up
+    return _rows(arguments[{"pivoted_linear": 3, "sparse_linear": 1}.get(name, 2)])  # of index, of mask, or of up
 
 
 def _rows(weight: Argument) -> int:
@@ -248,7 +248,7 @@ torch.library.register_torch_dispatch(
     f"{NAMESPACE}::_factor_grad", FunctionalTensorMode, trace_rule(_factor_grad, lambda *_: True), lib=library
 )
 
-for _name in ("lowrank_linear", "lowrank_residual_linear", "pivoted_linear"):
+for _name in ("lowrank_linear", "lowrank_residual_linear", "pivoted_linear", "sparse_linear"):
     torch.library.register_autograd(
         f"{NAMESPACE}::{_name}",
         getattr(_autograd, _name),

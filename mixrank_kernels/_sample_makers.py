@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels._schema import Argument, tensor_of
+from mixrank_kernels.reference import packed_bits
 
 # What stays as it is made in every dtype of the operands, unless they are fp64.
 _MASTERS = ("gram", "cross", "column_sum", "row_weight", "scale", "down_scale", "up_scale")
@@ -86,6 +87,32 @@ def pivoted_linear(
         }
 
     return Sample("pivoted_linear", name, make)
+
+
+def sparse_linear(
+    name: str,
+    rows: tuple[int, ...],
+    k: int,
+    n: int,
+    density: float,
+    r: int = 0,
+    bias: bool = True,
+    layout: Callable = lambda t: t,
+) -> Sample:
+    """A share ``density`` of the entries at random places, and factors of rank ``r`` (0: none)."""
+
+    def make(generator: torch.Generator) -> dict[str, Argument]:
+        stored = torch.rand(n, k, generator=generator) < density
+        made: dict[str, Argument] = {
+            "x": layout(_normal(generator, *rows, k)),
+            "mask": packed_bits(stored),
+            "values": _normal(generator, int(stored.sum())) / (max(density, 1 / k) * k) ** 0.5,
+            "down": _normal(generator, r, k) / k**0.5 if r else None,
+            "up": _normal(generator, n, r) / r**0.5 if r else None,
+        }
+        return made | {"bias": _normal(generator, n) if bias else None}
+
+    return Sample("sparse_linear", name, make)
 
 
 def residual_linear(

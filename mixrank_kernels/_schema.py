@@ -23,6 +23,10 @@ SCHEMAS = {
     "pivoted_linear": (
         "(Tensor x, Tensor down, Tensor coefficients, Tensor index, Tensor? bias=None, Tensor? packed=None) -> Tensor"
     ),
+    "sparse_linear": (
+        "(Tensor x, Tensor mask, Tensor values, Tensor? down=None, Tensor? up=None, Tensor? bias=None, "
+        "Tensor? packed=None) -> Tensor"
+    ),
     "gram_accumulate_": "(Tensor(a!) gram, Tensor x, Tensor? row_weight=None, Tensor(b!)? column_sum=None) -> ()",
     "cross_gram_accumulate_": "(Tensor(a!) cross, Tensor x, Tensor z) -> ()",
 }

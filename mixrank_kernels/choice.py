@@ -79,7 +79,7 @@ def choose(op: str, *args: *Arguments) -> Choice:
     """
     names = (argument.name for argument in overload(op)._schema.arguments)
     arguments = dict(zip(names, args, strict=False))
-    if arguments.get("values") is not None:
+    if op == "lowrank_residual_linear" and arguments.get("values") is not None:
         return Choice("triton", "libraries have no kernel for a block-sparse residual inside the same sum")
     dtype = tensor_of(arguments, "x").dtype
     operands = operand_class(dtype)

@@ -69,6 +69,27 @@ def pivoted_linear(
     return y if bias is None else y.add_(bias)
 
 
+def sparse_linear(
+    x: Tensor,  # [..., K]
+    mask: Tensor,  # [N, ceil(K / 8)]
+    values: Tensor,  # [nnz]
+    down: Tensor | None = None,  # [R, K]
+    up: Tensor | None = None,  # [N, R]
+    bias: Tensor | None = None,  # [N]
+    packed: Tensor | None = None,  # [bytes], the weights once more: of no use here
+) -> Tensor:  # [..., N]
+    """One product of the library with the dense weight, to which factors are added: it is rounded once to its dtype.
+
+    Not in fp16, whose range it can leave, nor in fp64, which is for those who want every digit.
+    """
+    if down is not None and x.dtype in (torch.float16, torch.float64):
+        return reference.sparse_linear(x, mask, values, down, up, bias)
+    weight = reference.expanded(mask, values, x.shape[-1])
+    if down is not None:
+        weight = (weight + _wide_product(cast(Tensor, up), down)).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
 def gram_accumulate_(
     gram: Tensor,  # [K, K] or [B, K, K]
     x: Tensor,  # [..., K] or [B, M, K]

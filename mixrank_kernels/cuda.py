@@ -74,7 +74,7 @@ def refusal(op: str, *arguments: *Arguments) -> str | None:
     """Why the call of ``op`` with these arguments, which fit the operator, is not served here; None where it is."""
     if reason := obstacle():
         return reason
-    if op == "pivoted_linear":
+    if op in ("pivoted_linear", "sparse_linear"):
         return f"it has no kernel for {op}"
     x = arguments[1] if "gram" in op else arguments[0]
     if x.dtype == torch.float64:

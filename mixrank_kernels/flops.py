@@ -68,6 +68,25 @@ def pivoted_linear(
     return lowrank_linear(x_shape, down_shape, coefficients_shape)
 
 
+@register_flop_formula([torch.ops.mixrank_kernels.sparse_linear, torch.ops.mixrank_kernels._sparse_linear_self_packed])
+def sparse_linear(
+    x_shape: Shape,
+    mask_shape: Shape,
+    values_shape: Shape,
+    down_shape: Shape | None = None,
+    up_shape: Shape | None = None,
+    *_rest: object,
+    out_shape: object = None,
+    **_kwargs: object,
+) -> int:
+    """That of the stored entries, ``2 * M * nnz``, and of the factors: ``2 * M * R * (K + N)``."""
+    total = 2 * math.prod(x_shape[:-1]) * values_shape[0]
+    if down_shape is not None:
+        assert up_shape is not None
+        total += lowrank_linear(x_shape, down_shape, up_shape)
+    return total
+
+
 @register_flop_formula(torch.ops.mixrank_kernels.gram_accumulate_)
 def gram_accumulate_(
     gram_shape: Shape, x_shape: Shape, *_rest: object, out_shape: object = None, **_kwargs: object

@@ -1,7 +1,7 @@
 """The public operators. Each is one call into PyTorch's dispatcher, which picks the implementation.
 
 Shapes use one alphabet: ``M`` rows (tokens), ``K`` in features, ``N`` out features, ``R`` rank,
-``Q`` rank of the residual, ``b`` size of a square block of a block-sparse matrix, ``B`` batch.
+``Q`` rank of the residual, ``b`` size of a square block of a block-sparse matrix, ``nnz`` stored entries, ``B`` batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mixrank_kernels._schema import overload
 _lowrank_linear = overload("lowrank_linear")
 _lowrank_residual_linear = overload("lowrank_residual_linear")
 _pivoted_linear = overload("pivoted_linear")
+_sparse_linear = overload("sparse_linear")
 _gram_accumulate_ = overload("gram_accumulate_")
 _cross_gram_accumulate_ = overload("cross_gram_accumulate_")
 _int8_linear = overload("int8_linear")
@@ -171,6 +172,53 @@ def pivoted_linear(
         _absent("pivoted_linear", x=x, down=down, coefficients=coefficients, index=index)
     _follow_the_choice()
     return _pivoted_linear(x, down, coefficients, index, bias, packed)
+
+
+def sparse_linear(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer whose weight is sparse, any entries of it, plus the product ``up @ down`` where it is given.
+
+    Equivalent to ``F.linear(x, S + up @ down, bias)`` with the intermediate held in fp32 (fp64 for fp64 operands), all
+    parts added in one accumulator and one rounding at the end. Libraries, which serve CUDA tensors, multiply the dense
+    weight, rounded once to bf16 for bf16 operands with factors. The CPU kernels do not multiply entries that are not
+    stored, so what is not finite in ``x`` reaches the outputs alone that have an entry for it.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
+        mask: ``[N, ceil(K / 8)]``, uint8, contiguous, device of ``x``: entry (n, k) of ``S`` is stored where bit
+            ``k % 8``, the least significant first, of byte ``k // 8`` of row n is set. Bits beyond ``K`` are zero.
+        values: ``[nnz]``, dtype and device of ``x``, contiguous: the stored entries row by row, k rising; as many as
+            bits are set, which may be none.
+        down: ``[R, K]`` or None, the down projection; dtype and device of ``x``, any strides.
+        up: ``[N, R]``, the up projection, dtype and device of ``x``, any strides; given exactly when ``down`` is.
+        bias: ``[N]`` or None; dtype and device of ``x``.
+        packed: the weights once more in the layout of the CPU kernels, as for :func:`lowrank_linear`.
+
+    Returns:
+        ``[..., N]``, contiguous, dtype of ``x``. Differentiable in every floating argument, with respect to ``values``
+        at the stored entries. Autocast as for :func:`lowrank_linear`.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, one of two factors is missing, or ``mask`` has another
+            number of bits than there are values or one beyond ``K``; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> x, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0b101], [0b010]], dtype=torch.uint8)
+        >>> sparse_linear(x, mask, torch.tensor([1.0, 10.0, 100.0]))
+        tensor([[ 31., 200.]])
+    """
+    if x is None or mask is None or values is None:
+        _absent("sparse_linear", x=x, mask=mask, values=values)
+    _follow_the_choice()
+    return _sparse_linear(x, mask, values, down, up, bias, packed)
 
 
 def gram_accumulate_(

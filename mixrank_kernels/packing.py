@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from mixrank_kernels import _register
 from mixrank_kernels._packed_entry import Entry, is_plain
-from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, Argument, library, overload
+from mixrank_kernels._schema import INT8_SCHEMAS, overload
+from mixrank_kernels._self_packed import define, define_int8, self_packed
 
 # By the identity of the first weight, for codes with the kind of arithmetic.
 _entries: dict[int | tuple[int, bool], Entry] = {}
@@ -97,6 +97,32 @@ def packed_pivots(down: Tensor, coefficients: Tensor, index: Tensor) -> Tensor |
     return _packed("_pack_pivots", weights, weights)
 
 
+def packed_sparse(mask: Tensor, values: Tensor, down: Tensor | None = None, up: Tensor | None = None) -> Tensor | None:
+    """Return the weights of :func:`mixrank_kernels.sparse_linear` in the layout of the CPU kernels.
+
+    Args:
+        mask: ``[N, ceil(K / 8)]``, uint8, contiguous, on the CPU.
+        values: ``[nnz]``, float32, bfloat16, float16 or float64, contiguous.
+        down: ``[R, K]``, dtype of ``values``, any strides, or None.
+        up: ``[N, R]``, dtype of ``values``, given exactly when ``down`` is.
+
+    Returns:
+        As :func:`packed`.
+
+    Raises:
+        RuntimeError: the weights do not fit together; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from mixrank_kernels import ops
+        >>> x, weights = torch.ones(1, 3), (torch.tensor([[5], [2]], dtype=torch.uint8), torch.tensor([1.0, 2.0, 4.0]))
+        >>> ops.sparse_linear(x, *weights, packed=packed_sparse(*weights))
+        tensor([[3., 4.]])
+    """
+    weights = (mask, values, down, up)
+    return _packed("_pack_sparse", weights, tuple(weight for weight in weights if weight is not None))
+
+
 def _packed(pack: str, weights: tuple[Tensor | None, ...], given: tuple[Tensor, ...]) -> Tensor | None:
     """What the operator ``pack`` made of ``weights`` or makes now; ``given`` are those that are not None."""
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in given):
@@ -164,7 +190,7 @@ def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = No
         >>> lowrank_linear(torch.ones(2, 8), torch.ones(3, 8), torch.ones(5, 3))[0, 0].item()
         24.0
     """
-    return overload(_self_packed("lowrank_linear"))(x, down, up, bias)
+    return overload(self_packed("lowrank_linear"))(x, down, up, bias)
 
 
 def pivoted_linear(x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -188,7 +214,39 @@ def pivoted_linear(x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor,
         >>> pivoted_linear(torch.ones(1, 8), torch.ones(2, 8), torch.ones(1, 2), torch.tensor([0, 2, 1]))
         tensor([[ 8., 16.,  8.]])
     """
-    return overload(_self_packed("pivoted_linear"))(x, down, coefficients, index, bias)
+    return overload(self_packed("pivoted_linear"))(x, down, coefficients, index, bias)
+
+
+def sparse_linear(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Apply :func:`mixrank_kernels.sparse_linear` with the weights packed at run time, as :func:`lowrank_linear` does.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
+        mask: ``[N, ceil(K / 8)]``, uint8, contiguous.
+        values: ``[nnz]``, dtype of ``x``, contiguous.
+        down: ``[R, K]``, dtype of ``x``, any strides, or None.
+        up: ``[N, R]``, dtype of ``x``, given exactly when ``down`` is.
+        bias: ``[N]``, dtype of ``x``, or None.
+
+    Returns:
+        ``[..., N]``: what the operator gives.
+
+    Raises:
+        RuntimeError: as for the operator.
+
+    Example:
+        >>> import torch
+        >>> sparse_linear(torch.ones(1, 3), torch.tensor([[5], [2]], dtype=torch.uint8), torch.tensor([1.0, 2.0, 4.0]))
+        tensor([[3., 4.]])
+    """
+    return overload(self_packed("sparse_linear"))(x, mask, values, down, up, bias)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dynamic: bool = True) -> Tensor:
@@ -212,7 +270,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         >>> round(int8_linear(torch.ones(2, 8), torch.ones(3, 8, dtype=torch.int8), torch.ones(3))[0, 0].item(), 3)
         8.0
     """
-    return overload("_int8_linear_self_packed")(x, weight, scale, bias, dynamic)
+    return overload(self_packed("int8_linear"))(x, weight, scale, bias, dynamic)
 
 
 def int8_lowrank_linear(
@@ -249,7 +307,7 @@ def int8_lowrank_linear(
         >>> round(int8_lowrank_linear(torch.ones(2, 8), down, torch.ones(3), up, torch.ones(5))[0, 0].item(), 3)
         24.0
     """
-    return overload("_int8_lowrank_linear_self_packed")(x, down, down_scale, up, up_scale, bias, dynamic, index)
+    return overload(self_packed("int8_lowrank_linear"))(x, down, down_scale, up, up_scale, bias, dynamic, index)
 
 
 def enable(enabled: bool) -> None:
@@ -310,77 +368,8 @@ def _pack(key: int | tuple[int, bool], given: tuple[Tensor, ...], make: Callable
     return entry.packed
 
 
-def _self_packed(op: str) -> str:
-    """The name of the operator that packs at run time and calls ``op``."""
-    return f"_{op}_self_packed"
-
-
-def _define(op: str, packed_of: Callable[..., Tensor | None]) -> None:
-    """Define ``_{op}_self_packed``: one more way to call ``op``, which no implementation replaces.
-
-    Its arguments are those of ``op`` but for ``packed``: x, the weights that ``packed_of`` takes, and bias.
-    """
-    name, operator = _self_packed(op), overload(op)
-
-    def plain(x: Tensor, *weights: Tensor | None) -> Tensor:
-        return operator(x, *weights)
-
-    def packing(x: Tensor, *weights_and_bias: Tensor | None) -> Tensor:
-        *weights, bias = weights_and_bias
-        return operator(x, *weights, bias, packed_of(*weights))
-
-    def differentiable(x: Tensor, *weights: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
-            return plain(x, *weights)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(name)(x, *weights)
-
-    def with_bias(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The dispatcher leaves out a trailing argument that has its default."""
-        count = len(operator._schema.arguments) - 1
-        return lambda *given: function(*given, *[None] * (count - len(given)))
-
-    library.define(
-        name + SCHEMAS[op].replace(", Tensor? packed=None", ""),
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-    )
-    library.impl(name, with_bias(packing), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _register.fake(op), lib=library)
-    library.impl(name, with_bias(differentiable), "Autograd")
-    for device_type in ("CPU", "CUDA"):
-        # The operator itself casts; what is packed would be of no use to it.
-        library.impl(name, with_bias(plain), f"Autocast{device_type}")
-
-
-_define("lowrank_linear", packed)
-_define("pivoted_linear", packed_pivots)
-
-
-def _int8_self_packed(name: str) -> Callable[..., Tensor]:
-    is_lowrank = name == "int8_lowrank_linear"
-
-    def call(*arguments: Argument) -> Tensor:
-        bound = list(_register.bind(name, *arguments))
-        if is_lowrank:
-            first, second, dynamic = bound[1], bound[3], bound[6]
-        else:
-            first, second, dynamic = bound[1], None, bound[4]
-        codes = (cast(Tensor, first), cast("Tensor | None", second))
-        packed = packed_int8(*codes, dynamic=cast(bool, dynamic))
-        return overload(name)(*bound[:-1], packed)
-
-    return call
-
-
+define("lowrank_linear", packed)
+define("pivoted_linear", packed_pivots)
+define("sparse_linear", packed_sparse)
 for _name in INT8_SCHEMAS:
-    _own = f"_{_name}_self_packed"
-    library.define(
-        _own + INT8_SCHEMAS[_name].replace(", Tensor? packed=None", ""),
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-    )
-    library.impl(_own, _int8_self_packed(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_own}", _register.fake(_name), lib=library)
-    library.impl(_own, _register.without_gradient(_own), "Autograd")
-    for _device_type in ("cpu", "cuda"):
-        _key = "Autocast" + torch._C._dispatch_key_for_device(_device_type)
-        library.impl(_own, _register.int8_autocast(_own, _device_type), _key, with_keyset=True)
+    define_int8(_name, packed_int8)

@@ -86,6 +86,47 @@ def pivoted_linear(
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
+def unpacked_bits(mask: Tensor, columns: int) -> Tensor:
+    """The first ``columns`` bits of each row of ``mask`` ``[N, bytes]``, lowest of a byte first, as bool."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return ((mask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :columns].bool()
+
+
+def packed_bits(stored: Tensor) -> Tensor:
+    """The mask ``[N, ceil(K / 8)]`` of what is True in ``stored`` ``[N, K]``."""
+    n, k = stored.shape
+    padded = torch.nn.functional.pad(stored.to(torch.uint8), (0, -k % 8)).reshape(n, -1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=stored.device)).sum(-1, dtype=torch.uint8)
+
+
+def expanded(
+    mask: Tensor,  # [N, ceil(K / 8)]
+    values: Tensor,  # [nnz]
+    columns: int,  # K
+) -> Tensor:  # [N, K]
+    """The sparse matrix with all its zeros: the bits that are set hold ``values`` row by row."""
+    stored = unpacked_bits(mask, columns).flatten()
+    place = stored.cumsum(0) * stored  # the first one is 1, and what is not stored 0
+    return torch.cat([values.new_zeros(1), values]).index_select(0, place).reshape(mask.shape[0], columns)
+
+
+def sparse_linear(
+    x: Tensor,  # [..., K]
+    mask: Tensor,  # [N, ceil(K / 8)]
+    values: Tensor,  # [nnz]
+    down: Tensor | None = None,  # [R, K]
+    up: Tensor | None = None,  # [N, R]
+    bias: Tensor | None = None,  # [N]
+    packed: Tensor | None = None,  # [bytes], the weights once more: of no use here
+) -> Tensor:  # [..., N]
+    wide = accumulation_dtype(x.dtype)
+    rows = x.to(wide)
+    y = F.linear(rows, expanded(mask, values.to(wide), x.shape[-1]), None if bias is None else bias.to(wide))
+    if down is not None:
+        y = y + lowrank_linear(rows, down.to(wide), cast(Tensor, up).to(wide))
+    return y.to(x.dtype)
+
+
 def gram_accumulate_(
     gram: Tensor,  # [K, K] or [B, K, K]
     x: Tensor,  # [..., K] or [B, M, K]

@@ -13,6 +13,7 @@ from mixrank_kernels import reference
 from mixrank_kernels._sample_makers import Sample, every_other_row, slice_of_wider, transposed
 from mixrank_kernels._samples import sample_inputs
 from mixrank_kernels._schema import Argument, tensor_of
+from mixrank_kernels.reference import packed_bits
 
 __all__ = [
     "Sample",
@@ -20,6 +21,7 @@ __all__ = [
     "densified",
     "every_other_row",
     "exact",
+    "packed_bits",
     "plain",
     "plain_cross_gram_accumulate_",
     "plain_gram_accumulate_",
@@ -28,6 +30,7 @@ __all__ = [
     "plain_lowrank_linear",
     "plain_lowrank_residual_linear",
     "plain_pivoted_linear",
+    "plain_sparse_linear",
     "run",
     "sample_inputs",
     "slice_of_wider",
@@ -82,6 +85,19 @@ def plain_pivoted_linear(
     return y if bias is None else y + bias
 
 
+def plain_sparse_linear(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What a user writes without this package: the layer with all its zeros, and that of the factors, added."""
+    y = F.linear(x, reference.expanded(mask, values, x.shape[-1]), bias)
+    return y if down is None else y + plain_lowrank_linear(x, down, cast(Tensor, up))
+
+
 def plain_gram_accumulate_(
     gram: Tensor, x: Tensor, row_weight: Tensor | None = None, column_sum: Tensor | None = None
 ) -> None:
@@ -131,6 +147,7 @@ def plain(op: str) -> Callable:
         "lowrank_linear": plain_lowrank_linear,
         "lowrank_residual_linear": plain_lowrank_residual_linear,
         "pivoted_linear": plain_pivoted_linear,
+        "sparse_linear": plain_sparse_linear,
         "gram_accumulate_": plain_gram_accumulate_,
         "cross_gram_accumulate_": plain_cross_gram_accumulate_,
         "int8_linear": plain_int8_linear,

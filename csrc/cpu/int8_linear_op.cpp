@@ -143,7 +143,7 @@ class Int8Call {
     check_device(op_, name, tensor, like_, like_name_);
   }
 
-  // A hash of a few codes of every weight: as in lowrank_linear_op.cpp, a write that torch does not count shows here.
+  // A hash of a few codes of every weight: as in weight_sample.h, a write that torch does not count shows here.
   uint64_t sample() const {
     constexpr int64_t kSamples = 16;
     uint64_t hash = 14695981039346656037u;

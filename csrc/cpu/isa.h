@@ -8,6 +8,7 @@
 #include "cpu/gram.h"
 #include "cpu/int8_linear.h"
 #include "cpu/lowrank_linear.h"
+#include "cpu/sparse_linear.h"
 
 namespace mixrank {
 
@@ -29,6 +30,8 @@ struct KernelTable {
   int64_t (*int8_pack)(const Int8LinearParams&, void* packed);  // as lowrank_pack
   int64_t (*int8_loop)(int64_t steps);
   const char* int8_products;  // what multiplies codes, as text
+  void (*sparse_linear)(const SparseLinearParams&);
+  int64_t (*sparse_pack)(const SparseLinearParams&, void* packed);  // as lowrank_pack
 };
 
 extern const KernelTable kPortableKernels;

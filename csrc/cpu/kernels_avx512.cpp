@@ -29,6 +29,7 @@ constexpr int32_t kIsa = 2;
 #include "cpu/gram_kernel.h"
 #include "cpu/lowrank_linear_kernel.h"
 #include "cpu/int8_linear_kernel.h"
+#include "cpu/sparse_linear_kernel.h"
 
 namespace mixrank {
 
@@ -36,6 +37,7 @@ const KernelTable kAvx512Kernels = {
     "avx512", kIsa, "12x32", "12x16", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
     multiply_add_loop<F32>, nullptr,
     int8_linear_kernel, int8_pack_kernel, multiply_add_loop<Int8>, "vpmaddwd",
+    sparse_linear_kernel, sparse_pack_kernel,
 };
 
 }  // namespace mixrank

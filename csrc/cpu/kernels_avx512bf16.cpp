@@ -32,6 +32,7 @@ constexpr int32_t kIsa = 3;
 #include "cpu/gram_kernel.h"
 #include "cpu/lowrank_linear_kernel.h"
 #include "cpu/int8_linear_kernel.h"
+#include "cpu/sparse_linear_kernel.h"
 
 namespace mixrank {
 
@@ -39,6 +40,7 @@ const KernelTable kAvx512Bf16Kernels = {
     "avx512bf16", kIsa, "12x32", "12x16", true, lowrank_linear_kernel<Bf16Pairs>, lowrank_pack_kernel<Bf16Pairs>, gram_kernel<Bf16Pairs>,
     multiply_add_loop<F32>, multiply_add_loop<Bf16Pairs>,
     int8_linear_kernel, int8_pack_kernel, multiply_add_loop<Int8>, "vpdpbusd",
+    sparse_linear_kernel, sparse_pack_kernel,
 };
 
 }  // namespace mixrank

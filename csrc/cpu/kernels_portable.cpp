@@ -18,6 +18,7 @@ constexpr int32_t kIsa = 0;
 #include "cpu/gram_kernel.h"
 #include "cpu/lowrank_linear_kernel.h"
 #include "cpu/int8_linear_kernel.h"
+#include "cpu/sparse_linear_kernel.h"
 
 namespace mixrank {
 
@@ -25,6 +26,7 @@ const KernelTable kPortableKernels = {
     "portable", kIsa, "6x8", "6x4", false, lowrank_linear_kernel<F32>, lowrank_pack_kernel<F32>, gram_kernel<F32>,
     multiply_add_loop<F32>, nullptr,
     int8_linear_kernel, int8_pack_kernel, multiply_add_loop<Int8>, "plain C++",
+    sparse_linear_kernel, sparse_pack_kernel,
 };
 
 }  // namespace mixrank

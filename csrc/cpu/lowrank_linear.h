@@ -52,7 +52,7 @@ struct PackedHeader {
   int32_t isa;  // KernelTable::isa_id
   Dtype dtype;
   int64_t K, N, R, Q, block_size, block_count;
-  uint64_t sample;  // of the weights, see lowrank_linear_op.cpp
+  uint64_t sample;  // of the weights, see weight_sample.h
   int64_t pivoted;  // 1: with an index, else 0
   int64_t unused[6];
 };

@@ -8,6 +8,7 @@
 
 #include "common/checks.h"
 #include "cpu/isa.h"
+#include "cpu/weight_sample.h"
 
 namespace mixrank {
 namespace {
@@ -205,29 +206,16 @@ class Call {
     check(false, op_, ": ", names, " must be given together or not at all, but ", absent, " was missing");
   }
 
-  // A hash of a few elements of every weight. Writes that torch does not count (through weight.data) leave packed
-  // factors behind; one to a whole tensor shows here.
   uint64_t sample() const {
-    uint64_t hash = 14695981039346656037u;
+    WeightSample sample;
     const int64_t size = element_size(params_.dtype);
     for (const MatrixView* view : {&params_.down[0], &params_.up[0], &params_.down[1], &params_.up[1]}) {
-      sample(view->data, size, view->rows, view->cols, view->row_stride, view->col_stride, hash);
+      sample.add(view->data, size, view->rows, view->cols, view->row_stride, view->col_stride);
     }
     const BlockSparse& blocks = params_.blocks;
-    sample(blocks.values, size, blocks.count * blocks.size, blocks.size, blocks.size, 1, hash);
-    if (index_) sample(index_->const_data_ptr(), index_->element_size(), N_, 1, 1, 1, hash);
-    return hash;
-  }
-
-  static void sample(const void* data, int64_t size, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-                     uint64_t& hash) {
-    constexpr int64_t kSamples = 16;
-    for (int64_t i = 0; i < kSamples && rows > 0; ++i) {
-      const int64_t row = i * (rows - 1) / (kSamples - 1), col = (kSamples - 1 - i) * (cols - 1) / (kSamples - 1);
-      uint64_t bits = 0;
-      memcpy(&bits, static_cast<const char*>(data) + (row * row_stride + col * col_stride) * size, size);
-      hash = (hash ^ bits) * 1099511628211u;
-    }
+    sample.add(blocks.values, size, blocks.count * blocks.size, blocks.size, blocks.size, 1);
+    if (index_) sample.add(index_->const_data_ptr(), index_->element_size(), N_, 1, 1, 1);
+    return sample.hash();
   }
 
   // The indices as int64; narrower ones are widened into `widened`.

@@ -17,7 +17,7 @@ struct F32 {
   using V = __m256;
   using UnitV = __m256;
   static constexpr int kLanes = 8, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
-  static constexpr bool kWidensFast = true;
+  static constexpr bool kWidensFast = true, kExpands = false;
 
   static V zero() { return _mm256_setzero_ps(); }
   static Unit one() { return 1; }
@@ -68,7 +68,7 @@ struct F64 {
   using V = __m256d;
   using UnitV = __m256d;
   static constexpr int kLanes = 4, kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
-  static constexpr bool kWidensFast = false;
+  static constexpr bool kWidensFast = false, kExpands = false;
 
   static V zero() { return _mm256_setzero_pd(); }
   static Unit one() { return 1; }

@@ -3,7 +3,9 @@
 // product's inner dimension), its register tile kRows x kVecs (kGramRows x kVecs for Gram matrices), its dot-product
 // tile kDotRows x kDotCols, whether a vector of 16-bit elements widens in one or two instructions, Wide, the arithmetic
 // of single widened elements, and Narrow, the same arithmetic on half a vector where that is faster, else void. Wide
-// arithmetic can choose: lane i of the result is lane lanes[i] of a, or lane lanes[i] - kLanes of b.
+// arithmetic can choose: lane i of the result is lane lanes[i] of a, or lane lanes[i] - kLanes of b. Where kExpands,
+// expand moves the first lanes of a vector to those that are set in `lanes`, in their order, and fma_where leaves others
+// as they are in c.
 #pragma once
 
 #include <immintrin.h>
@@ -24,7 +26,7 @@ struct F32 {
   using V = __m512;
   using UnitV = __m512;
   static constexpr int kLanes = 16, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4, kGramRows = 8;
-  static constexpr bool kWidensFast = true;
+  static constexpr bool kWidensFast = true, kExpands = true;
 
   static V zero() { return _mm512_setzero_ps(); }
   static Unit one() { return 1; }
@@ -39,6 +41,10 @@ struct F32 {
   }
   static V broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V expand(uint32_t lanes, V v) { return _mm512_maskz_expand_ps(static_cast<__mmask16>(lanes), v); }
+  static V fma_where(uint32_t lanes, V a, V b, V c) {
+    return _mm512_mask3_fmadd_ps(a, b, c, static_cast<__mmask16>(lanes));
+  }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static float reduce(V v) { return _mm512_reduce_add_ps(v); }
   static V choose(V a, V b, const Lane* lanes) { return _mm512_permutex2var_ps(a, _mm512_loadu_si512(lanes), b); }
@@ -89,13 +95,17 @@ struct F64 {
   using V = __m512d;
   using UnitV = __m512d;
   static constexpr int kLanes = 8, kPack = 1, kRows = 12, kVecs = 2, kDotRows = 4, kDotCols = 4, kGramRows = 8;
-  static constexpr bool kWidensFast = false;
+  static constexpr bool kWidensFast = false, kExpands = true;
 
   static V zero() { return _mm512_setzero_pd(); }
   static Unit one() { return 1; }
   static V load(const double* p) { return _mm512_loadu_pd(p); }
   static V broadcast(const double* p) { return _mm512_set1_pd(*p); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  static V expand(uint32_t lanes, V v) { return _mm512_maskz_expand_pd(static_cast<__mmask8>(lanes), v); }
+  static V fma_where(uint32_t lanes, V a, V b, V c) {
+    return _mm512_mask3_fmadd_pd(a, b, c, static_cast<__mmask8>(lanes));
+  }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
   static double reduce(V v) { return _mm512_reduce_add_pd(v); }
   static V choose(V a, V b, const Lane* lanes) { return _mm512_permutex2var_pd(a, _mm512_loadu_si512(lanes), b); }

@@ -17,7 +17,7 @@ struct Portable {
   typedef Scalar V __attribute__((vector_size(16)));
   using UnitV = V;
   static constexpr int kLanes = 16 / sizeof(Scalar), kPack = 1, kRows = 6, kVecs = 2, kDotRows = 4, kDotCols = 2, kGramRows = 4;
-  static constexpr bool kWidensFast = false;
+  static constexpr bool kWidensFast = false, kExpands = false;
 
   static V zero() { return V{}; }
   static Unit one() { return 1; }

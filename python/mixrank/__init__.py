@@ -18,6 +18,7 @@ from mixrank.models import create_model
 from mixrank.nn import MixedRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear
+from mixrank.nn_sparse import SparseLinear
 from mixrank.plan import Plan
 from mixrank.precision import fast_dtype
 from mixrank.quantize import QuantizationResult, quantize_
@@ -42,6 +43,7 @@ __all__ = [
     "PivotedLinear",
     "Plan",
     "QuantizationResult",
+    "SparseLinear",
     "SplitLinear",
     "SweepResult",
     "SweepRow",

@@ -28,7 +28,7 @@ from mixrank.errors import InputError
 from mixrank.greedy import Point, greedy
 from mixrank.nn import SplitLinear
 from mixrank.nn_pivoted import index_dtype
-from mixrank.plan import FORMS, LayerPlan, Plan
+from mixrank.plan import LOW_RANK_FORMS, LayerPlan, Plan
 
 if TYPE_CHECKING:
     from mixrank.sensitivity import Sensitivity
@@ -230,7 +230,7 @@ def check_budget(
     Raises:
         InputError: as :func:`allocate`.
     """
-    for name, value, known in (("ranks", ranks, RANKS), ("energy", energy, ENERGIES), ("form", form, FORMS)):
+    for name, value, known in (("ranks", ranks, RANKS), ("energy", energy, ENERGIES), ("form", form, LOW_RANK_FORMS)):
         if value not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}, but it was {value!r}")
     if step < 1:

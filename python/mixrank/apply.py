@@ -1,4 +1,4 @@
-"""Applying a plan: dense layers are replaced in place by mixed-rank ones."""
+"""Applying a plan: dense layers are replaced in place by mixed-rank or sparse ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixrank.attributes import note_
 from mixrank.decompose import Factorisation
@@ -14,6 +14,7 @@ from mixrank.errors import InputError
 from mixrank.models import compressible_linears
 from mixrank.nn import LowRankLinear, MixedRankLinear, SplitLinear
 from mixrank.nn_pivoted import PivotedLinear
+from mixrank.nn_sparse import SparseLinear
 from mixrank.plan import LayerPlan, Plan
 
 QKV_SECTIONS = 3
@@ -34,7 +35,8 @@ def apply_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisat
         ``model`` itself, changed.
 
     Raises:
-        InputError: the plan names a layer that the model or the factorisations do not have, or of another size.
+        InputError: the plan names a layer that the model or the factorisations do not have, or of another size, or
+            holds a layer as sparse, which no factorisation gives.
 
     Example:
         >>> import timm
@@ -48,6 +50,8 @@ def apply_(model: nn.Module, plan: Plan, factorisations: Mapping[str, Factorisat
     linears = compressible_linears(model)
     for layer in plan.layers:
         _checked(layer, linears.get(layer.name))
+        if layer.rank is not None and layer.form == "sparse":
+            raise InputError(f"the plan holds layer {layer.name} as sparse, which its factorisation does not give")
         if layer.rank is not None and layer.name not in factorisations:
             raise InputError(f"the plan gives layer {layer.name} a rank, but it was not decomposed")
     return put_(model, plan, factorisations)
@@ -77,10 +81,17 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
     for layer in plan.layers:
         like = _checked(layer, linears.get(layer.name)).weight
         if layer.rank is not None:
-            sizes = (layer.in_features, layer.out_features, layer.rank, layer.bias)
-            _replace(model, layer.name, _LAYERS[layer.form](*sizes, device=like.device, dtype=like.dtype))
+            _replace(model, layer.name, _empty(layer, layer.rank, like))
     note_(model, "mixrank_plan", plan)
     return model
+
+
+def _empty(layer: LayerPlan, rank: int, like: Tensor) -> LowRankLinear:
+    """A layer of the plan's form and sizes, on the device and in the dtype of ``like``."""
+    sizes = (layer.in_features, layer.out_features)
+    if layer.form == "sparse":
+        return SparseLinear(*sizes, layer.entries, rank, layer.bias, device=like.device, dtype=like.dtype)
+    return _LAYERS[layer.form](*sizes, rank, layer.bias, device=like.device, dtype=like.dtype)
 
 
 def _layer(layer: LayerPlan, rank: int, factorisation: Factorisation) -> LowRankLinear:

@@ -27,15 +27,16 @@ from mixrank.models import (
 )
 from mixrank.nn_int8 import Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear, check_index
+from mixrank.nn_sparse import SparseLinear, check_mask
 from mixrank.plan import Plan
 from mixrank.prepare import check_preprocessing
 from mixrank.quantize import quantized_layers, restructure_quantized_
 from mixrank.uvc.shrink import RemainingBlock, remaining_blocks, restructure_pruned_
 from mixrank_kernels import __version__
 
-FORMAT = 3
-"""The newest format that is read. Format 2 has quantised layers, format 3 pruned blocks; a file without them is of the
-oldest format that can hold it."""
+FORMAT = 4
+"""The newest format that is read. Format 2 has quantised layers, format 3 pruned blocks, format 4 sparse layers; a file
+without them is of the oldest format that can hold it."""
 _KEY = "mixrank"
 _MAX_HEADER_BYTES = 64 * 2**20
 _MAX_PRUNED_DEPTH = 512
@@ -114,8 +115,9 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
     state = model.state_dict()
     computed = {name: buffer for name, buffer in model.named_buffers() if name not in state}
     quantization, blocks = quantized_layers(model), remaining_blocks(model)
+    is_sparse = any(isinstance(module, SparseLinear) for module in model.modules())
     content = {
-        "format": 1 if blocks is None and not quantization else 2 if blocks is None else 3,
+        "format": 4 if is_sparse else 3 if blocks is not None else 2 if quantization else 1,
         "library_version": __version__,
         "architecture": spec.architecture,
         "args": spec.args,
@@ -211,8 +213,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
                 # A copy, since the tensor is a view of the file, which someone may overwrite.
                 tensor.data = file.get_tensor(name).clone()
         for name, module in model.named_modules():
-            if isinstance(module, PivotedLinear | Int8PivotedLinear):
-                _check_index(module, name, path)
+            _check_places(module, name, path)
         return model.to(device).eval()
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is broken: {error}") from error
@@ -220,9 +221,13 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
         raise InputError(f"the model cannot be put on the device {device!r}: {error}") from error
 
 
-def _check_index(layer: PivotedLinear | Int8PivotedLinear, name: str, path: Path) -> None:
+def _check_places(layer: nn.Module, name: str, path: Path) -> None:
+    """Raise InputError where a layer's index or mask, whose contents the header does not tell, is none."""
     try:
-        check_index(layer.index, layer.rank)
+        if isinstance(layer, PivotedLinear | Int8PivotedLinear):
+            check_index(layer.index, layer.rank)
+        elif isinstance(layer, SparseLinear):
+            check_mask(layer.mask, layer.in_features, layer.entries)
     except InputError as error:
         raise InputError(f"{path} is broken: layer {name}: {error}") from error
 
@@ -288,7 +293,7 @@ def _parse(text: str, tensors: dict[str, TensorInfo], path: Path) -> Header:
                 for name, dtype in _typed(content, "buffer_dtypes", dict).items()
             },
             quantization=_quantization(content) if version >= 2 else {},
-            blocks=_blocks(content) if version >= 3 else None,
+            blocks=_blocks(content) if version == 3 or (version > 3 and "blocks" in content) else None,
             tensors=tensors,
         )
         check_spec(ModelSpec(header.architecture, header.args))

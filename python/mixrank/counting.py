@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from mixrank.errors import InputError, first_line
 from mixrank.models import preprocessing
+from mixrank.nn_sparse import SparseLinear
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of all parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of all parameters, shared ones once.
+
+    Where the entries of a :class:`mixrank.SparseLinear` stand has to be stored too: its mask, which is a buffer, counts
+    as the numbers of 32 bits that it takes, ``ceil(N ceil(K / 8) / 4)``.
+    """
+    masks = {id(layer.mask): layer.places for layer in model.modules() if isinstance(layer, SparseLinear)}
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(masks.values())
 
 
 def count_bytes(model: nn.Module) -> int:
@@ -25,8 +31,9 @@ def count_bytes(model: nn.Module) -> int:
 def count_macs(model: nn.Module) -> int:
     """Return the multiply-accumulate operations of one image, without running the model.
 
-    Counted are matrix products and convolutions: linear layers (factored ones as ``M * R * (K + N)``), patch embedding,
-    and the two products of attention. Not counted are biases, normalisation, softmax, activations, sums.
+    Counted are matrix products and convolutions: linear layers (factored ones as ``M * R * (K + N)``, and M for each
+    entry of a sparse one), patch embedding, and the two products of attention. Not counted are biases, normalisation,
+    softmax, activations, sums.
 
     Raises:
         InputError: the forward pass cannot be traced on a zero image of the model's input size.

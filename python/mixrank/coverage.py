@@ -8,6 +8,7 @@ from torch import nn
 
 from mixrank.counting import count_parameters
 from mixrank.models import compressible_linears, skipped_linears
+from mixrank.nn_sparse import SparseLinear
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class LeftAlone:
     Attributes:
         name: of the module in the model, empty for the model itself.
         reason: why, as the end of a sentence.
-        parameters: numbers in its own weights, those of modules inside it not counted.
+        parameters: numbers in its own weights, those of modules inside it not counted; of a sparse layer also what the
+            places of its entries count as, see :func:`mixrank.counting.count_parameters`.
     """
 
     name: str
@@ -34,8 +36,10 @@ def left_alone(model: nn.Module) -> list[LeftAlone]:
     found: list[LeftAlone] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        own = {id(weight): weight for weight in module.parameters(recurse=False) if weight.squeeze().dim() > 1}
-        count = sum(weight.numel() for key, weight in own.items() if key not in seen)
+        own = {id(weight): weight.numel() for weight in module.parameters(recurse=False) if weight.squeeze().dim() > 1}
+        if isinstance(module, SparseLinear):
+            own |= {id(module.values): module.entries, id(module.mask): module.places}
+        count = sum(numbers for key, numbers in own.items() if key not in seen)
         seen |= own.keys()
         if count and name not in wanted:
             found.append(LeftAlone(name, skipped.get(name, f"it is a {type(module).__name__}"), count))

@@ -254,7 +254,7 @@ def twin(model: nn.Module) -> nn.Module:
 def compressible_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers that can be replaced, by name and in the model's order: all but :func:`skipped_linears`.
 
-    Layers that are already factored are not among them; dense parts of a :class:`mixrank.nn.SplitLinear` are.
+    Layers that are already factored or sparse are not among them; dense parts of a :class:`mixrank.nn.SplitLinear` are.
     """
     skipped = skipped_linears(model)
     return {name: linear for name, linear in _linears(model).items() if name not in skipped}

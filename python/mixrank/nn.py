@@ -1,6 +1,6 @@
 """Layers that replace ``nn.Linear``: a weight held as two thin factors, and a fused linear held in parts.
 
-:mod:`mixrank.nn_pivoted` has the same weight in the pivoted form.
+:mod:`mixrank.nn_pivoted` has the same weight in the pivoted form, :mod:`mixrank.nn_sparse` a sparse one beside factors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class LinearLike(Protocol):
 class LowRankLinear(nn.Module):
     """What the forms of a linear layer of low rank have in common: how it is called, printed and multiplied out.
 
-    A form has ``in_features`` K, ``out_features`` N, ``rank`` R, a ``bias`` ``[N]`` or None, a ``weight`` and these:
+    A form has ``in_features`` K, ``out_features`` N, ``rank`` R, a ``bias`` ``[N]`` or None, a ``weight`` and these. In
+    :class:`mixrank.SparseLinear` factors are a part of the weight only, and R may be 0.
     """
 
     _operator: Callable[..., Tensor]
@@ -54,8 +55,8 @@ class LowRankLinear(nn.Module):
         """The ``[N, K]`` weight that the layer stands for."""
         raise NotImplementedError
 
-    def _weights(self) -> tuple[Tensor, ...]:
-        """The weights of the form, in the order of its operator."""
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        """The weights of the form, in the order of its operator, the first two there always."""
         raise NotImplementedError
 
     def merge(self) -> nn.Linear:
@@ -72,17 +73,19 @@ class LowRankLinear(nn.Module):
             return self._self_packed(x, *weights, self.bias)
         return self._operator(x, *weights, self.bias, self._packed(weights))
 
-    def _packed(self, weights: tuple[Tensor, ...]) -> Tensor | None:
+    def _packed(self, weights: tuple[Tensor | None, ...]) -> Tensor | None:
         """The weights packed for the CPU kernels, where the call will really use them as they are now."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None  # a graph would keep what was packed while it was traced
         return self._pack(*weights) if self._packs(weights) else None
 
-    def _packs(self, weights: tuple[Tensor, ...]) -> bool:
+    def _packs(self, weights: tuple[Tensor | None, ...]) -> bool:
         """Whether a call would use packed weights more than once."""
-        if not isinstance(weights[0], Tensor) or weights[0].device.type != "cpu":  # torch.fx traces with stand-ins
+        first, second = weights[:2]
+        # torch.fx traces with stand-ins of parameters; the first may be a buffer, of which it has none
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.device.type != "cpu":
             return False
-        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        trains = torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
         return not trains and not torch.is_autocast_enabled("cpu")
 
     def extra_repr(self) -> str:
@@ -294,22 +297,23 @@ class SplitLinear(nn.Module):
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
-def check_rank(rank: int, in_features: int, out_features: int) -> None:
-    """Raise InputError unless the sizes are positive and the rank lies in [1, min(in_features, out_features)]."""
+def check_rank(rank: int, in_features: int, out_features: int, *, lowest: int = 1) -> None:
+    """Raise InputError unless the sizes are positive and the rank lies in [lowest, min(in_features, out_features)]."""
     if in_features < 1 or out_features < 1:
         raise InputError(f"in_features and out_features must be at least 1, but were {in_features} and {out_features}")
     full = min(in_features, out_features)
-    if not 1 <= rank <= full:
+    if not lowest <= rank <= full:
         raise InputError(
-            f"rank must be from 1 to {full} for a layer of {in_features} inputs and {out_features} outputs, "
+            f"rank must be from {lowest} to {full} for a layer of {in_features} inputs and {out_features} outputs, "
             f"but it was {rank}"
         )
 
 
-def check_like(down: Tensor, **others: Tensor | None) -> None:
-    """Raise InputError unless every other tensor has the dtype and device of ``down``."""
+def check_like(first: Tensor, called: str = "down", /, **others: Tensor | None) -> None:
+    """Raise InputError unless every other tensor has the dtype and device of ``first``, which is ``called`` so."""
     for name, tensor in others.items():
-        if tensor is not None and (tensor.dtype != down.dtype or tensor.device != down.device):
+        if tensor is not None and (tensor.dtype != first.dtype or tensor.device != first.device):
             raise InputError(
-                f"{name} must be {down.dtype} on {down.device} as down is, but it was {tensor.dtype} on {tensor.device}"
+                f"{name} must be {first.dtype} on {first.device} as {called} is, but it was {tensor.dtype} on "
+                f"{tensor.device}"
             )

@@ -1,4 +1,4 @@
-"""Compressed models as plain PyTorch: factors multiplied out, or kept as products that any runtime has."""
+"""Compressed models as plain PyTorch: layers multiplied out, or kept as products that any runtime has."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mixrank.errors import InputError
 from mixrank.nn import LowRankLinear, MixedRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear
+from mixrank.nn_sparse import SparseLinear
 from mixrank.quantize import INT8_LAYERS
 from mixrank_kernels import reference
 
@@ -23,14 +24,15 @@ class _Mergeable(Protocol):
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A copy of the model with every factored or quantised layer multiplied out to a plain ``nn.Linear``."""
+    """A copy of the model with every factored, sparse or quantised layer multiplied out to a plain ``nn.Linear``."""
     return _replaced(model, lambda layer: cast(_Mergeable, layer).merge(), (LowRankLinear, SplitLinear, *INT8_LAYERS))
 
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy of the model that needs nothing but PyTorch to run: two products for a layer of low rank.
 
-    Weights of 8 bits stay so, and are widened when they are used.
+    Weights of 8 bits stay so, and are widened when they are used. Sparse layers are multiplied out: PyTorch has no
+    product of a sparse weight that exporters know.
 
     Raises:
         InputError: a layer has no such form.
@@ -56,6 +58,8 @@ def _plain(layer: nn.Module) -> nn.Module:
             made = nn.Sequential(_linear(layer.down, None), _linear(layer.up, layer.bias))
         case PivotedLinear():
             made = _Pivoted(_linear(layer.down, None), _linear(layer.coefficients, None), layer.index, layer.bias)
+        case SparseLinear():
+            made = layer.merge()
         case Int8Linear():
             made = _Int8(layer.codes, layer.scale, layer.bias, layer.dynamic)
         case Int8MixedRankLinear():

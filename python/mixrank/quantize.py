@@ -16,6 +16,7 @@ from mixrank.models import CLASSIFIER, skipped_linears
 from mixrank.nn import LinearLike, MixedRankLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear
+from mixrank.nn_sparse import SparseLinear
 from mixrank.stats import LayerStats
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -207,8 +208,9 @@ def quantize_(
 ) -> QuantizationResult:
     """Replace the linear layers of a model by layers of 8-bit weights, in place.
 
-    Factored layers and dense ones are replaced, the classifier among them; convolutions, normalisation and embeddings
-    stay. Nothing is changed if it fails. The model is for inference afterwards: no parameter asks for a gradient.
+    Factored layers and dense ones are replaced, the classifier among them; sparse layers, convolutions, normalisation
+    and embeddings stay. Nothing is changed if it fails. The model is for inference afterwards: no parameter asks for a
+    gradient.
 
     Args:
         model: a timm model, compressed or not.
@@ -254,7 +256,10 @@ def quantize_(
             QuantizedLayer(name, quantises_input, _relative_error(layer, new), count_bytes(layer), count_bytes(new))
         )
     if not replacements:
-        raise InputError("there is no layer to quantise: a model needs linear layers that are not quantised yet")
+        sparse = "; sparse ones stay as they are" if any(isinstance(m, SparseLinear) for m in model.modules()) else ""
+        raise InputError(
+            f"there is no layer to quantise: a model needs linear layers that are not quantised yet{sparse}"
+        )
     before = count_bytes(model)
     for name, new in replacements.items():
         model.set_submodule(name, new)
@@ -277,6 +282,8 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
             skipped[name] = reasons[name]
         elif isinstance(module, INT8_LAYERS):
             skipped[name] = "it is quantised already"
+        elif isinstance(module, SparseLinear):
+            skipped[name] = "it is sparse, and there is no form of that in 8 bits"
         elif any(
             tensor.dim() > 1 and part == "weight" for part, tensor in module._parameters.items() if tensor is not None
         ):

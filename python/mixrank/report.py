@@ -116,7 +116,10 @@ def _result(entry: dict[str, Any], index: int, dense: dict[str, Any], *, brief: 
     plan = (entry["result"].get("ranks") or {}).get("plan") if entry.get("command") == "uvc" else entry["plan"]
     plan = plan or {"layers": []}
     curves = {layer["name"]: layer for layer in entry.get("layers") or []}
-    layers = [curves.get(layer["name"], {}) | {key: layer[key] for key in LAYER_KEYS} for layer in plan["layers"]]
+    layers = [
+        curves.get(layer["name"], {}) | {key: layer[key] for key in LAYER_KEYS} | {"entries": layer.get("entries", 0)}
+        for layer in plan["layers"]
+    ]
     compressed = {key: entry["compressed"][key] for key in SUMMARY_KEYS}
     kept = compressed["parameters"] / dense["parameters"]
     figures: dict[str, str | None] = dict.fromkeys(("energy", "depth", "parameters", "error"))

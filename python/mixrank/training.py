@@ -19,6 +19,7 @@ from mixrank.errors import InputError
 from mixrank.fidelity import Fidelity, compare, logits_of
 from mixrank.imitation import SCOPES, Imitation
 from mixrank.nn import LowRankLinear, MixedRankLinear
+from mixrank.nn_sparse import SparseLinear
 from mixrank.progress import track
 from mixrank.training_state import TrainingState
 from mixrank.views import Views
@@ -38,7 +39,8 @@ class CompensationOptions:
         scope: ``"layer"``, ``"block"`` or ``"model"``.
         trained: ``"factors"``: the factored layers; ``"residual"``: of each of them only ``residual_rank`` columns of
             ``up`` and rows of ``down``, the last ones, which are a residual of that rank beside a frozen base (the
-            paper's); ``"all"``: every parameter of the model.
+            paper's); ``"all"``: every parameter of the model. Of sparse layers the entries train with the factors, and
+            their places stay; they have no ``"residual"``.
         residual_rank: Q, for ``"residual"``; at most all of a layer's rank is taken.
         batch_size: images in a step.
         learning_rate: the highest, of Adam, after a warm-up; it falls to zero along half a cosine.
@@ -157,6 +159,9 @@ class Training:
         # Parts of factors that keep their values: their gradients are set to zero, and Adam then leaves them alone.
         self.frozen: list[Callable[[], None]] = []
         if options.trained == "residual":
+            sparse = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+            if sparse:
+                raise InputError(f"trained='residual' is of layers that are factors alone, but {sparse[0]} is sparse")
             for layer in layers:
                 base, factors = max(0, layer.rank - options.residual_rank), cast(MixedRankLinear, layer)
                 self.frozen += [partial(_freeze, factors.down, 0, base), partial(_freeze, factors.up, 1, base)]

@@ -51,6 +51,9 @@ def test_operations_and_bytes_are_those_that_have_to_be():
     pivoted = Case("pivoted_linear", "", torch.bfloat16, 3, 64, 32, 8)
     assert pivoted.flops == 2 * 3 * 8 * 64 + 2 * 3 * 8 * (32 - 8)
     assert pivoted.bytes == 2 * (3 * 64 + 8 * 64 + (32 - 8) * 8 + 32 + 3 * 32) + 2 * 32
+    sparse = Case("sparse_linear", "", torch.float32, 3, 60, 32, 8, density=0.25)
+    assert sparse.flops == 2 * 3 * 8 * (60 + 32) + 2 * 3 * 480
+    assert sparse.bytes == 4 * (3 * 60 + 480 + 8 * (60 + 32) + 32 + 3 * 32) + 32 * 8
     branch = Case("lowrank_residual_linear", "", torch.float32, 3, 64, 32, 8, 0.4, "branch")
     assert branch.flops - linear.flops == 2 * 3 * 16 * (64 + 32)
     blocks = Case("lowrank_residual_linear", "", torch.float32, 3, 640, 320, 8, 0.4, "blocks 32")

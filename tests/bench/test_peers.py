@@ -26,7 +26,7 @@ def test_all_variants_of_a_case_pass_its_gate(case):
         peers.gate(case, field)
     assert peers.SERVED in field.variants["ours"]
     offered = {group for group in (*field.variants, *field.absent) if group != "ours"}
-    wanted = {"gram"} if "gram" in case.op else {"dense", "add" if case.residual else "factors"}
+    wanted = {"gram"} if "gram" in case.op else {"dense", "add" if case.residual or case.density else "factors"}
     if case.op in ops.INT8:
         wanted = {
             "floating",

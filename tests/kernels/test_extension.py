@@ -106,7 +106,7 @@ def test_set_isa_refuses_other_names_and_keeps_the_choice(name: str) -> None:
 
 
 def test_choose_names_the_kernel(isa: str, dtype: torch.dtype) -> None:
-    for op in ("lowrank_linear", "gram_accumulate_"):
+    for op in ("lowrank_linear", "sparse_linear", "gram_accumulate_"):
         assert _C.choose(op, str(dtype).removeprefix("torch.")).startswith(f"{isa}: ")
 
 

@@ -18,6 +18,7 @@ from mixrank_kernels import ops, packing, reference, testing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
+SPARSE = "sparse_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
 CHANGED = {GRAM: ("gram", "column_sum"), CROSS: ("cross",)}
 # Around an input: in place of NaN no valid index, and bytes that are NaN in any dtype.
@@ -48,6 +49,18 @@ PIVOTED_SIZES = (
     (9, 421, 389),
     (8, 400, 384),
 )
+# K, N, R (0: no factors): the same, with more than one chunk of features (128) and group of rows (128).
+SPARSE_SIZES = (
+    (1, 1, 0),
+    (5, 2, 1),
+    (13, 16, 9),
+    (64, 32, 17),
+    (65, 31, 0),
+    (129, 33, 31),
+    (9, 130, 2),
+)
+# Few tokens, and around the lanes and the vectors of a tile of them.
+SPARSE_ROWS = (1, 3, 7, 33, 66, 129)
 GRAM_SIZES = ((1,), (7,), (8,), (9,), (15,), (17,), (31,), (32,), (33,), (67,))
 CROSS_SIZES = ((1, 1), (7, 5), (8, 32), (17, 9), (33, 31), (31, 67))
 
@@ -127,6 +140,19 @@ def pivoted_arguments(m: int, k: int, n: int, r: int) -> dict[str, Tensor]:
     }
 
 
+def sparse_arguments(m: int, k: int, n: int, r: int) -> dict[str, Tensor | None]:
+    stored = torch.rand(n, k) < 0.3
+    return {
+        "x": integers(m, k, high=4),
+        "mask": testing.packed_bits(stored),
+        "values": integers(int(stored.sum()), high=2),
+        "down": integers(r, k, high=1) if r else None,
+        # Few of them, or sums would not be numbers of every dtype.
+        "up": integers(n, r, high=1) * (torch.arange(r) < 6) if r else None,
+        "bias": integers(n, high=4),
+    }
+
+
 def residual_arguments(m: int, k: int, n: int, r: int, q: int, b: int) -> dict[str, Tensor | None]:
     arguments = linear_arguments(m, k, n, r)
     if q:
@@ -156,11 +182,14 @@ def calls(op: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
         LINEAR: (linear_arguments, LINEAR_SIZES),
         RESIDUAL: (residual_arguments, RESIDUAL_SIZES),
         PIVOTED: (pivoted_arguments, PIVOTED_SIZES),
+        SPARSE: (sparse_arguments, SPARSE_SIZES),
         GRAM: (gram_arguments, GRAM_SIZES),
         CROSS: (cross_arguments, CROSS_SIZES),
     }[op]
     masters = [(torch.float64,), (torch.float32,)] if op in CHANGED else [()]
-    for (i, m), (j, size), master in product(enumerate(ROWS), enumerate(sizes), masters):
+    for (i, m), (j, size), master in product(
+        enumerate(SPARSE_ROWS if op == SPARSE else ROWS), enumerate(sizes), masters
+    ):
         yield (i + j) % len(ROWS), make(m, *size, *master)
 
 
@@ -168,6 +197,7 @@ def pack(arguments: dict[str, Tensor], allocations: Allocations) -> Tensor:
     """The weights as the operator takes them packed, once more with guard bands around what is written."""
     allocations.offset, allocations.poison, allocations.made = 0, 0x5A, []
     make = packing.packed_pivots if "index" in arguments else packing.packed
+    make = packing.packed_sparse if "mask" in arguments else make
     packed = make(**{name: value for name, value in arguments.items() if name not in ("x", "bias")})
     assert [one.tensor.data_ptr() for one in allocations.made] == [packed.data_ptr()]
     allocations.made[0].assert_untouched()
@@ -180,6 +210,8 @@ def check(
     """Run ``op`` with every operand at an offset of its own, NaN around the inputs, ``poison`` around the outputs."""
     changed, banded = CHANGED.get(op, ()), {}
     for place, (name, value) in enumerate(arguments.items()):
+        if value is None:
+            continue
         around = poison if name in changed else NOTHING.get(value.dtype, float("nan"))
         # What is packed is only used where it begins with a cache line, as what PyTorch allocates does.
         shift = 0 if name == "packed" else (offset + 5 * place) % (CACHE_LINE // value.dtype.itemsize)
@@ -203,8 +235,8 @@ def check(
 def test_nothing_outside_the_operands_is_written_or_used(implementation, op, dtype, threads, allocations):
     torch.manual_seed(0)
     for first, arguments in calls(op):
-        kept = (*CHANGED.get(op, ()), "crow", "col", "index")
-        cast = {name: value if name in kept else value.to(dtype) for name, value in arguments.items()}
+        kept = (*CHANGED.get(op, ()), "crow", "col", "index", "mask")
+        cast = {n: value if n in kept or value is None else value.to(dtype) for n, value in arguments.items()}
         expected = list(testing.run(getattr(reference, op), testing.exact(cast)))
         operands = [cast] if op in CHANGED else [cast, cast | {"packed": pack(cast, allocations)}]
         for offset in range(first, CACHE_LINE // dtype.itemsize, len(ROWS)):

@@ -16,9 +16,10 @@ from mixrank_kernels.flops import FlopCounterMode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
+SPARSE = "sparse_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
 # For each operator one sample that has every argument and no size that is a multiple of a tile.
-FULL = {LINEAR: "prime", RESIDUAL: "both-16", PIVOTED: "prime", GRAM: "prime", CROSS: "prime"}
+FULL = {LINEAR: "prime", RESIDUAL: "both-16", PIVOTED: "prime", SPARSE: "prime", GRAM: "prime", CROSS: "prime"}
 
 
 def identify(value: object) -> str:
@@ -43,7 +44,8 @@ def test_every_compiled_implementation_of_this_machine_is_tested():
     isas = {f"cpu-{isa}" for isa in backend.isas()}
     for op in (LINEAR, GRAM):
         assert isas | {"cpu", "triton", "composite", "reference"} == set(backend.available("cpu", op))
-    assert isas | {"cpu", "composite", "reference"} == set(backend.available("cpu", PIVOTED))
+    for op in (PIVOTED, SPARSE):
+        assert isas | {"cpu", "composite", "reference"} == set(backend.available("cpu", op))
     assert "portable" in backend.isas()
 
 
@@ -77,7 +79,7 @@ def test_small_integers_are_exact(implementation, op, sample, dtype, computes):
         "values": 4,
         "coefficients": 3,
     }.items():
-        if arguments.get(name) is not None:
+        if arguments.get(name) is not None and arguments[name].dim() > 1:  # the values of a sparse weight are few
             arguments[name][..., kept:] = 0
     exact = testing.run(getattr(reference, op), testing.exact(arguments))
     for ours, true in zip(testing.run(getattr(ops, op), arguments), exact, strict=True):
@@ -91,7 +93,7 @@ def test_operands_at_any_offset_of_a_poisoned_buffer(implementation, op, dtype, 
     """Every one-element shift of every operand, NaN around it: nothing outside is read into the result."""
 
     def shifted(tensor: torch.Tensor) -> torch.Tensor:
-        poison = float("nan") if tensor.is_floating_point() else -1
+        poison = float("nan") if tensor.is_floating_point() else 0xFF if tensor.dtype == torch.uint8 else -1
         buffer = tensor.new_full((offset + tensor.numel() + 64,), poison)
         return buffer[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
 
@@ -171,12 +173,32 @@ def test_what_the_pivots_make_is_rounded_once(implementation, op, dtype, rows):
     assert torch.equal(y[:, 18:], bias[18:].expand(rows, -1))
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=identify)
+@pytest.mark.operators(SPARSE, without=("composite",))
+def test_a_sparse_weight_and_its_factors_are_rounded_together(implementation, op, dtype, rows):
+    """``large + 1`` is no number of this dtype: a part that is rounded before another is added gives 0 or 2, not 1."""
+    large = 2 / torch.finfo(dtype).eps
+    x = torch.zeros(rows, 200, dtype=dtype)
+    x[:, 0], x[:, 1], x[:, 199] = large, 1, -large
+    # One of these is in another chunk of features: both in S, one in S and one in the factors, one in S and the bias.
+    first, last = torch.zeros(20, 200, dtype=torch.bool), torch.zeros(20, 200, dtype=torch.bool)
+    first[:, :2], last[:, 199] = True, True
+    both, down = first | last, torch.zeros(1, 200, dtype=dtype)
+    down[0, 199] = 1
+    up, bias = torch.ones(20, 1, dtype=dtype), torch.full((20,), -large, dtype=dtype)
+    for stored, rest in ((both, {}), (first, {"down": down, "up": up}), (first, {"bias": bias})):
+        values = torch.ones(int(stored.sum()), dtype=dtype)
+        y = ops.sparse_linear(x, testing.packed_bits(stored), values, **rest)
+        assert torch.equal(y, torch.ones(rows, 20, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
-@pytest.mark.operators(PIVOTED, without=("composite", "reference"))
+@pytest.mark.operators(PIVOTED, SPARSE, without=("composite", "reference"))
 def test_a_bias_of_any_stride_is_that_bias(implementation, op, dtype):
     arguments = full_sample(op).arguments(dtype)
     spread = arguments["bias"].repeat_interleave(2)[::2]
-    assert torch.equal(ops.pivoted_linear(**arguments | {"bias": spread}), ops.pivoted_linear(**arguments))
+    assert torch.equal(getattr(ops, op)(**arguments | {"bias": spread}), getattr(ops, op)(**arguments))
 
 
 NON_FINITE = [float("nan"), float("inf"), -float("inf")]
@@ -203,6 +225,23 @@ def test_non_finite_inputs_reach_their_own_row_alone(implementation, op, dtype, 
             assert torch.equal(kind(actual), kind(exact)), kind.__name__
         if not zeroed:
             assert torch.equal(actual[others], clean[others])
+
+
+@pytest.mark.parametrize("value", NON_FINITE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.operators(SPARSE, without=("composite", "reference"))
+def test_non_finite_inputs_reach_the_stored_entries_alone(implementation, op, dtype, value):
+    sample = next(sample for sample in testing.sample_inputs(op) if sample.name == "no-factors")
+    arguments = sample.arguments(dtype)
+    poisoned = arguments | {"x": arguments["x"].clone()}
+    poisoned["x"][3, 2] = value
+    clean, actual = ops.sparse_linear(**arguments), ops.sparse_linear(**poisoned)
+    reached = torch.zeros_like(clean, dtype=torch.bool)
+    weight = reference.expanded(arguments["mask"], arguments["values"], arguments["x"].shape[-1])
+    reached[3] = weight[:, 2] != 0
+    assert 0 < reached.sum() < len(weight)
+    expected = clean.masked_scatter(reached, (value * weight[:, 2])[reached[3]])
+    assert torch.equal(actual.nan_to_num(1e3), expected.nan_to_num(1e3))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -258,6 +297,9 @@ def test_flops_are_counted():
     assert counted(ops.lowrank_residual_linear, x, down, up, **residual) == both
     index = torch.cat([torch.arange(4), torch.arange(4, 48)])
     assert counted(ops.pivoted_linear, x, down, torch.ones(44, 4), index) == 2 * 21 * 4 * (32 + 48 - 4)
+    mask = testing.packed_bits(torch.arange(48 * 32).reshape(48, 32) % 3 == 0)
+    assert counted(ops.sparse_linear, x, mask, torch.ones(512)) == 2 * 21 * 512
+    assert counted(ops.sparse_linear, x, mask, torch.ones(512), down, up) == 2 * 21 * (512 + 4 * (32 + 48))
     # The same work by name, past Python's wrapper with its positions.
     assert counted(overload(RESIDUAL), x, down, up, **residual) == both
     assert counted(ops.gram_accumulate_, torch.zeros(32, 32), x) == 21 * 32 * 33

@@ -12,6 +12,7 @@ from mixrank_kernels._samples import sample_inputs
 from mixrank_kernels._schema import INT8_SCHEMAS, SCHEMAS, overload
 
 LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
+SPARSE = "sparse_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
 
 
@@ -35,6 +36,14 @@ def good_arguments(op: str) -> dict[str, torch.Tensor | None]:
             "coefficients": torch.ones(4, 2),
             "index": torch.tensor([1, 4, 0, 2, 3, 5]),
             "bias": torch.ones(6),
+        },
+        SPARSE: {
+            "x": torch.ones(3, 13),
+            "mask": torch.tensor([[3, 16], [0, 1], [128, 0], [0, 0]], dtype=torch.uint8),
+            "values": torch.ones(5),
+            "down": torch.ones(2, 13),
+            "up": torch.ones(4, 2),
+            "bias": torch.ones(4),
         },
         GRAM: {
             "gram": torch.zeros(5, 5, dtype=torch.float64),
@@ -96,6 +105,29 @@ BAD_CALLS = [
     (PIVOTED, {"index": torch.ones(6)}, r"index must have one of the dtypes int16, int32, int64, but it was float32"),
     (PIVOTED, {"index": torch.ones(12).long()[::2]}, r"index must be contiguous, but its strides were \[2\]"),
     (PIVOTED, {"index": torch.ones(6, device="meta").long()}, r"index must be on cpu .*but it was on meta"),
+    *down_calls(SPARSE, 13, 4)[:2],
+    (
+        SPARSE,
+        {"x": torch.ones(3, 0), "mask": torch.zeros(4, 0).byte(), "down": torch.ones(2, 0)},
+        r"x must have at least one feature",
+    ),
+    *down_calls(SPARSE, 13, 4)[3:],
+    (SPARSE, {"mask": torch.ones(4, 3).byte()}, r"mask must have shape \[N, ceil\(K / 8\)\] with K = 13 .*\[4, 3\]"),
+    (SPARSE, {"mask": torch.ones(8).byte()}, r"mask must have shape \[N, ceil\(K / 8\)\] with K = 13 .*was \[8\]"),
+    (SPARSE, {"mask": torch.ones(0, 2).byte()}, r"mask must have at least one row \(out features N\), but it had none"),
+    (SPARSE, {"mask": torch.ones(4, 2).bool()}, r"mask must have dtype uint8, but it was (bool|Bool)"),
+    (SPARSE, {"mask": torch.ones(4, 4).byte()[:, ::2]}, r"mask must be contiguous, but its strides were \[4, 2\]"),
+    (SPARSE, {"mask": torch.ones(4, 2, device="meta").byte()}, r"mask must be on cpu .*but it was on meta"),
+    (SPARSE, {"values": torch.ones(5, 1)}, r"values must have shape \[nnz\], but it was \[5, 1\]"),
+    (SPARSE, {"values": torch.ones(5).half()}, r"values must have dtype float32 .*but it was float16"),
+    (SPARSE, {"values": torch.ones(10)[::2]}, r"values must be contiguous, but its strides were \[2\]"),
+    (SPARSE, {"values": torch.ones(5, device="meta")}, r"values must be on cpu .*but it was on meta"),
+    (SPARSE, {"up": None}, rf"down, up {TOGETHER} up was missing"),
+    (SPARSE, {"down": None}, rf"down, up {TOGETHER} down was missing"),
+    (SPARSE, {"down": torch.ones(0, 13), "up": torch.ones(4, 0)}, r"down must have at least one row \(the rank R\)"),
+    (SPARSE, {"up": torch.ones(4, 3)}, r"up must have shape \[N, R\] with N = 4 .* and R = 2 .*but it was \[4, 3\]"),
+    (SPARSE, {"up": torch.ones(3, 2)}, r"up must have shape \[N, R\] with N = 4 .* and R = 2 .*but it was \[3, 2\]"),
+    (SPARSE, {"up": torch.ones(4, 2).double()}, r"up must have dtype float32 .*but it was float64"),
     (RESIDUAL, {"residual_down": None}, rf"residual_down, residual_up {TOGETHER} residual_down was missing"),
     (RESIDUAL, {"residual_up": None}, rf"residual_down, residual_up {TOGETHER} residual_up was missing"),
     (RESIDUAL, BRANCH | {"crow": None}, rf"crow, col, values {TOGETHER} crow was missing"),
@@ -227,6 +259,49 @@ def test_pivots_out_of_order_are_named(implementation, op, changed, message, row
     arguments = good_arguments(op) | {"x": torch.ones(rows, 5), "index": changed["index"].to(index)}
     with pytest.raises(RuntimeError, match=f"^{op}: {message}"):
         ops.pivoted_linear(**arguments)
+
+
+COUNTED = r"values must have shape \[nnz\] with nnz = {} \(the bits of mask\), but it was \[{}\]"
+BEYOND = "mask must have no bit set beyond K = 13, but row {} had one"
+BAD_MASKS = [
+    (SPARSE, {"mask": torch.tensor(rows, dtype=torch.uint8), "values": torch.ones(count)}, message)
+    for rows, count, message in [
+        ([[3, 16], [0, 1], [128, 0], [0, 0]], 4, COUNTED.format(5, 4)),
+        ([[3, 16], [0, 1], [128, 0], [0, 0]], 6, COUNTED.format(5, 6)),
+        ([[0, 0], [0, 0], [0, 0], [0, 0]], 1, COUNTED.format(0, 1)),
+        ([[3, 16], [0, 1], [0, 32], [0, 0]], 5, BEYOND.format(2)),
+        ([[3, 16], [0, 128], [0, 1], [0, 0]], 5, BEYOND.format(1)),
+    ]
+]
+
+
+@pytest.mark.parametrize("rows", [3, 30])
+@pytest.mark.parametrize(
+    ("implementation", "op", "changed", "message"), each_implementation(BAD_MASKS), indirect=["implementation"]
+)
+def test_masks_that_do_not_fit_the_values_are_named(implementation, op, changed, message, rows):
+    with pytest.raises(RuntimeError, match=f"^{op}: {message}"):
+        ops.sparse_linear(**good_arguments(op) | {"x": torch.ones(rows, 13)} | changed)
+
+
+def test_a_mask_is_read_once_and_again_after_a_write(monkeypatch):
+    read = []
+    original = _contents._read_mask
+    monkeypatch.setattr(_contents, "_read_mask", lambda *arguments: read.append(1) or original(*arguments))
+    arguments = good_arguments(SPARSE)
+    with backend.use("reference"):
+        for _ in range(3):
+            ops.sparse_linear(**arguments)
+        assert len(read) == 1
+        arguments["mask"][3, 0] = 1
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="with nnz = 6"):
+                ops.sparse_linear(**arguments)
+        ops.sparse_linear(**arguments | {"values": torch.ones(6)})
+        # The same bits, but one of them is beyond another number of features.
+        fewer = {"x": torch.ones(3, 12), "down": None, "up": None}
+        with pytest.raises(RuntimeError, match="beyond K = 12, but row 0 had one"):
+            ops.sparse_linear(**arguments | {"values": torch.ones(6)} | fewer)
 
 
 def test_pivots_are_read_once_and_again_after_a_write(monkeypatch):

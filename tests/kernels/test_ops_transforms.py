@@ -10,9 +10,10 @@ from mixrank_kernels import backend, ops, reference, testing
 from mixrank_kernels._schema import SCHEMAS, overload
 
 LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
+SPARSE = "sparse_linear"
 GRAM, CROSS = "gram_accumulate_", "cross_gram_accumulate_"
 # For each operator one sample that has every argument, of few entries.
-FULL = dict.fromkeys((LINEAR, PIVOTED, GRAM, CROSS), "leading-dims") | {RESIDUAL: "both-leading-dims"}
+FULL = dict.fromkeys((LINEAR, PIVOTED, SPARSE, GRAM, CROSS), "leading-dims") | {RESIDUAL: "both-leading-dims"}
 
 
 def identify(value: object) -> str:
@@ -31,7 +32,7 @@ def with_gradients(arguments: dict[str, Tensor | None]) -> dict[str, Tensor | No
     return arguments | {name: t.detach().clone().requires_grad_() for name, t in floating(arguments).items()}
 
 
-@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED)
+@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED, SPARSE)
 def test_gradients(implementation, op, sample):
     def gradients(function, dtype=torch.float32):
         # From one set of rounded values, whatever the dtype that the gradients are computed in.
@@ -47,7 +48,7 @@ def test_gradients(implementation, op, sample):
         testing.assert_within_budget(ours, true, plain, torch.float32)
 
 
-@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED)
+@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED, SPARSE)
 def test_gradient_of_one_argument_alone(implementation, op):
     for needed, tensor in floating(full_arguments(op)).items():
         ours, plain = ({**full_arguments(op), needed: tensor.clone().requires_grad_()} for _ in range(2))
@@ -56,10 +57,13 @@ def test_gradient_of_one_argument_alone(implementation, op):
         torch.testing.assert_close(ours[needed].grad, plain[needed].grad, msg=lambda text, n=needed: f"{n}: {text}")
 
 
-GRADCHECKED = ("tiny", "ones", "no-bias", "branch-tiny", "branch-no-bias", "blocks-repeated", "blocks-none", "both-16")
+GRADCHECKED = (
+    *("tiny", "ones", "no-bias", "branch-tiny", "branch-no-bias", "blocks-repeated", "blocks-none", "both-16"),
+    *("nothing-stored", "factors-alone"),
+)
 
 
-@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED)
+@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED, SPARSE)
 def test_gradcheck_and_gradgradcheck(implementation, op):
     on_triton = implementation == "triton"
     for sample in testing.sample_inputs(op):
@@ -81,7 +85,7 @@ def test_gradcheck_and_gradgradcheck(implementation, op):
 def test_opcheck(implementation, op, sample):
     arguments = sample.arguments()
     torch.library.opcheck(overload(op), tuple(arguments.values()))
-    if op in (LINEAR, RESIDUAL, PIVOTED):
+    if op in (LINEAR, RESIDUAL, PIVOTED, SPARSE):
         torch.library.opcheck(overload(op), tuple(with_gradients(arguments).values()))
 
 
@@ -102,7 +106,7 @@ def test_compiles_into_one_graph(implementation, op, dtype):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED)
+@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED, SPARSE)
 def test_compiles_with_gradients(implementation, op):
     torch._dynamo.reset()
     eager, compiled = (with_gradients(full_arguments(op)) for _ in range(2))
@@ -135,7 +139,7 @@ def test_exports(implementation, op):
 
 
 @pytest.mark.parametrize("region", [torch.bfloat16, torch.float16], ids=identify)
-@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED)
+@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED, SPARSE)
 def test_autocast_casts_as_for_a_linear_layer(implementation, op, region, computes):
     computes(implementation, region)
     arguments = with_gradients(full_arguments(op))
@@ -148,7 +152,7 @@ def test_autocast_casts_as_for_a_linear_layer(implementation, op, region, comput
     assert all(tensor.grad.dtype == torch.float32 for tensor in floating(arguments).values())
 
 
-@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED)
+@pytest.mark.operators(LINEAR, RESIDUAL, PIVOTED, SPARSE)
 def test_autocast_leaves_fp64_alone(implementation, op):
     with torch.autocast("cpu", torch.bfloat16):
         assert getattr(ops, op)(**full_arguments(op, torch.float64)).dtype == torch.float64
@@ -167,7 +171,7 @@ def test_autocast_leaves_statistics_alone(implementation, op, master):
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("op", [LINEAR, RESIDUAL, PIVOTED])
+@pytest.mark.parametrize("op", [LINEAR, RESIDUAL, PIVOTED, SPARSE])
 def test_autocast_drops_the_packing_of_what_it_casts(monkeypatch, op):
     seen = []
     original = getattr(reference, op)
@@ -186,7 +190,7 @@ def test_autocast_drops_the_packing_of_what_it_casts(monkeypatch, op):
     assert [given is not None for given in seen] == [True, True, False]
 
 
-@pytest.mark.parametrize("op", [LINEAR, RESIDUAL, PIVOTED])
+@pytest.mark.parametrize("op", [LINEAR, RESIDUAL, PIVOTED, SPARSE])
 def test_implementations_without_a_use_for_the_packing_ignore_it(op):
     arguments, packed = full_arguments(op), torch.zeros(3, dtype=torch.uint8)
     for name in ("reference", "triton"):
@@ -202,11 +206,21 @@ def test_implementations_without_a_use_for_the_packing_ignore_it(op):
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_fakes_make_what_the_operator_makes(op):
+    given = full_arguments(op)
     with torch._subclasses.FakeTensorMode() as mode:
-        fakes = {name: mode.from_tensor(tensor) for name, tensor in full_arguments(op).items()}
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in given.items()}
         output = getattr(ops, op)(**fakes)
-    if op in (LINEAR, RESIDUAL, PIVOTED):
+    if op in (LINEAR, RESIDUAL, PIVOTED, SPARSE):
         real = getattr(ops, op)(**full_arguments(op))
         assert (output.shape, output.dtype, output.stride()) == (real.shape, real.dtype, real.stride())
     else:
         assert output is None
+
+
+def test_a_sparse_weight_is_expanded_inside_a_graph():
+    stored = torch.rand(29, 37) < 0.4
+    weight = torch.where(stored, torch.randn(29, 37), 0)
+    arguments = testing.packed_bits(stored), weight[stored], 37
+    assert torch.equal(reference.expanded(*arguments), weight)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(reference.expanded, fullgraph=True, dynamic=True)(*arguments), weight)

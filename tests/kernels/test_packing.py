@@ -14,6 +14,7 @@ from mixrank_kernels import backend, ops, packing, testing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LINEAR, RESIDUAL, PIVOTED = "lowrank_linear", "lowrank_residual_linear", "pivoted_linear"
+SPARSE = "sparse_linear"
 # Around the rows of a tile (12) and the switch from dot products to packed weights (24 rows).
 ROWS = (1, 2, 3, 5, 11, 12, 13, 25, 37)
 
@@ -67,6 +68,13 @@ def pivots(dtype: torch.dtype) -> dict[str, Tensor]:
     return {"down": down, "coefficients": coefficients, "index": index}
 
 
+def sparse(dtype: torch.dtype, rank: int = 13) -> dict[str, Tensor]:
+    stored = torch.rand(61, 37) < 0.4
+    values = (torch.randn(int(stored.sum())) / 4).to(dtype)
+    made = dict(zip(("down", "up"), factors((rank, 37), (61, rank), dtype=dtype), strict=True)) if rank else {}
+    return {"mask": testing.packed_bits(stored), "values": values} | made
+
+
 WEIGHTS = {
     "odd-rank": (LINEAR, low_rank),
     "transposed": (LINEAR, transposed),
@@ -74,7 +82,11 @@ WEIGHTS = {
     "blocks-16": (RESIDUAL, lambda dtype: blocks(16, dtype)),
     "blocks-32": (RESIDUAL, lambda dtype: blocks(32, dtype)),
     "pivots": (PIVOTED, pivots),
+    "sparse": (SPARSE, sparse),
+    "sparse-alone": (SPARSE, lambda dtype: sparse(dtype, 0)),
 }
+PACK = {PIVOTED: packing.packed_pivots, SPARSE: packing.packed_sparse}
+COLUMNS = {PIVOTED: "index", SPARSE: "mask"}  # has an entry for each column of y, as up has elsewhere
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
@@ -82,10 +94,11 @@ WEIGHTS = {
 def test_results_are_those_without_packing(isa, kind, dtype):
     op, make = WEIGHTS[kind]
     weights = make(dtype)
-    (bias,) = factors((1, weights["index" if op == PIVOTED else "up"].shape[0]), dtype=dtype)
-    packed = (packing.packed_pivots if op == PIVOTED else packing.packed)(**weights)
+    (bias,) = factors((1, weights[COLUMNS.get(op, "up")].shape[0]), dtype=dtype)
+    packed = PACK.get(op, packing.packed)(**weights)
+    columns = weights["down"].shape[1] if "down" in weights else 37
     for rows in ROWS:
-        arguments = {"x": torch.randn(rows, weights["down"].shape[1]).to(dtype), "bias": bias[0], **weights}
+        arguments = {"x": torch.randn(rows, columns).to(dtype), "bias": bias[0], **weights}
         actual = getattr(ops, op)(**arguments, packed=packed)
         if rows > 24:
             assert torch.equal(actual, getattr(ops, op)(**arguments)), f"{rows} rows"

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from mixrank_kernels import backend, ops, packing
 from mixrank_kernels._schema import overload
+from mixrank_kernels.testing import packed_bits
 
-OPERATORS = ("lowrank_linear", "pivoted_linear")
+OPERATORS = ("lowrank_linear", "pivoted_linear", "sparse_linear")
 PACKED = {"lowrank_linear": packing.packed, "pivoted_linear": packing.packed_pivots}
+PACKED["sparse_linear"] = packing.packed_sparse
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +23,21 @@ def _nothing_packed():
 
 
 def linear_arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    if op == "sparse_linear":
+        return sparse_arguments(dtype)
     second = {"lowrank_linear": {"up": (29, 13)}, "pivoted_linear": {"coefficients": (16, 13)}}[op]
     shapes = {"x": (2, 15, 37), "down": (13, 37)} | second
     made = {name: (torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for name, shape in shapes.items()}
     if op == "pivoted_linear":
         made["index"] = torch.cat([torch.arange(1, 27, 2), torch.arange(0, 27, 2), torch.arange(27, 29)])
     return made | {"bias": torch.randn(29).to(dtype)}
+
+
+def sparse_arguments(dtype: torch.dtype) -> dict[str, Tensor]:
+    stored = torch.rand(29, 37) < 0.4
+    shapes = {"x": (2, 15, 37), "values": (int(stored.sum()),), "down": (13, 37), "up": (29, 13), "bias": (29,)}
+    made = {name: (torch.randn(shape) / 4).to(dtype) for name, shape in shapes.items()}
+    return {"x": made.pop("x"), "mask": packed_bits(stored), **made}
 
 
 def floating(arguments: dict[str, Tensor]) -> list[str]:

@@ -11,12 +11,13 @@ import pytest
 import timm
 import torch
 
-from mixrank import MixedRankLinear, PivotedLinear, compress
+from mixrank import MixedRankLinear, PivotedLinear, SparseLinear, compress, load, save
 from mixrank.blocks import block_of, blocks_of
 from mixrank.compensate import CompensationOptions, compensate_
 from mixrank.errors import InputError
 from mixrank.fidelity import Fidelity, compare, divergence
 from mixrank.imitation import Imitation, relative_error
+from mixrank.plan import LayerPlan, Plan
 from mixrank.training import Training
 from mixrank.views import Views, gather
 
@@ -152,6 +153,48 @@ def test_pivoted_layers_are_trained_as_factors_and_stay_pivoted(pair, tmp_path):
     held = torch.cat(images)[3::4].half().float()
     with torch.inference_mode():
         assert compare(model(held), dense(held)).divergence == pytest.approx(result.after.divergence, rel=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_sparse_layers_train_and_keep_their_places(pair, tmp_path, scope):
+    dense, _, images = copy.deepcopy(pair)
+    model = copy.deepcopy(dense)
+    for number, block in enumerate(model.blocks):
+        linear = block.mlp.fc1
+        weight, bias = linear.weight.detach(), linear.bias.detach()
+        sparse = weight * (weight.abs() > weight.abs().quantile(0.97))
+        left, values, right = torch.linalg.svd(weight - sparse, full_matrices=False)
+        factors = [(values[:, None] * right)[:8].contiguous(), left[:, :8].contiguous()] if number else [None, None]
+        block.mlp.fc1 = SparseLinear.from_weights(sparse, *factors, bias).eval()
+    layers = [block.mlp.fc1 for block in model.blocks]
+    plans = [
+        LayerPlan(f"blocks.{number}.mlp.fc1", 192, 768, layer.rank, True, 1, 1, "sparse", layer.entries)
+        for number, layer in enumerate(layers)
+    ]
+    before = [(one.mask.clone(), one.values.detach().clone()) for one in layers]
+    options = dataclasses.replace(OPTIONS, scope=scope, learning_rate=1e-3)
+    result = compensate_(model, dense, images, steps=12, options=options)
+    assert result.best_step > 0
+    assert result.after.divergence < 0.9 * result.before.divergence
+    assert [block.mlp.fc1 for block in model.blocks] == layers
+    for layer, (mask, values) in zip(layers, before, strict=True):
+        assert torch.equal(layer.mask, mask)
+        assert not torch.equal(layer.values, values)
+    save(model, tmp_path / "model.safetensors", plan=Plan(tuple(plans), 2, 2))
+    loaded = load(tmp_path / "model.safetensors")
+    assert same(state_of(model), loaded.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded(images[0]), model(images[0]))
+
+
+def test_sparse_layers_have_no_residual(pair):
+    dense, model, images = copy.deepcopy(pair)
+    model.blocks[1].mlp.fc1 = SparseLinear(192, 768, 1000)
+    before = state_of(model)
+    options = dataclasses.replace(OPTIONS, trained="residual")
+    with pytest.raises(InputError, match=r"trained='residual' is of layers .* but blocks\.1\.mlp\.fc1 is sparse"):
+        compensate_(model, dense, images, steps=1, options=options)
+    assert same(before, model.state_dict())
 
 
 def test_a_pivoted_layer_as_factors_is_the_same_layer():

@@ -13,9 +13,14 @@ import torch
 
 import mixrank
 from mixrank import InputError, allocate, apply_, compress, decompose
+from mixrank.apply import restructure_
 from mixrank.calibrate import calibrate, held_out_images
 from mixrank.counting import count_macs, count_parameters
-from mixrank.models import create_model, split_qkv_
+from mixrank.coverage import left_alone
+from mixrank.models import compressible_linears, create_model, split_qkv_
+from mixrank.nn import LowRankLinear
+from mixrank.nn_sparse import mask_places
+from mixrank.plan import LayerPlan
 from mixrank.sample import Sample
 
 
@@ -184,6 +189,94 @@ def test_a_plan_round_trips_through_json_and_describes_itself(model):
     text = plan.describe()
     assert all(layer.name in text for layer in plan.layers)
     assert f"{plan.keep:.1%} kept" in text
+
+
+@pytest.fixture
+def sparse_plan(model):
+    """One layer of entries beside factors, one of entries alone, one of factors, one that stays dense."""
+    sizes = (k, n) = (192, 768)
+    before, entries, rank = k * n + n, 50_000, 16
+    after = entries + mask_places(k, n) + n
+    layers = (
+        LayerPlan("blocks.0.mlp.fc1", *sizes, rank, True, before, after + rank * (k + n), "sparse", entries),
+        LayerPlan("blocks.1.mlp.fc1", *sizes, 0, True, before, after, "sparse", entries),
+        LayerPlan("blocks.0.mlp.fc2", n, k, rank, False, k * n + k, rank * (k + n)),
+        LayerPlan("blocks.1.mlp.fc2", n, k, None, True, k * n + k, k * n + k),
+    )
+    total = count_parameters(model)
+    saved = sum(layer.parameters_before - layer.parameters_after for layer in layers)
+    return mixrank.Plan(layers, total, total - saved)
+
+
+def test_a_plan_of_sparse_layers_says_what_the_model_then_has(model, sparse_plan):
+    macs = count_macs(model)
+    restructure_(model, sparse_plan)
+    assert count_parameters(model) == sparse_plan.parameters_after
+    for layer in sparse_plan.layers:
+        assert count_parameters(model.get_submodule(layer.name)) == layer.parameters_after
+    first, second = (block.mlp.fc1 for block in model.blocks)
+    assert isinstance(first, mixrank.SparseLinear)
+    assert (first.entries, first.rank, second.entries, second.rank) == (50_000, 16, 50_000, 0)
+    tokens, dense, factors = 5, 192 * 768, 16 * (192 + 768)
+    assert count_macs(model) == macs - tokens * (3 * dense - 2 * factors - 2 * 50_000)
+
+
+def test_a_plan_of_sparse_layers_round_trips_and_describes_itself(sparse_plan):
+    data = json.loads(json.dumps(sparse_plan.to_json()))
+    assert mixrank.Plan.from_json(data) == sparse_plan
+    assert ["entries" in layer for layer in data["layers"]] == [True, True, False, False]
+    assert sparse_plan.ranks() == {"blocks.0.mlp.fc1": 16, "blocks.1.mlp.fc1": 0, "blocks.0.mlp.fc2": 16}
+    header, *rows, _total = [line.split() for line in sparse_plan.describe().splitlines()]
+    assert header == ["layer", "K", "N", "rank", "entries", "form", "before", "after", "kept"]
+    assert [row[3:-3] for row in rows] == [
+        ["16", "50000", "sparse"], ["0", "50000", "sparse"], ["16", "factors"], ["dense"]
+    ]  # fmt: skip
+    assert len({len(line) for line in sparse_plan.describe().splitlines()[:-1]}) == 1
+
+
+def test_factorisations_do_not_give_a_sparse_layer(model, sparse_plan):
+    factorisations = decompose(model, factors="svd")
+    with pytest.raises(
+        InputError, match=r"the plan holds layer blocks\.0\.mlp\.fc1 as sparse, which its factorisation"
+    ):
+        apply_(model, sparse_plan, factorisations)
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+    with pytest.raises(InputError, match="form must be one of factors, pivoted, but it was 'sparse'"):
+        compress(model, keep=0.5, factors="svd", form="sparse")
+
+
+def test_sparse_layers_are_not_compressed_again_but_told(model, sparse_plan):
+    restructure_(model, sparse_plan)
+    assert "blocks.0.mlp.fc1" not in compressible_linears(model)
+    told = {one.name: one for one in left_alone(model)}
+    assert told["blocks.1.mlp.fc1"].reason == "it is a SparseLinear"
+    assert told["blocks.1.mlp.fc1"].parameters == 50_000 + mask_places(192, 768)
+    assert told["blocks.0.mlp.fc1"].parameters == 50_000 + mask_places(192, 768) + 16 * (192 + 768)
+    result = compress(model, keep=0.9, factors="svd")
+    assert "blocks.0.mlp.fc1" not in [layer.name for layer in result.layers]
+    assert count_parameters(model) == result.plan.parameters_after
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"entries": -1},
+        {"entries": 10.0},
+        {"entries": True},
+        {"entries": None},
+        {"rank": -1},
+        {"rank": None},
+        {"form": "factors"},
+        {"form": "factors", "rank": 0, "entries": 0},
+    ],
+)
+def test_a_foreign_plan_of_sparse_layers_is_refused(sparse_plan, change):
+    data = sparse_plan.to_json()
+    data["layers"][0] |= change
+    with pytest.raises(
+        InputError, match=r"entry for layer 'blocks\.0\.mlp\.fc1' has a field of the wrong type or range"
+    ):
+        mixrank.Plan.from_json(data)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import nn
 from mixrank.counting import count_bytes, count_macs, count_parameters, tokens_per_layer
 from mixrank.errors import InputError
 from mixrank.nn import MixedRankLinear
+from mixrank.nn_sparse import SparseLinear
 
 SMALL = {"img_size": 32, "depth": 2, "num_classes": 7}
 
@@ -42,6 +43,25 @@ def test_macs_of_a_factored_layer():
     assert count_macs(model) == dense - 5 * 192 * 768 + 5 * 24 * (192 + 768)
     assert model.blocks[0].mlp.training
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_places_of_sparse_layers_are_counted_once():
+    layer = SparseLinear(20, 9, 50, 2)  # its mask: 27 bytes, 7 numbers of 32 bits
+    own = 50 + 2 * (20 + 9) + 9
+    model = nn.Sequential(layer, nn.Linear(9, 20), layer)
+    assert count_parameters(model) == own + 7 + 9 * 20 + 20
+    assert count_bytes(model) == 4 * (own + 9 * 20 + 20) + 27
+    other = SparseLinear(20, 9, 50)
+    other.mask = layer.mask
+    assert count_parameters(nn.Sequential(layer, other)) == own + 50 + 9 + 7
+    assert count_parameters(nn.Sequential(layer.half())) == own + 7
+
+
+@pytest.mark.parametrize("rank", [0, 24])
+def test_macs_of_a_sparse_layer(rank):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    model.blocks[0].mlp.fc1 = SparseLinear(192, 768, 1234, rank)
+    assert count_macs(model) == vit_macs(192, 2, 5, 16, 7) - 5 * 192 * 768 + 5 * (1234 + rank * (192 + 768))
 
 
 def test_macs_of_a_model_that_cannot_run_are_refused():

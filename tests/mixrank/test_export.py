@@ -44,6 +44,15 @@ def compressed(form: str = "pivoted", **options):
     return model
 
 
+def sparse():
+    """One layer of entries beside factors, one of entries alone."""
+    model = dense()
+    for block, rank in zip(model.blocks, (8, 0), strict=True):
+        layer = block.mlp.fc1 = mixrank.SparseLinear(96, 384, 10_000, rank)
+        torch.nn.init.normal_(layer.bias, std=0.1)
+    return model
+
+
 def quantised(form: str, dynamic: bool):
     model = compressed(form)
     mixrank.quantize_(model, dynamic=dynamic)
@@ -60,13 +69,14 @@ MODELS = {
     "dense": dense,
     "factors": lambda: compressed("factors"),
     "pivoted": compressed,
+    "sparse": sparse,
     "split": lambda: compressed("factors", split_qkv=True),
     "int8 factors": lambda: quantised("factors", dynamic=True),
     "int8 pivoted": lambda: quantised("pivoted", dynamic=True),
     "int8 weights": lambda: quantised("pivoted", dynamic=False),
     "pruned": pruned,
 }
-WHOLE = ("split", "int8 pivoted", "pruned")
+WHOLE = ("split", "sparse", "int8 pivoted", "pruned")
 """Those that are exported here; the others are made of the same parts."""
 
 
@@ -165,6 +175,10 @@ def test_kept_operators_and_a_fixed_batch(images, tmp_path):
         assert torch.allclose(program.module()(images), model(images), atol=1e-5)
     with pytest.raises(Exception, match="5"):
         program.module()(images[:2])
+    model = sparse().eval()
+    made = export_torch(model, tmp_path / "sparse.pt2", keep_operators=True)
+    assert str(torch.export.load(tmp_path / "sparse.pt2").graph).count("mixrank_kernels.sparse_linear") == 2
+    assert made.error < 1e-4 * made.scale
 
 
 def test_what_cannot_be_exported_is_a_sentence_and_no_file(tmp_path, monkeypatch):

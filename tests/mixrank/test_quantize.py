@@ -16,6 +16,7 @@ from mixrank.errors import InputError
 from mixrank.nn import MixedRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
 from mixrank.nn_pivoted import PivotedLinear
+from mixrank.nn_sparse import SparseLinear
 from mixrank.quantize import quantize_, quantize_rows
 
 PIVOTED = PivotedLinear.from_factors(torch.randn(12, 96) / 10, torch.randn(40, 12) / 4, torch.randn(40))
@@ -122,6 +123,21 @@ def test_a_model_is_quantised_whole(compressed, images, dynamic):
     for line in (*names, "patch_embed.proj: left as it is", "all bytes"):
         assert line in result.describe()
     assert quantize.quantized_layers(compressed) == dict.fromkeys(names, dynamic)
+
+
+def test_sparse_layers_stay_as_they_are(model, images, tmp_path):
+    layer = SparseLinear.from_weights(model.blocks[0].mlp.fc1.weight, bias=model.blocks[0].mlp.fc1.bias.detach())
+    model.blocks[0].mlp.fc1 = layer
+    result = quantize_(model)
+    assert model.blocks[0].mlp.fc1 is layer
+    assert isinstance(model.blocks[0].mlp.fc2, Int8Linear)
+    assert result.skipped["blocks.0.mlp.fc1"] == "it is sparse, and there is no form of that in 8 bits"
+    assert "blocks.0.mlp.fc1: left as it is, it is sparse" in result.describe()
+    assert "blocks.0.mlp.fc1" not in quantize.quantized_layers(model)
+    with pytest.raises(InputError, match=r"there is no layer to quantise: .* not quantised yet; sparse ones stay as"):
+        quantize_(nn.Sequential(layer))
+    with pytest.raises(InputError, match=r"skip names 'blocks\.0\.mlp\.fc1', which is no layer of this"):
+        quantize_(model, skip=["blocks.0.mlp.fc1"])
 
 
 @DYNAMIC

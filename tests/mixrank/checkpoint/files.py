@@ -14,7 +14,9 @@ from torch import nn
 import mixrank
 from mixrank import models
 from mixrank.apply import restructure_
+from mixrank.nn_sparse import mask_places
 from mixrank.plan import LayerPlan, Plan
+from mixrank_kernels.testing import packed_bits
 
 VIT = ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "num_classes": 7})
 FAMILIES = {
@@ -40,10 +42,14 @@ def compressed(architecture: str, args: dict, split: bool = False, form: str = "
     for number, (name, linear) in enumerate(models.compressible_linears(like).items()):
         n, k, bias = linear.out_features, linear.in_features, linear.bias is not None
         rank = None if number % 3 == 2 else min(8, n, k)
+        if form == "sparse" and number % 3 == 1:
+            rank = 0
         # A factored layer may have a bias that the dense one had not.
         numbers = 0 if rank is None else rank * (k + n - (rank if form == "pivoted" else 0))
+        entries = n * k // 3 if rank is not None and form == "sparse" else 0
+        numbers += entries and entries + mask_places(k, n)
         after = n * k + n * bias if rank is None else numbers + n
-        layers.append(LayerPlan(name, k, n, rank, bias, n * k + n * bias, after, form))
+        layers.append(LayerPlan(name, k, n, rank, bias, n * k + n * bias, after, form, entries))
     counts = [sum(getattr(layer, f"parameters_{when}") for layer in layers) for when in ("before", "after")]
     restructure_(model, Plan(tuple(layers), *counts, split=names, options={"keep": 0.6}))
     for parameter in model.parameters():
@@ -52,6 +58,9 @@ def compressed(architecture: str, args: dict, split: bool = False, form: str = "
         if isinstance(module, mixrank.PivotedLinear):
             parts = torch.randperm(module.out_features).split([module.rank, module.out_features - module.rank])
             module.index.copy_(torch.cat([part.sort().values for part in parts]))
+        elif isinstance(module, mixrank.SparseLinear):
+            stored = torch.randperm(module.out_features * module.in_features) < module.entries
+            module.mask.copy_(packed_bits(stored.reshape(module.out_features, module.in_features)))
     return model
 
 

@@ -68,7 +68,7 @@ def test_the_format_is_what_a_reader_needs(small, path):
         (lambda own: own["quantization"].pop("head"), "does not fit"),
         (lambda own: own.pop("quantization"), "does not fit"),
         (lambda own: own.update(format=1), "does not fit"),
-        (lambda own: own.update(format=4), "newer than the 3"),
+        (lambda own: own.update(format=5), "newer than the 4"),
     ],
 )
 def test_headers_that_do_not_fit_are_refused(small, path, change, message):

@@ -13,16 +13,20 @@ from torch import nn
 
 import mixrank
 from mixrank import checkpoint, models
+from mixrank.apply import restructure_
 from mixrank.counting import count_bytes
 from mixrank.errors import InputError
+from mixrank.nn_sparse import mask_places
+from mixrank.plan import LayerPlan, Plan
+from mixrank.uvc.shrink import KeptBlock, shrink_
 
 from .files import FAMILIES, VIT, assemble, assert_same, compressed, image, parts
 
 
 @pytest.mark.parametrize(
     ("split", "form"),
-    [(False, "factors"), (True, "factors"), (False, "pivoted"), (True, "pivoted")],
-    ids=["fused", "split", "pivoted", "split-pivoted"],
+    [(False, "factors"), (True, "factors"), (False, "pivoted"), (True, "pivoted"), (False, "sparse"), (True, "sparse")],
+    ids=["fused", "split", "pivoted", "split-pivoted", "sparse", "split-sparse"],
 )
 @pytest.mark.parametrize(("architecture", "args"), FAMILIES.values(), ids=FAMILIES)
 def test_a_compressed_model_comes_back_bit_for_bit(path, architecture, args, split, form):
@@ -110,6 +114,62 @@ def test_an_index_that_is_none_is_refused(path, change, message):
     safetensors.torch.save_file(tensors, path, metadata={"mixrank": json.dumps(own)})
     with pytest.raises(InputError, match=message):
         mixrank.load(path)
+
+
+def test_the_bytes_of_a_file_with_sparse_layers_are_those_counted(path):
+    model = compressed(*VIT, form="sparse")
+    mixrank.save(model, path)
+    header = checkpoint.read_header(path)
+    masks = [info for name, info in header.tensors.items() if name.endswith(".mask")]
+    assert len(masks) == sum(isinstance(module, mixrank.SparseLinear) for module in model.modules()) > 0
+    assert {info.dtype for info in masks} == {torch.uint8}
+    assert count_bytes(model) == sum(math.prod(i.shape) * i.dtype.itemsize for i in header.tensors.values())
+    assert header.plan == model.mixrank_plan
+    assert header.format == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "mask",
+            lambda mask: mask & 0xFE,
+            r"layer blocks.0.attn.qkv: mask must have a bit for each of the 36864 values",
+        ),
+        ("mask", lambda mask: mask.to(torch.int8), "mask is torch.int8 instead of torch.uint8"),
+        ("mask", lambda mask: mask[:, 1:], r"first: blocks.0.attn.qkv.mask, \[576, 23\] instead of \[576, 24\]"),
+        ("values", lambda values: values[1:], r"first: blocks.0.attn.qkv.values, \[36863\] instead of \[36864\]"),
+    ],
+)
+def test_a_mask_that_does_not_fit_its_values_is_refused(path, name, change, message):
+    mixrank.save(compressed(*VIT, form="sparse"), path)
+    _, own, _ = parts(path)
+    tensors = safetensors.torch.load_file(path)
+    tensors[f"blocks.0.attn.qkv.{name}"] = change(tensors[f"blocks.0.attn.qkv.{name}"]).contiguous()
+    safetensors.torch.save_file(tensors, path, metadata={"mixrank": json.dumps(own)})
+    with pytest.raises(InputError, match=message):
+        mixrank.load(path)
+
+
+def test_files_without_sparse_layers_do_not_speak_of_entries(small, path):
+    mixrank.save(small, path)
+    own = parts(path)[1]
+    assert own["format"] == 1
+    assert not any("entries" in layer for layer in own["plan"]["layers"])
+
+
+def test_a_pruned_model_with_sparse_layers_comes_back_bit_for_bit(path):
+    model = models.create_model(VIT[0], args=VIT[1])
+    shrink_(model, [KeptBlock((tuple(range(64)), (), (0, 3)), tuple(range(0, 768, 2))), None])
+    k, n = 192, 384
+    layer = LayerPlan(
+        "blocks.0.mlp.fc1", k, n, 0, True, n * k + n, n * k // 2 + mask_places(k, n) + n, "sparse", n * k // 2
+    )
+    restructure_(model, Plan((layer,), 1, 1))
+    mixrank.quantize_(model)
+    mixrank.save(model, path)
+    assert checkpoint.read_header(path).format == 4
+    assert_same(model, mixrank.load(path))
 
 
 def test_equal_models_give_equal_bytes(small, path, tmp_path):

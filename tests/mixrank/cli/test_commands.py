@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import mixrank
 from mixrank import checkpoint, cli_compress, compress
+from mixrank.apply import restructure_
+from mixrank.counting import count_parameters
+from mixrank.nn_sparse import mask_places
+from mixrank.plan import LayerPlan
 from mixrank.run_compress import STRATEGY
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -95,6 +100,29 @@ def test_the_pivoted_form_goes_through_every_command(world, tmp_path: Path) -> N
     result = world.invoke("evaluate", str(out), *arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(results.read_text())["compressed"]["bytes"] == data["compressed"]["bytes"]
+
+
+def test_sparse_layers_go_through_the_commands_that_read_a_checkpoint(world, tmp_path: Path) -> None:
+    model = mixrank.create_model(ARCHITECTURE, weights=world.weights, args=MODEL_ARGS)
+    k, n, total = 64, 256, count_parameters(model)
+    after = 4000 + mask_places(k, n) + n
+    layer = LayerPlan("blocks.0.mlp.fc1", k, n, 0, True, k * n + n, after, "sparse", 4000)
+    plan = mixrank.Plan((layer,), total, total - (layer.parameters_before - layer.parameters_after))
+    file, results = tmp_path / "m.safetensors", tmp_path / "m.json"
+    mixrank.save(restructure_(model, plan), file)
+    inspected = world.invoke("inspect", str(file))
+    assert "    0      4000   sparse " in inspected.stdout, inspected.output
+    arguments = ["--images", str(world.flat), "--limit", "4", "--json", str(results), "--quiet"]
+    result = world.invoke("evaluate", str(file), *arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(results.read_text())["compressed"]["parameters"] == plan.parameters_after
+    result = world.invoke("quantize", str(file), "--out", str(tmp_path / "q.safetensors"))
+    assert result.exit_code == 0, result.output
+    assert "blocks.0.mlp.fc1: left as it is, it is sparse" in result.stdout
+    result = world.invoke(
+        "export", str(file), "--format", "safetensors-dense", "--out", str(tmp_path / "dense.safetensors")
+    )
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(("option", "key"), [("--max-bytes", "bytes"), ("--max-macs", "macs")])

@@ -174,6 +174,14 @@ def test_legends_are_read_along_their_rows_and_have_a_column_for_each_kind(swept
     assert kinds[:4] == ["qkv", "qkv, held out", "proj", "proj, held out"]
 
 
+def test_sparse_layers_are_told_with_their_entries(single: dict[str, Any], tmp_path: Path) -> None:
+    layer = single["plan"]["layers"][0] | {"form": "sparse", "rank": 0, "entries": 1234}
+    plan = single["plan"] | {"layers": [layer, *single["plan"]["layers"][1:]]}
+    text = written(tmp_path / "page.html", single | {"plan": plan})
+    assert "<td>0 + 1,234 entries</td>" in text
+    assert text.count(" entries</td>") == 1
+
+
 def test_fidelity_is_shown_where_it_was_measured(single: dict[str, Any], tmp_path: Path) -> None:
     assert "divergence (nats)" not in written(tmp_path / "page.html", single)
     data = single | {"fidelity": {"divergence": 0.125, "agreement": 93.75, "images": 16}}
