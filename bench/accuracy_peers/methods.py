@@ -14,6 +14,7 @@ from mixrank.apply import apply_
 from mixrank.arguments import Allocation, Running
 from mixrank.calibrate import calibrate
 from mixrank.compress import FORM
+from mixrank.compress_sparse import compress_sparse_
 from mixrank.decompose import Factorisation, decompose
 from mixrank.measured_pull import FIRST, first_pull
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
@@ -84,6 +85,10 @@ def _ours(model: nn.Module, found: _Calibrated, keep: float, *, shrink: float | 
     return compressed(apply_(model, plan, first), plan)
 
 
+def _sparse(model: nn.Module, calibration: Calibration, keep: float) -> Compressed:
+    return compressed(model, compress_sparse_(model, calibration.images, keep, dtype=calibration.dtype).plan)
+
+
 UNIFORM, MIXED, SEARCHED, ONE_RATIO = "uniform", "mixed", "searched", "one ratio"
 ASVD = "Yuan et al. 2023, arXiv 2312.05821"
 TORCH_PRUNING = "Fang et al. 2023, arXiv 2301.12900; Torch-Pruning 1.6"
@@ -100,6 +105,7 @@ METHODS = {
     "mixrank, tokens alike": Method(
         "this library", MIXED, partial(_calibrated, weighting="none"), partial(_ours, shrink=FIRST)
     ),
+    "mixrank, sparse": Method("this library", MIXED, _images, _sparse),
     "OATS": Method("Zhang and Papyan 2024, arXiv 2409.13652", UNIFORM, _images, oats.compress),
     "Torch-Pruning, uniform": Method(TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=False)),
     "Torch-Pruning, bottleneck": Method(

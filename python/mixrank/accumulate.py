@@ -33,11 +33,13 @@ class Measure:
         weighting: how much each token counts.
         prefix_tokens: number of the model's tokens before those of the patches.
         gradients: also sum the outer products of the gradients with respect to the outputs.
+        inputs: sum over the inputs of every layer, and of the gradients only the squares.
     """
 
     weighting: Weighting
     prefix_tokens: int
     gradients: bool
+    inputs: bool = False
 
     @property
     def backward(self) -> bool:
@@ -106,14 +108,18 @@ class Accumulator:
     """
 
     def __init__(self, layers: dict[str, nn.Linear], measure: Measure, frames: Frames) -> None:
-        self.layers, self.side, self.measure = layers, side_of(*layers.values()), measure
+        self.layers, self.measure = layers, measure
+        self.side = "input" if measure.inputs else side_of(*layers.values())
         size = self.module.in_features if self.side == "input" else self.module.out_features
         device = self.module.weight.device
         self.sums = _Sums.zeros(size, device)
         self.alike = _Sums.zeros(size, device) if measure.weighting.alike else None
         self.gradient: Tensor | None = None
+        self.squares: Tensor | None = None
         self.frame: Tensor | None = None
-        if measure.gradients:
+        if measure.gradients and measure.inputs:
+            self.squares = torch.zeros(self.module.out_features, dtype=torch.float64, device=device)
+        elif measure.gradients:
             smaller = min(self.module.weight.shape)
             self.frame = frames.of(self.name, self.module.weight)
             self.gradient = torch.zeros(smaller, smaller, dtype=torch.float64, device=device)
@@ -156,7 +162,7 @@ class Accumulator:
             elif self.alike is not None:
                 self._add(observed, None)  # it does not see the images: a bias that is computed, as Swin v2 has them
             return
-        if self.gradient is not None and output.requires_grad:
+        if self.measure.gradients and output.requires_grad:
             output.register_hook(lambda gradient: self._receive(gradient, None))
         weight = self.measure.weighting.of_tokens(
             output.detach(), self.module.bias, len(self.names), self.measure.prefix_tokens
@@ -170,6 +176,8 @@ class Accumulator:
             call.weight += gradient.square().sum(-1, dtype=torch.float64).to(call.weight.device)
         if self.gradient is not None:
             ops.gram_accumulate_(self.gradient, gradient if self.frame is None else gradient @ self.frame)
+        if self.squares is not None:
+            self.squares += gradient.flatten(0, -2).square().sum(0, dtype=torch.float64)
 
     def flush(self) -> None:
         """Add the calls whose weights the gradients have brought."""
@@ -201,7 +209,7 @@ class Accumulator:
             [*(each.rows for each in kinds), self.tokens], dtype=torch.float64, device=self.sums.gram.device
         )
         tensors = [tensor for each in kinds for tensor in (each.gram, each.total)]
-        add_up_([*tensors, counts, *([] if self.gradient is None else [self.gradient])])
+        add_up_([*tensors, counts, *(each for each in (self.gradient, self.squares) if each is not None)])
         *rows, tokens = counts.tolist()
         for each, count in zip(kinds, rows, strict=True):
             each.rows = count
@@ -228,8 +236,8 @@ class Accumulator:
             with torch.inference_mode(gram.is_inference()):  # in place: the sums are most of what is held
                 gram.sub_(cross).sub_(cross.mT).add_(torch.outer(bias, bias), alpha=sums.rows)
                 total.sub_(bias, alpha=sums.rows)
-        gradient = None if self.gradient is None else self.gradient.cpu()
-        return LayerStats(self.side, gram.cpu(), total.cpu(), sums.rows, gradient, images)
+        gradient, squares = (None if each is None else each.cpu() for each in (self.gradient, self.squares))
+        return LayerStats(self.side, gram.cpu(), total.cpu(), sums.rows, gradient, images, squares)
 
 
 def side_of(*linears: nn.Linear) -> str:
@@ -299,7 +307,7 @@ class Part:
         known = {name for accumulator in self.accumulators for name in accumulator.layers}
         for group in groups:
             layers = {name: self.linears[name] for name in group if name not in known}
-            if layers and self.measure.shared and side_of(*layers.values()) == "input":
+            if layers and self.measure.shared and (self.measure.inputs or side_of(*layers.values()) == "input"):
                 self.accumulators.append(Accumulator(layers, self.measure, self.frames))
             else:
                 alone = ({name: layer} for name, layer in layers.items())

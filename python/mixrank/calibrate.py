@@ -53,14 +53,20 @@ def numbers_of(batch: Batch, first: int) -> Sequence[int]:
 
 
 def check_calibration(
-    model: nn.Module, *, held_out: float | None, weighting: str | Weighting, draws: int, gradients: bool
+    model: nn.Module,
+    *,
+    held_out: float | None,
+    weighting: str | Weighting,
+    draws: int,
+    gradients: bool,
+    inputs: bool = False,
 ) -> Measure:
     """Return what :func:`calibrate` shall measure; raise InputError where its arguments are outside their ranges."""
     if held_out is not None and not 0 <= held_out < 1:
         raise InputError(f"held_out must be at least 0 and below 1, but it was {held_out}")
     if draws < 1:
         raise InputError(f"draws must be at least 1, but it was {draws}")
-    measure = Measure(Weighting.of(weighting), getattr(model, "num_prefix_tokens", 0) or 0, gradients)
+    measure = Measure(Weighting.of(weighting), getattr(model, "num_prefix_tokens", 0) or 0, gradients, inputs)
     if measure.weighting.kind == "class" and not measure.prefix_tokens:
         raise InputError(f"weighting 'class' needs a model with a class token, but {type(model).__name__} has none")
     return measure
@@ -73,6 +79,7 @@ def calibrate(
     held_out: float | None = 0.0,
     weighting: str | Weighting = "none",
     gradients: bool = False,
+    inputs: bool = False,
     draws: int = 1,
     seed: int = 0,
     progress: bool = False,
@@ -97,6 +104,8 @@ def calibrate(
         weighting: how much each token counts, see :mod:`mixrank.weighting`.
         gradients: also sum the outer products of the gradients of the loss with respect to each layer's outputs, for
             ``factors="fisher"``.
+        inputs: sum over the inputs of every layer, ``[K, K]``, also where its outputs are fewer, and of the gradients
+            only the squares, ``[N]``: what sparse weights are fitted by (:mod:`mixrank.sparse`).
         draws: random probes of each image's answer, for gradients, see :mod:`mixrank.gradients`.
         seed: of these draws.
         progress: show a progress bar with the time left.
@@ -117,7 +126,9 @@ def calibrate(
         >>> calibrate(model, [torch.randn(2, 3, 32, 32)])["blocks.0.attn.proj"].gram.shape
         torch.Size([192, 192])
     """
-    measure = check_calibration(model, held_out=held_out, weighting=weighting, draws=draws, gradients=gradients)
+    measure = check_calibration(
+        model, held_out=held_out, weighting=weighting, draws=draws, gradients=gradients, inputs=inputs
+    )
     return _summed(model, batches, measure, held_out, draws, seed, progress, dtype).finish()
 
 

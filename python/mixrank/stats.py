@@ -21,6 +21,8 @@ class LayerStats:
         gradient: ``[min(N, K), min(N, K)]`` float64, the sum of outer products of the gradients of the loss with
             respect to the outputs, in the coordinates of :func:`output_frame`; None where it was not asked for.
         images: how many images the tokens are from; None where that is not known.
+        squares: ``[N]`` float64, the sum of the squared gradients of the loss with respect to the outputs: what is
+            summed in place of ``gradient`` with the inputs of every layer; else None.
 
     Example:
         >>> x = torch.ones(10, 4, dtype=torch.float64)
@@ -35,6 +37,7 @@ class LayerStats:
     rows: float
     gradient: Tensor | None = None
     images: int | None = None
+    squares: Tensor | None = None
 
     def __add__(self, other: LayerStats) -> LayerStats:
         """The sums over the tokens of both."""
@@ -45,6 +48,7 @@ class LayerStats:
             self.rows + other.rows,
             None if self.gradient is None or other.gradient is None else self.gradient + other.gradient,
             None if self.images is None or other.images is None else self.images + other.images,
+            None if self.squares is None or other.squares is None else self.squares + other.squares,
         )
 
 
