@@ -3,10 +3,10 @@
     python -m mixrank_bench.vit_b16_oats_speed
 
 OATS (:mod:`mixrank_bench.accuracy_peers.oats`) is measured for accuracy with dense weights. Here its layers run as they
-would be stored: S in compressed rows, multiplied by torch's sparse product (MKL's on x86), and two factors. The places
-of the nonzeros are drawn at random, as their number decides the work; ours has the ranks of the defaults in
-``bench/results/vit_b16.jsonl``. One JSON line for each model goes to ``bench/results/vit_b16_oats_speed.jsonl``, and a
-table of docs/accuracy.md is made from it.
+would be stored: S in compressed rows, multiplied by torch's sparse product (MKL's on x86), and two factors; and the
+same numbers once more in :class:`mixrank.SparseLinear`. The places of the nonzeros are drawn at random, as their number
+decides the work; ours of low rank has the ranks of the defaults in ``bench/results/vit_b16.jsonl``. One JSON line for
+each model goes to ``bench/results/vit_b16_oats_speed.jsonl``, and a table of docs/accuracy.md is made from it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from mixrank.apply import apply_
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed
 from mixrank.models import compressible_linears, create_model
+from mixrank.nn_sparse import SparseLinear
 from mixrank_bench import vit_b16
 from mixrank_bench.accuracy_peers import oats
 from mixrank_bench.accuracy_peers.factored import layer_share
@@ -62,8 +64,12 @@ class SparsePlusLowRank(nn.Module):
         return (found if self.bias is None else found + self.bias).reshape(*x.shape[:-1], -1)
 
 
-def sparse_(model: nn.Module, keep: float) -> nn.Module:
-    """Give every compressible layer the sizes that OATS has at a budget, in place."""
+def sparse_(
+    model: nn.Module,
+    keep: float,
+    hold: Callable[[Tensor, Tensor, Tensor, Tensor | None], nn.Module] = SparsePlusLowRank,
+) -> nn.Module:
+    """Give every compressible layer the sizes that OATS has at a budget, held by ``hold``, in place."""
     share, generator = layer_share(model, keep), torch.Generator().manual_seed(0)
     for name, linear in compressible_linears(model).items():
         weight = linear.weight.detach()
@@ -72,8 +78,13 @@ def sparse_(model: nn.Module, keep: float) -> nn.Module:
         sparse = torch.zeros_like(weight).scatter_(1, places, weight.gather(1, places))
         u, s, v = torch.svd_lowrank(weight - sparse, rank)
         bias = None if linear.bias is None else linear.bias.detach()
-        model.set_submodule(name, SparsePlusLowRank(sparse, (u * s).contiguous(), v.mT.contiguous(), bias))
+        model.set_submodule(name, hold(sparse, (u * s).contiguous(), v.mT.contiguous(), bias))
     return model
+
+
+def ours(sparse: Tensor, up: Tensor, down: Tensor, bias: Tensor | None) -> SparseLinear:
+    """The same layer as :class:`SparsePlusLowRank`."""
+    return SparseLinear.from_weights(sparse, down, up, bias)
 
 
 def measure(batch: int, rounds: int, out: Path) -> None:
@@ -84,6 +95,7 @@ def measure(batch: int, rounds: int, out: Path) -> None:
     plans = vit_b16.default_plans(dense, factorisations, read(vit_b16.OUT))
     for keep in KEEPS:
         models[f"OATS, keep {keep}"] = sparse_(copy.deepcopy(dense), keep)
+        models[f"OATS, keep {keep}, by sparse_linear"] = sparse_(copy.deepcopy(dense), keep, ours)
         models[vit_b16.speed_name(keep)] = apply_(copy.deepcopy(dense), plans[keep], factorisations)
     for name, speed in compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=rounds).items():
         append(out, {"model": name} | asdict(speed))

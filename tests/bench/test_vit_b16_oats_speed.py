@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from mixrank.models import compressible_linears
+from mixrank.nn_sparse import SparseLinear
 from mixrank_bench import tables_peers, vit_b16_oats_speed
 from mixrank_bench.accuracy_peers import oats
 from mixrank_bench.accuracy_peers.factored import layer_share
-from mixrank_bench.vit_b16_oats_speed import SparsePlusLowRank, sparse_
+from mixrank_bench.vit_b16_oats_speed import SparsePlusLowRank, ours, sparse_
 
 
 def small_model() -> nn.Module:
@@ -22,13 +23,14 @@ def small_model() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=7).eval()
 
 
+@pytest.mark.parametrize("hold", [SparsePlusLowRank, ours])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_adds_its_sparse_and_its_low_rank_product(bias):
+def test_a_layer_adds_its_sparse_and_its_low_rank_product(bias, hold):
     dense = torch.randn(12, 20) * (torch.rand(12, 20) < 0.3)
     up, down = torch.randn(12, 3), torch.randn(3, 20)
     added = torch.randn(12) if bias else None
     x = torch.randn(2, 5, 20)
-    found = SparsePlusLowRank(dense, up, down, added)(x)
+    found = hold(dense, up, down, added)(x)
     torch.testing.assert_close(found, nn.functional.linear(x, dense + up @ down, added))
 
 
@@ -46,6 +48,9 @@ def test_layers_have_the_sizes_of_the_method_and_stay_near_the_weights():
         assert (held - linear.weight).norm() < linear.weight.norm()
     images = torch.randn(2, 3, 32, 32)
     assert model(images).shape == dense(images).shape
+    held = sparse_(copy.deepcopy(dense), 0.5, ours).blocks[1].mlp.fc1
+    assert isinstance(held, SparseLinear)
+    assert (held.rank, held.entries) == (oats.sizes(768, 192, share)[0], oats.sizes(768, 192, share)[1] * 768)
 
 
 def test_the_table_tells_the_speed_of_the_last_run_beside_the_dense_model(tmp_path, monkeypatch):
