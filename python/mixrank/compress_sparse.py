@@ -20,7 +20,7 @@ from mixrank.errors import InputError
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
 from mixrank.nn_sparse import SparseLinear
 from mixrank.progress import track
-from mixrank.result import CompressionResult, LayerReport
+from mixrank.result import CompressionResult, LayerReport, notes
 from mixrank.sparse import PULL, Measures, Split, removal_costs, split
 from mixrank.sparse_plan import RANK_SHARE, Prices, choose_entries, histogram, ranks_of, sparse_plan
 from mixrank.stopwatch import Stopwatch
@@ -44,10 +44,10 @@ def compress_sparse_(
 ) -> CompressionResult:
     """Compress a trained model in place to :class:`mixrank.SparseLinear` layers, without training and without labels.
 
-    Whether this or low ranks alone (:func:`mixrank.compress`) follow a model more closely depends on the model, see
-    docs/accuracy.md. Of the stored numbers some say where the entries are (:attr:`mixrank.SparseLinear.places`). An
-    entry without structure costs the CPU kernel a little more than a number of a factor; on a GPU such a layer is
-    multiplied out at every call, so there it saves memory alone.
+    Whether this or low ranks alone (:func:`mixrank.compress`) follow a model more closely is to be tried: of one model
+    docs/accuracy.md has both. Of the stored numbers some say where the entries are
+    (:attr:`mixrank.SparseLinear.places`). An entry without structure costs the CPU kernel a little more than a number
+    of a factor; on a GPU such a layer is multiplied out at every call, so there it saves memory alone.
 
     Args:
         model: a timm vision transformer, or any model whose ``nn.Linear`` layers are called as modules.
@@ -130,9 +130,7 @@ def compress_sparse_(
                     pull, [], None, [])
         for layer in plan.layers
     ]  # fmt: skip
-    if stats.idle:
-        remarks.append(f"{len(stats.idle)} layers were never called and stay dense: {', '.join(stats.idle[:3])}")
-    return CompressionResult(plan, reports, stats.all_images, watch.seconds, remarks, alone)
+    return CompressionResult(plan, reports, stats.all_images, watch.seconds, remarks + notes(reports, stats), alone)
 
 
 def layer_of(linear: nn.Linear, found: Split) -> SparseLinear:

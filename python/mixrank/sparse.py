@@ -74,9 +74,11 @@ class Measures:
             metric_pull: of o towards its mean, at least 0, in units of that.
 
         Raises:
-            InputError: statistics of outputs, or of a layer of another size.
+            InputError: statistics of outputs, or of a layer of another size; a weight that is not finite.
         """
         n, k = weight.shape
+        if not weight.isfinite().all():
+            raise InputError(f"the weight of a layer of shape {[n, k]} has NaN or infinite values")
         if stats.side != "input" or len(stats.total) != k:
             raise InputError(
                 f"statistics must be of {k} inputs for a layer of weight {[n, k]}, but they were of {len(stats.total)} "

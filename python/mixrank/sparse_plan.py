@@ -6,6 +6,7 @@ until the rest fits the budget. They are counted in classes of nearly equal cost
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,9 +21,10 @@ from mixrank.nn_sparse import mask_places
 from mixrank.plan import LayerPlan, Plan
 
 RANK_SHARE = 0.2
-_LOWEST, _HIGHEST = -128.0, 64.0  # log2 of the costs that are told apart
-CLASSES = 192 * 256
-"""Of costs, each a 256th of an octave wide."""
+_LOWEST, _HIGHEST = -120, 64  # log2 of the costs that are told apart
+_FINENESS = 256
+CLASSES = (_HIGHEST - _LOWEST) * _FINENESS
+"""Of costs, so many to an octave."""
 
 
 def histogram(costs: Tensor, price: float = 1.0) -> Tensor:
@@ -32,7 +34,7 @@ def histogram(costs: Tensor, price: float = 1.0) -> Tensor:
         costs: any shape, not negative.
         price: of storing one of these entries, above 0.
     """
-    place = (costs.flatten().clamp(min=2**_LOWEST).log2() - torch.tensor(price).log2() - _LOWEST) * 256
+    place = (costs.flatten().clamp(min=2.0**_LOWEST).log2() - math.log2(price) - _LOWEST) * _FINENESS
     return place.long().clamp(0, CLASSES - 1).bincount(minlength=CLASSES).flip(0)
 
 
@@ -72,12 +74,11 @@ def ranks_of(shapes: Mapping[str, LayerShape], budget: Budget, available: int, s
     """
     dense = sum(shape.in_features * shape.out_features * budget.per_weight[name] for name, shape in shapes.items())
     kept = min(1.0, available / dense)
-    return {
-        name: int(share * kept * shape.in_features * shape.out_features / (shape.in_features + shape.out_features))
-        // 8
-        * 8
-        for name, shape in shapes.items()
-    }
+    return {name: _rank_of(share * kept, *shape.sizes) for name, shape in shapes.items()}
+
+
+def _rank_of(share: float, n: int, k: int) -> int:
+    return 8 * int(share * n * k / (n + k) / 8)
 
 
 def choose_entries(
@@ -99,7 +100,10 @@ def choose_entries(
         left = available - sum(prices[name].dense for name in dense)
         left -= sum(prices[name].places + prices[name].factors for name in rest)
         if left < 0:
-            raise InputError(f"the budget leaves {available} for the layers, which take {available - left} at least")
+            raise InputError(
+                f"keep, max_bytes or max_macs must leave the layers {available - left} at least, but it leaves "
+                f"{available}"
+            )
         spent = sum((histograms[name] * prices[name].entry for name in rest), torch.zeros(CLASSES, dtype=torch.int64))
         full = int((spent.cumsum(0) <= left).sum())  # so many classes stay whole
         chosen = {name: int(histograms[name][:full].sum()) for name in rest}

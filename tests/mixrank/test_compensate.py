@@ -197,17 +197,6 @@ def test_sparse_layers_have_no_residual(pair):
     assert same(before, model.state_dict())
 
 
-def test_a_pivoted_layer_as_factors_is_the_same_layer():
-    torch.manual_seed(0)
-    layer = PivotedLinear.from_factors(torch.randn(6, 20), torch.randn(30, 6), torch.randn(30))
-    factors = layer.to_factors()
-    assert torch.allclose(factors.weight, layer.weight, atol=1e-5)
-    assert torch.allclose(factors.up.mT @ factors.up, torch.eye(6), atol=1e-6)
-    assert torch.allclose(factors.down.norm(dim=1), torch.linalg.svdvals(layer.weight.detach())[:6], rtol=1e-5)
-    assert torch.equal(factors.bias, layer.bias)
-    assert factors.bias is not layer.bias
-
-
 def test_a_learning_rate_that_ruins_the_model_leaves_it_as_it_was(pair):
     dense, model, images = copy.deepcopy(pair)
     before = state_of(model)

@@ -25,6 +25,17 @@ def layer(factored):
     return PivotedLinear.from_factors(factored.down, factored.up, factored.bias).requires_grad_(False)
 
 
+def test_a_pivoted_layer_as_factors_is_the_same_layer():
+    torch.manual_seed(0)
+    layer = PivotedLinear.from_factors(torch.randn(6, 20), torch.randn(30, 6), torch.randn(30))
+    factors = layer.to_factors()
+    assert torch.allclose(factors.weight, layer.weight, atol=1e-5)
+    assert torch.allclose(factors.up.mT @ factors.up, torch.eye(6), atol=1e-6)
+    assert torch.allclose(factors.down.norm(dim=1), torch.linalg.svdvals(layer.weight.detach())[:6], rtol=1e-5)
+    assert torch.equal(factors.bias, layer.bias)
+    assert factors.bias is not layer.bias
+
+
 @pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 5, 24), (0, 24)])
 def test_it_gives_what_the_factors_give_in_fewer_numbers(factored, layer, shape):
     x = torch.randn(shape)

@@ -166,6 +166,19 @@ def test_statistics_of_outputs_are_refused(layer):
         Measures.of(weight, stats)
 
 
+def test_a_weight_that_is_not_finite_is_refused_and_the_model_stays():
+    model, batches = small(depth=1)
+    weight = model.blocks[0].mlp.fc2.weight
+    with torch.no_grad():
+        weight[3, 4] = torch.nan
+    stats = LayerStats("input", torch.eye(768).double(), torch.zeros(768).double(), 1.0)
+    with pytest.raises(InputError, match=r"shape \[192, 768\] has NaN or infinite values"):
+        Measures.of(weight, stats)
+    with pytest.raises(InputError):
+        compress_sparse_(model, batches, 0.5)
+    assert isinstance(model.blocks[0].mlp.fc1, torch.nn.Linear)
+
+
 def test_calibration_sums_inputs_and_squared_gradients():
     model, batches = small()
     stats = calibrate(model, batches, inputs=True, gradients=True, seed=3)
@@ -215,7 +228,7 @@ def test_dearer_entries_go_first():
 
 
 def test_a_budget_below_the_places_is_refused():
-    with pytest.raises(InputError, match="take 8 at least"):
+    with pytest.raises(InputError, match="must leave the layers 8 at least, but it leaves 7"):
         choose_entries({"a": histogram(torch.rand(100))}, {"a": Prices(100, 1, 8, 0)}, 7)
 
 
@@ -251,7 +264,7 @@ def test_no_classifier_is_judged_by_its_outputs():
         ({"keep": 0.4, "pull": -0.1}, "pull must be a number of at least 0"),
         ({"keep": 1.5}, "keep must be in"),
         ({}, "exactly one of keep, max_bytes and max_macs"),
-        ({"keep": 0.01}, "keep must be at least|the budget leaves"),
+        ({"keep": 0.01}, "keep must be at least"),
     ],
 )
 def test_bad_options_leave_the_model_as_it_was(options, said):
