@@ -33,10 +33,12 @@ from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, held_out_images
 from mixrank.compensate import CompensationOptions, compensate_
 from mixrank.compress import FORM
+from mixrank.compress_sparse import put_sparse_, sparse_statistics
 from mixrank.decompose import decompose, factorise
 from mixrank.demo import ARCHITECTURE, MODEL_ARGS, WEIGHTS
 from mixrank.demo.run import batches, load_images
 from mixrank.fidelity import compare, logits_of
+from mixrank.gradients import POWER
 from mixrank.measured_pull import FIRST, first_pull, measure_pull
 from mixrank.models import create_model, split_qkv_
 from mixrank.plan import Plan
@@ -95,6 +97,7 @@ class Variant:
         factors: arguments of :func:`mixrank.decompose`; the pull may be measured.
         ridge: fits the layers in sequence with this pull.
         allocation: arguments of :func:`mixrank.allocate`; None: the ranks of the reference.
+        sparse: arguments of :func:`mixrank.compress_sparse.put_sparse_`, which then makes the layers; None: factors.
         blocks: size of the blocks of a sparse residual and their share of a layer's numbers; None: no such residual.
         training: options of a training afterwards; None: none.
         sensitivity: how many images it is measured on, and which share of them in each round.
@@ -111,6 +114,7 @@ class Variant:
     factors: Mapping[str, Any] = field(default_factory=dict)
     ridge: float | None = None
     allocation: Mapping[str, Any] | None = None
+    sparse: Mapping[str, Any] | None = None
     blocks: tuple[int, float] | None = None
     training: Mapping[str, Any] | None = None
     sensitivity: tuple[int, tuple[float, ...]] = (48, (1.0, 1.0))
@@ -126,7 +130,7 @@ class Variant:
 
 BASE = Variant("reference", "", allocation={})
 DEFAULTS: dict[str, Any] = {
-    "calibration": {"weighting": AUTOMATIC},
+    "calibration": {"weighting": AUTOMATIC, "gradient_power": POWER},
     "allocation": {},
     "sensitivity": (SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS),
 }
@@ -167,6 +171,19 @@ VARIANTS = (
         )
         for pull in (0.1, 0.3, 0.6, 1.0, MEASURED)
     ),
+    *(Variant("power of gradients", f"{power:g}", calibration={"gradient_power": power}) for power in (0.5, 0.25, 0.1)),
+    Variant(
+        "power of gradients",
+        "0.25, tokens by gradient and alike",
+        calibration={"weighting": AUTOMATIC, "gradient_power": 0.25},
+    ),
+    Variant("sparse weights", "a fifth of the numbers in factors", sparse={}),
+    *(
+        Variant("sparse weights", f"{share:.0%} of the numbers in factors", sparse={"rank_share": share})
+        for share in (0.0, 0.5, 0.7)
+    ),
+    Variant("sparse weights", "pull of the covariance 1", sparse={"pull": 1.0}),
+    Variant("sparse weights", "gradients as they are", sparse={}, calibration={"gradient_power": 1.0}),
     Variant("probes", "4 of each image", calibration={"draws": 4}),
     *(Variant("sequential", f"ridge {ridge:g}", ridge=ridge) for ridge in (0.1, 1.0, 10.0)),
     *(
@@ -234,6 +251,8 @@ class Ablation:
         if variant.ridge is not None:
             self._in_sequence(model, variant)
             plan = self.base()
+        elif variant.sparse is not None:
+            plan = self._sparse(model, variant)
         elif variant.blocks is not None:
             self._with_blocks(model, variant)
             plan = self.base()
@@ -308,6 +327,14 @@ class Ablation:
         plan = self.base()
         made, _ = compress_blocks_(model, self._batches(variant), plan, **options)
         put_(model, plan, made)
+
+    def _sparse(self, model: nn.Module, variant: Variant) -> Plan:
+        options = {"seed": SEED, "dtype": self.subject.dtype} | variant.calibration
+        key = ("sparse", self._images(variant).shape, tuple(options.items()))
+        if self._statistics is None or self._statistics[0] != key:
+            self._statistics = self._factors = None
+            self._statistics = (key, (sparse_statistics(model, self._batches(variant), **options),))
+        return put_sparse_(model, self._statistics[1][0], self.subject.keep, **variant.sparse)[0]
 
     def _with_blocks(self, model: nn.Module, variant: Variant) -> None:
         plan = self.base()

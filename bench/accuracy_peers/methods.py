@@ -11,11 +11,12 @@ from torch import nn
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
-from mixrank.arguments import Allocation, Running
+from mixrank.arguments import Allocation, Measuring, Running
 from mixrank.calibrate import calibrate
 from mixrank.compress import FORM
-from mixrank.compress_sparse import compress_sparse_
+from mixrank.compress_sparse import put_sparse_, sparse_statistics
 from mixrank.decompose import Factorisation, decompose
+from mixrank.gradients import POWER
 from mixrank.measured_pull import FIRST, first_pull
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.sample import Sample
@@ -68,10 +69,19 @@ class _Calibrated:
     running: Running
 
 
-def _calibrated(model: nn.Module, calibration: Calibration, *, weighting: str | Weighting = AUTOMATIC) -> _Calibrated:
+def _calibrated(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    weighting: str | Weighting = AUTOMATIC,
+    gradient_power: float = POWER,
+) -> _Calibrated:
     running: Running = {"dtype": calibration.dtype, "progress": False}
     sample = Sample(calibration.images, SENSITIVITY_IMAGES, seed=0, held_out=None)
-    stats = calibrate(model, sample, gradients=True, weighting=weighting, held_out=None, **running)
+    measuring: Measuring = {
+        "held_out": None, "weighting": weighting, "draws": 1, "gradients": True, "gradient_power": gradient_power,
+    }  # fmt: skip
+    stats = calibrate(model, sample, **measuring, **running)
     return _Calibrated(sample, stats, partial(decompose, model, factors="fisher"), running)
 
 
@@ -85,8 +95,12 @@ def _ours(model: nn.Module, found: _Calibrated, keep: float, *, shrink: float | 
     return compressed(apply_(model, plan, first), plan)
 
 
-def _sparse(model: nn.Module, calibration: Calibration, keep: float) -> Compressed:
-    return compressed(model, compress_sparse_(model, calibration.images, keep, dtype=calibration.dtype).plan)
+def _for_sparse(model: nn.Module, calibration: Calibration) -> CalibrationStats:
+    return sparse_statistics(model, calibration.images, dtype=calibration.dtype)
+
+
+def _sparse(model: nn.Module, stats: CalibrationStats, keep: float) -> Compressed:
+    return compressed(model, put_sparse_(model, stats, keep)[0])
 
 
 UNIFORM, MIXED, SEARCHED, ONE_RATIO = "uniform", "mixed", "searched", "one ratio"
@@ -103,9 +117,9 @@ METHODS = {
     "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform),
     "mixrank, defaults": Method("this library", MIXED, _calibrated, _ours),
     "mixrank, tokens alike": Method(
-        "this library", MIXED, partial(_calibrated, weighting="none"), partial(_ours, shrink=FIRST)
+        "this library", MIXED, partial(_calibrated, weighting="none", gradient_power=1.0), partial(_ours, shrink=FIRST)
     ),
-    "mixrank, sparse": Method("this library", MIXED, _images, _sparse),
+    "mixrank, sparse": Method("this library", MIXED, _for_sparse, _sparse),
     "OATS": Method("Zhang and Papyan 2024, arXiv 2409.13652", UNIFORM, _images, oats.compress),
     "Torch-Pruning, uniform": Method(TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=False)),
     "Torch-Pruning, bottleneck": Method(

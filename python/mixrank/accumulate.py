@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mixrank.errors import InputError
+from mixrank.gradients import tempered
 from mixrank.processes import add_up_, gathered
 from mixrank.stats import LayerStats, output_frame
 from mixrank.weighting import Weighting
@@ -34,12 +35,14 @@ class Measure:
         prefix_tokens: number of the model's tokens before those of the patches.
         gradients: also sum the outer products of the gradients with respect to the outputs.
         inputs: sum over the inputs of every layer, and of the gradients only the squares.
+        power: of the gradients of each image at each layer, see :func:`mixrank.gradients.tempered`.
     """
 
     weighting: Weighting
     prefix_tokens: int
     gradients: bool
     inputs: bool = False
+    power: float = 1.0
 
     @property
     def backward(self) -> bool:
@@ -171,7 +174,7 @@ class Accumulator:
 
     def _receive(self, gradient: Tensor, call: _Call | None) -> None:
         """Take the gradient of the loss with respect to one call's output, ``[..., N]``."""
-        gradient = gradient.float()
+        gradient = tempered(gradient.float(), len(self.names), self.measure.power)
         if call is not None:
             call.weight += gradient.square().sum(-1, dtype=torch.float64).to(call.weight.device)
         if self.gradient is not None:
@@ -237,6 +240,8 @@ class Accumulator:
                 gram.sub_(cross).sub_(cross.mT).add_(torch.outer(bias, bias), alpha=sums.rows)
                 total.sub_(bias, alpha=sums.rows)
         gradient, squares = (None if each is None else each.cpu() for each in (self.gradient, self.squares))
+        if squares is not None and squares.sum() > 0:  # from the mean of powers to the power mean
+            squares *= (squares.sum() / images) ** (1 / self.measure.power - 1)
         return LayerStats(self.side, gram.cpu(), total.cpu(), sums.rows, gradient, images, squares)
 
 

@@ -54,6 +54,7 @@ class Measuring(TypedDict):
     weighting: str | Weighting
     draws: int
     gradients: bool
+    gradient_power: float
 
 
 class Running(TypedDict):

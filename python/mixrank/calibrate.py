@@ -59,6 +59,7 @@ def check_calibration(
     weighting: str | Weighting,
     draws: int,
     gradients: bool,
+    gradient_power: float = 1.0,
     inputs: bool = False,
 ) -> Measure:
     """Return what :func:`calibrate` shall measure; raise InputError where its arguments are outside their ranges."""
@@ -66,7 +67,10 @@ def check_calibration(
         raise InputError(f"held_out must be at least 0 and below 1, but it was {held_out}")
     if draws < 1:
         raise InputError(f"draws must be at least 1, but it was {draws}")
-    measure = Measure(Weighting.of(weighting), getattr(model, "num_prefix_tokens", 0) or 0, gradients, inputs)
+    if not 0 < gradient_power <= 1:
+        raise InputError(f"gradient_power must be above 0 and at most 1, but it was {gradient_power}")
+    prefix = getattr(model, "num_prefix_tokens", 0) or 0
+    measure = Measure(Weighting.of(weighting), prefix, gradients, inputs, gradient_power)
     if measure.weighting.kind == "class" and not measure.prefix_tokens:
         raise InputError(f"weighting 'class' needs a model with a class token, but {type(model).__name__} has none")
     return measure
@@ -79,6 +83,7 @@ def calibrate(
     held_out: float | None = 0.0,
     weighting: str | Weighting = "none",
     gradients: bool = False,
+    gradient_power: float = 1.0,
     inputs: bool = False,
     draws: int = 1,
     seed: int = 0,
@@ -104,6 +109,8 @@ def calibrate(
         weighting: how much each token counts, see :mod:`mixrank.weighting`.
         gradients: also sum the outer products of the gradients of the loss with respect to each layer's outputs, for
             ``factors="fisher"``.
+        gradient_power: of each image's sum of squared gradients at a layer, in (0, 1]: 1 takes gradients as they are,
+            less keeps few images from having most of the sum, see :mod:`mixrank.gradients`.
         inputs: sum over the inputs of every layer, ``[K, K]``, also where its outputs are fewer, and of the gradients
             only the squares, ``[N]``: what sparse weights are fitted by (:mod:`mixrank.sparse`).
         draws: random probes of each image's answer, for gradients, see :mod:`mixrank.gradients`.
@@ -127,8 +134,9 @@ def calibrate(
         torch.Size([192, 192])
     """
     measure = check_calibration(
-        model, held_out=held_out, weighting=weighting, draws=draws, gradients=gradients, inputs=inputs
-    )
+        model, held_out=held_out, weighting=weighting, draws=draws, gradients=gradients,
+        gradient_power=gradient_power, inputs=inputs,
+    )  # fmt: skip
     return _summed(model, batches, measure, held_out, draws, seed, progress, dtype).finish()
 
 
@@ -137,6 +145,7 @@ def calibrate_both(
     batches: Iterable,
     *,
     held_out: float | None = 0.0,
+    gradient_power: float = 1.0,
     draws: int = 1,
     seed: int = 0,
     progress: bool = False,
@@ -146,7 +155,9 @@ def calibrate_both(
 
     The arguments and errors are those of :func:`calibrate`.
     """
-    measure = check_calibration(model, held_out=held_out, weighting=AUTOMATIC, draws=draws, gradients=True)
+    measure = check_calibration(
+        model, held_out=held_out, weighting=AUTOMATIC, draws=draws, gradients=True, gradient_power=gradient_power
+    )
     sums = _summed(model, batches, measure, held_out, draws, seed, progress, dtype)
     alike = sums.finish(alike=True)
     return sums.finish(), alike

@@ -62,6 +62,8 @@ class WeightingKind(StrEnum):
 class Form(StrEnum):
     factors = "factors"
     pivoted = "pivoted"
+    sparse = "sparse"
+    auto = "auto"
 
 
 def compress(
@@ -153,6 +155,14 @@ def compress(
             rich_help_panel="Calibration",
         ),
     ] = None,
+    gradient_power: Annotated[
+        float,
+        typer.Option(
+            help="Of each image's sum of squared gradients at a layer: 1 takes them as they are, less keeps few images "
+            "from having most of the sum.",
+            rich_help_panel="Calibration",
+        ),
+    ] = 0.25,
     draws: Annotated[
         int,
         typer.Option(
@@ -186,7 +196,10 @@ def compress(
     form: Annotated[
         Form,
         typer.Option(
-            help="How layers of low rank are held; pivoted: fewer numbers for each rank.", rich_help_panel="Strategy"
+            help="How layers of low rank are held; pivoted: fewer numbers for each rank; sparse: single entries beside "
+            "factors instead; auto: pivoted or sparse, by what the model makes of images held out, in three times the "
+            "time.",
+            rich_help_panel="Strategy",
         ),
     ] = Form.pivoted,
     eval_images: Annotated[str | None, typer.Option(help=EVAL_HELP, rich_help_panel="Evaluation")] = None,

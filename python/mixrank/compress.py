@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,10 +16,12 @@ from mixrank.apply import apply_, put_
 from mixrank.arguments import Allocation, Measuring, Running, Strategy
 from mixrank.automatic import classifies
 from mixrank.calibrate import calibrate, check_calibration
-from mixrank.counting import count_parameters
-from mixrank.coverage import describe, left_alone
+from mixrank.compress_sparse import compress_sparse_
+from mixrank.coverage import left_alone, remarks_of
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
+from mixrank.forms import best_of, measure_forms
+from mixrank.gradients import POWER
 from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
@@ -31,8 +34,8 @@ from mixrank.stats import CalibrationStats
 from mixrank.stopwatch import Stopwatch
 from mixrank.weighting import AUTOMATIC, Weighting
 
-LEFT_ALONE = 0.2
-"""The share of parameters outside the layers to compress above which a note tells."""
+FOR_SPARSE = ("keep", "max_bytes", "max_macs", "gradient_power", "draws", "seed", "dtype", "progress")
+"""The options of :func:`compress` that sparse weights take."""
 FORM = "pivoted"
 """Did best on two real models by images held out, see docs/accuracy.md."""
 
@@ -53,6 +56,7 @@ def compress(
     fisher_shrink: float = FISHER_SHRINK,
     weighting: str | Weighting | None = None,
     held_out: float | None = None,
+    gradient_power: float = POWER,
     draws: int = 1,
     seed: int = 0,
     split_qkv: bool = False,
@@ -93,6 +97,8 @@ def compress(
             alike, half and half, for fisher; else alike.
         held_out: share of the images on which factors made without them are judged, and the sensitivity measured; the
             factors in the model are made from all. None: a fifth, or none of fewer than five images.
+        gradient_power: of each image's sum of squared gradients at a layer, in (0, 1]: below 1 few images of which the
+            model is unsure do not decide all, see :mod:`mixrank.gradients`.
         draws: random probes of each image's answer where gradients are needed, see :mod:`mixrank.gradients`.
         seed: of these draws.
         split_qkv: give q, k and v ranks of their own instead of the fused layer's one.
@@ -105,6 +111,10 @@ def compress(
         ridge: pull of sequentially fitted weights towards the original ones, above 0.
         form: how layers of low rank are held: as ``"factors"``, or ``"pivoted"``: the same weights in fewer numbers, so
             higher ranks in the same budget, see :class:`mixrank.PivotedLinear`; factors suit bfloat16 better.
+            ``"sparse"``: entries without structure beside factors, see :mod:`mixrank.compress_sparse`; of the other
+            options only those of the budget, of gradients, ``seed`` and ``dtype`` are for it. ``"auto"``: for
+            classifiers, pivoted or sparse, whichever is nearer to the dense model on a fifth of the images when made
+            by the others, see :mod:`mixrank.forms`; it takes three compressions.
         dtype: run the calibration under autocast in this dtype.
         progress: show progress bars with the time left.
 
@@ -121,6 +131,11 @@ def compress(
         >>> result.plan.keep <= 0.5
         True
     """
+    given = dict(locals())
+    if form == "auto":
+        return _measured_form(**given)
+    if form == "sparse":
+        return _sparse(**given)
     watch, remarks = Stopwatch(), []
     undecided = images is not None and not sequential and None in (factors, energy)
     automatic = undecided and energy is None and ranks == "mixed"
@@ -146,13 +161,13 @@ def compress(
         centre = strategy["centre"] = check_strategy(**strategy, calibrated=calibrated, held_out=apart)
         measuring: Measuring = {
             "held_out": held_out, "weighting": weighting, "draws": draws, "gradients": factors == "fisher",
+            "gradient_power": gradient_power,
         }  # fmt: skip
         check_calibration(model, **measuring)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in compressible_linears(model).items()}
         check_budget(model, shapes, **allocation)
         alone = left_alone(model)
-        if sum(module.parameters for module in alone) > LEFT_ALONE * count_parameters(model):
-            remarks.append(describe(alone, model))
+        remarks += remarks_of(alone, model)
         check_energy(energy, ranks, calibrated=calibrated, held_out=apart)
         twice = ranks == "mixed" and energy != "weight"
         if measured and (images is None or not apart or sequential):
@@ -225,6 +240,33 @@ def compress(
         hide_qkv_(model, exposed)
         raise
     return CompressionResult(plan, reports, count, watch.seconds, remarks + notes(reports, stats), alone)
+
+
+def _measured_form(model: nn.Module, images: Iterable | None, **options: Any) -> CompressionResult:
+    """Compress to the form that is measured to be the better one."""
+    if images is None:
+        raise InputError("form='auto' needs calibration images, but there were none")
+
+    def make(trial: nn.Module, batches: Iterable, form: str) -> None:
+        others = {name: value for name, value in options.items() if form != "sparse" or name in FOR_SPARSE}
+        compress(trial, batches, **(others | {"form": form}))
+
+    form, told = best_of(measure_forms(model, images, make, dtype=options["dtype"]))
+    others = {name: value for name, value in options.items() if form != "sparse" or name in FOR_SPARSE}
+    result = compress(model, images, **(others | {"form": form}))
+    result.notes.append(told)
+    return result
+
+
+def _sparse(model: nn.Module, images: Iterable | None, **options: Any) -> CompressionResult:
+    """Compress to sparse weights; options of low ranks are refused."""
+    if images is None:
+        raise InputError("form='sparse' needs calibration images, but there were none")
+    defaults = {name: one.default for name, one in inspect.signature(compress).parameters.items()}
+    for name, value in options.items():
+        if name not in FOR_SPARSE and name != "form" and value != defaults[name]:
+            raise InputError(f"{name} is of low ranks and must be left out for form='sparse', but it was {value!r}")
+    return compress_sparse_(model, images, **{name: options[name] for name in FOR_SPARSE})
 
 
 def check_energy(energy: str, ranks: str, *, calibrated: bool, held_out: bool) -> None:

@@ -10,6 +10,9 @@ from mixrank.counting import count_parameters
 from mixrank.models import compressible_linears, skipped_linears
 from mixrank.nn_sparse import SparseLinear
 
+TOLD = 0.2
+"""The share of a model's parameters above which a note tells what stays as it is."""
+
 
 @dataclass(frozen=True)
 class LeftAlone:
@@ -54,3 +57,9 @@ def describe(found: list[LeftAlone], model: nn.Module) -> str:
     return f"{share:.1f} % of the parameters stay as they are, {len(found)} modules: {named}" + (
         ", ..." if len(found) > len(largest) else ""
     )
+
+
+def remarks_of(found: list[LeftAlone], model: nn.Module) -> list[str]:
+    """:func:`describe` where it is more than :data:`TOLD` of the parameters, else nothing."""
+    much = sum(module.parameters for module in found) > TOLD * count_parameters(model)
+    return [describe(found, model)] if much else []

@@ -4,6 +4,11 @@ The loss of a label y has the gradient ``softmax(z) - e_y`` with respect to the 
 model's own answer p its second moment is ``diag(p) - p p^T`` (labels of the data would give another matrix). Where the
 model is sure, such a gradient is nearly always tiny and very rarely large. What is passed back instead is the probe
 ``sqrt(p) n - p (sqrt(p) . n)`` of normal numbers n: the same second moment, from every image.
+
+Even so a few images of which the model is unsure have most of the sum of squares, of the first layers above all, and
+statistics of them are those of a few images. What is lost when a layer is replaced does not grow with the square there:
+the answer of such an image is another one soon, and cannot be more wrong than wrong. So each image's gradients at a
+layer are scaled (:func:`tempered`) before they are summed.
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.errors import InputError
+
+POWER = 0.25
+"""Of each image's sum of squared gradients at a layer, where nothing else is asked for."""
 
 
 def backward(model: nn.Module, images: Tensor, numbers: list[int], names: list[str], draws: int, seed: int) -> None:
@@ -79,6 +87,25 @@ def probes(logits: Tensor, numbers: list[int], draws: int, seed: int) -> Tensor:
     normal = torch.stack([torch.randn(draws, logits.shape[1], generator=_generator(seed, n)) for n in numbers])
     spread = share.sqrt() * normal.to(logits.device)
     return spread - share * spread.sum(-1, keepdim=True)
+
+
+def tempered(gradient: Tensor, images: int, power: float) -> Tensor:
+    """Gradients at one layer, scaled for each image so that its sum of squares E becomes ``E ** power``.
+
+    Args:
+        gradient: ``[..., N]``, any floating dtype; it is not changed.
+        images: B; the leading dimensions hold the images one after the other, or all of it counts as one image's.
+        power: 1 leaves all as it is, 0 makes all images count alike.
+
+    Returns:
+        The shape and dtype of ``gradient``; an image without any gradient stays so.
+    """
+    if power == 1 or gradient.numel() == 0:
+        return gradient
+    by_image = gradient.reshape(images if gradient.dim() > 1 and len(gradient) % images == 0 else 1, -1)
+    energy = by_image.square().sum(1, keepdim=True, dtype=torch.float64)
+    scale = torch.where(energy > 0, energy ** ((power - 1) / 2), 0.0)
+    return (by_image * scale.to(by_image.dtype)).reshape(gradient.shape)
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

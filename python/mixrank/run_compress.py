@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 AUTOMATIC = ("auto", "oas", "measured")
 STRATEGY = (
-    "factors", "ranks", "energy", "sensitivity_images", "centre", "fisher_shrink", "held_out", "draws", "split_qkv",
-    "step", "min_rank", "max_rank", "form", "sequential", "ridge", "seed",
+    "factors", "ranks", "energy", "sensitivity_images", "centre", "fisher_shrink", "held_out", "gradient_power",
+    "draws", "split_qkv", "step", "min_rank", "max_rank", "form", "sequential", "ridge", "seed",
 )  # fmt: skip
 # What may change between a training that was interrupted and the one that goes on with it: not the compressed model.
 AFTERWARDS = (
@@ -68,6 +68,7 @@ class CompressOptions:
     weighting: str | None
     weighting_level: float | None
     held_out: float | None
+    gradient_power: float
     draws: int
     augment: int
     sequential: bool

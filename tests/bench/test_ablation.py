@@ -46,6 +46,8 @@ def measured():
         "again": BASE,
         "by heart": Variant("", "", images=12, by_heart=True),
         "measured": Variant("", "", factors={"shrink": "measured"}),
+        "sparse": Variant("", "", sparse={}),
+        "sparse, more factors": Variant("", "", sparse={"rank_share": 0.6}),
         "defaults": next(variant for variant in VARIANTS if variant.switch == "defaults"),
     }
     rows = {name: run.measure(variant) for name, variant in wanted.items()}
@@ -81,6 +83,17 @@ def test_the_variant_that_is_the_default_is_what_compress_does(measured):
     found = compare(logits_of(compressed, [apart]), logits_of(model, [apart]))
     assert rows["defaults"]["kl"] == pytest.approx(found.divergence, rel=1e-3)
     assert rows["measured"]["ranks"] == rows["base"]["ranks"]
+
+
+def test_sparse_weights_are_what_compress_makes(measured):
+    model, rows = measured
+    kinds, apart = measured_images()
+    compressed = copy.deepcopy(model)
+    plan = compress(compressed, kinds.split(16), keep=0.5, form="sparse").plan
+    assert rows["sparse"]["ranks"] == {layer.name: layer.rank for layer in plan.layers}
+    found = compare(logits_of(compressed, [apart]), logits_of(model, [apart]))
+    assert rows["sparse"]["kl"] == pytest.approx(found.divergence, rel=1e-3)
+    assert rows["sparse, more factors"]["ranks"]["blocks.0.mlp.fc1"] > rows["sparse"]["ranks"]["blocks.0.mlp.fc1"]
 
 
 def test_a_run_that_goes_on_takes_the_ranks_that_the_reference_had(measured):

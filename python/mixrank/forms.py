@@ -1,0 +1,68 @@
+"""Which form the layers of a compressed model are given, where that is measured: low ranks or sparse weights.
+
+Of one model the one follows it more closely, of another the other, and nothing that is known before tells which
+(docs/accuracy.md). So both are made of most of the images, and judged by the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+from mixrank.errors import InputError
+from mixrank.fidelity import compare, logits_of
+from mixrank.models import twin
+from mixrank.processes import are_several
+from mixrank.sample import Apart
+
+TRIED = ("pivoted", "sparse")
+HELD_OUT = 0.2
+"""Share of the images that judge."""
+
+
+def measure_forms(
+    model: nn.Module,
+    images: Iterable,
+    make: Callable[[nn.Module, Iterable, str], object],
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:
+    """How far the model of each form of :data:`TRIED` is from the dense one.
+
+    Args:
+        model: a classifier; it is not changed.
+        images: batches of images without labels, a list or a loader that can be gone through several times.
+        make: compresses a model in place, by images, to layers of a form.
+        dtype: run the models under autocast in this dtype.
+
+    Returns:
+        By form the mean divergence on images held out, in nats.
+
+    Raises:
+        InputError: the images are an iterator, are too few to hold some out, or come to several processes; the model
+            is no classifier; or from ``make``.
+    """
+    if isinstance(images, Iterator):
+        raise InputError(
+            "form='auto' goes through the images several times, but they were an iterator: give a list or a loader"
+        )
+    if are_several():
+        raise InputError("form='auto' works in one process: choose a form where there are several")
+    fitted, found = Apart(images, HELD_OUT), {}
+    for form in TRIED:
+        trial = twin(model)
+        make(trial, fitted, form)
+        judged = [batch.images for batch in fitted.kept]
+        target = logits_of(twin(model).eval(), judged, dtype)
+        found[form] = compare(logits_of(trial.eval(), judged, dtype), target).divergence
+    return found
+
+
+def best_of(found: dict[str, float]) -> tuple[str, str]:
+    """The form of least divergence, and a sentence that tells all of them."""
+    best = min(found, key=lambda form: found[form] if math.isfinite(found[form]) else math.inf)
+    told = ", ".join(f"{form} {divergence:.3g}" for form, divergence in found.items())
+    return best, f"layers are {best}: divergence on images held out, in nats: {told}"
