@@ -38,7 +38,6 @@ from mixrank.decompose import decompose, factorise
 from mixrank.demo import ARCHITECTURE, MODEL_ARGS, WEIGHTS
 from mixrank.demo.run import batches, load_images
 from mixrank.fidelity import compare, logits_of
-from mixrank.gradients import POWER
 from mixrank.measured_pull import FIRST, first_pull, measure_pull
 from mixrank.models import create_model, split_qkv_
 from mixrank.plan import Plan
@@ -130,7 +129,7 @@ class Variant:
 
 BASE = Variant("reference", "", allocation={})
 DEFAULTS: dict[str, Any] = {
-    "calibration": {"weighting": AUTOMATIC, "gradient_power": POWER},
+    "calibration": {"weighting": AUTOMATIC},
     "allocation": {},
     "sensitivity": (SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS),
 }

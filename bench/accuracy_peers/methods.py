@@ -11,12 +11,11 @@ from torch import nn
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
-from mixrank.arguments import Allocation, Measuring, Running
+from mixrank.arguments import Allocation, Running
 from mixrank.calibrate import calibrate
 from mixrank.compress import FORM
 from mixrank.compress_sparse import put_sparse_, sparse_statistics
 from mixrank.decompose import Factorisation, decompose
-from mixrank.gradients import POWER
 from mixrank.measured_pull import FIRST, first_pull
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.sample import Sample
@@ -69,19 +68,10 @@ class _Calibrated:
     running: Running
 
 
-def _calibrated(
-    model: nn.Module,
-    calibration: Calibration,
-    *,
-    weighting: str | Weighting = AUTOMATIC,
-    gradient_power: float = POWER,
-) -> _Calibrated:
+def _calibrated(model: nn.Module, calibration: Calibration, *, weighting: str | Weighting = AUTOMATIC) -> _Calibrated:
     running: Running = {"dtype": calibration.dtype, "progress": False}
     sample = Sample(calibration.images, SENSITIVITY_IMAGES, seed=0, held_out=None)
-    measuring: Measuring = {
-        "held_out": None, "weighting": weighting, "draws": 1, "gradients": True, "gradient_power": gradient_power,
-    }  # fmt: skip
-    stats = calibrate(model, sample, **measuring, **running)
+    stats = calibrate(model, sample, gradients=True, weighting=weighting, held_out=None, **running)
     return _Calibrated(sample, stats, partial(decompose, model, factors="fisher"), running)
 
 
@@ -117,7 +107,7 @@ METHODS = {
     "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform),
     "mixrank, defaults": Method("this library", MIXED, _calibrated, _ours),
     "mixrank, tokens alike": Method(
-        "this library", MIXED, partial(_calibrated, weighting="none", gradient_power=1.0), partial(_ours, shrink=FIRST)
+        "this library", MIXED, partial(_calibrated, weighting="none"), partial(_ours, shrink=FIRST)
     ),
     "mixrank, sparse": Method("this library", MIXED, _for_sparse, _sparse),
     "OATS": Method("Zhang and Papyan 2024, arXiv 2409.13652", UNIFORM, _images, oats.compress),

@@ -156,13 +156,14 @@ def compress(
         ),
     ] = None,
     gradient_power: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Of each image's sum of squared gradients at a layer: 1 takes them as they are, less keeps few images "
             "from having most of the sum.",
+            show_default="0.25 for sparse, else 1",
             rich_help_panel="Calibration",
         ),
-    ] = 0.25,
+    ] = None,
     draws: Annotated[
         int,
         typer.Option(

@@ -21,7 +21,6 @@ from mixrank.coverage import left_alone, remarks_of
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
 from mixrank.forms import best_of, measure_forms
-from mixrank.gradients import POWER
 from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
@@ -56,7 +55,7 @@ def compress(
     fisher_shrink: float = FISHER_SHRINK,
     weighting: str | Weighting | None = None,
     held_out: float | None = None,
-    gradient_power: float = POWER,
+    gradient_power: float | None = None,
     draws: int = 1,
     seed: int = 0,
     split_qkv: bool = False,
@@ -98,7 +97,8 @@ def compress(
         held_out: share of the images on which factors made without them are judged, and the sensitivity measured; the
             factors in the model are made from all. None: a fifth, or none of fewer than five images.
         gradient_power: of each image's sum of squared gradients at a layer, in (0, 1]: below 1 few images of which the
-            model is unsure do not decide all, see :mod:`mixrank.gradients`.
+            model is unsure do not decide all, see :mod:`mixrank.gradients`. None: 1, for sparse weights 0.25, as was
+            measured for each (docs/accuracy.md).
         draws: random probes of each image's answer where gradients are needed, see :mod:`mixrank.gradients`.
         seed: of these draws.
         split_qkv: give q, k and v ranks of their own instead of the fused layer's one.
@@ -161,7 +161,7 @@ def compress(
         centre = strategy["centre"] = check_strategy(**strategy, calibrated=calibrated, held_out=apart)
         measuring: Measuring = {
             "held_out": held_out, "weighting": weighting, "draws": draws, "gradients": factors == "fisher",
-            "gradient_power": gradient_power,
+            "gradient_power": 1.0 if gradient_power is None else gradient_power,
         }  # fmt: skip
         check_calibration(model, **measuring)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in compressible_linears(model).items()}

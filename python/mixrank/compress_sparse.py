@@ -38,7 +38,7 @@ def compress_sparse_(
     max_macs: int | None = None,
     rank_share: float = RANK_SHARE,
     pull: float = PULL,
-    gradient_power: float = POWER,
+    gradient_power: float | None = None,
     draws: int = 1,
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -59,7 +59,7 @@ def compress_sparse_(
         max_macs: multiply-accumulate operations for one image that may remain.
         rank_share: share of a layer's stored numbers that its factors take, in [0, 1).
         pull: of the inputs' covariance towards its diagonal, at least 0; guards against few images.
-        gradient_power: of each image's sum of squared gradients at a layer, see :mod:`mixrank.gradients`.
+        gradient_power: of each image's sum of squared gradients at a layer, see :mod:`mixrank.gradients`; None: 0.25.
         draws: random probes of each image's answer, for the gradients of a classifier, see :mod:`mixrank.gradients`.
         seed: of these draws.
         dtype: run the calibration under autocast in this dtype.
@@ -117,7 +117,7 @@ def check_sparse(rank_share: float, pull: float) -> None:
 
 
 def sparse_statistics(
-    model: nn.Module, images: Iterable, *, gradients: bool = True, gradient_power: float = POWER, **others: Any
+    model: nn.Module, images: Iterable, *, gradients: bool = True, gradient_power: float | None = None, **others: Any
 ) -> CalibrationStats:
     """What sparse weights are fitted by: the whole covariance of the inputs of each layer, its tokens alike.
 
@@ -125,10 +125,11 @@ def sparse_statistics(
         model: as for :func:`mixrank.calibrate.calibrate`.
         images: the same.
         gradients: of a classifier, also its squared gradients.
-        gradient_power: of these.
+        gradient_power: of these; None: :data:`mixrank.gradients.POWER`.
         **others: further arguments of that function.
     """
-    return calibrate(model, images, inputs=True, gradients=gradients, gradient_power=gradient_power, **others)
+    power = POWER if gradient_power is None else gradient_power
+    return calibrate(model, images, inputs=True, gradients=gradients, gradient_power=power, **others)
 
 
 def put_sparse_(

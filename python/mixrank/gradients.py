@@ -8,7 +8,8 @@ model is sure, such a gradient is nearly always tiny and very rarely large. What
 Even so a few images of which the model is unsure have most of the sum of squares, of the first layers above all, and
 statistics of them are those of a few images. What is lost when a layer is replaced does not grow with the square there:
 the answer of such an image is another one soon, and cannot be more wrong than wrong. So each image's gradients at a
-layer are scaled (:func:`tempered`) before they are summed.
+layer can be scaled (:func:`tempered`) before they are summed: for sparse weights they are, where layers and outputs are
+weighed by their sums. The metric of low ranks is pulled towards the plain one, and their budget goes by measurements.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from mixrank.errors import InputError
 
 POWER = 0.25
-"""Of each image's sum of squared gradients at a layer, where nothing else is asked for."""
+"""Of each image's sum of squared gradients at a layer, for sparse weights."""
 
 
 def backward(model: nn.Module, images: Tensor, numbers: list[int], names: list[str], draws: int, seed: int) -> None:

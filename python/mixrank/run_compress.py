@@ -68,7 +68,7 @@ class CompressOptions:
     weighting: str | None
     weighting_level: float | None
     held_out: float | None
-    gradient_power: float
+    gradient_power: float | None
     draws: int
     augment: int
     sequential: bool

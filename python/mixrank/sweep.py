@@ -24,7 +24,6 @@ from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_st
 from mixrank.errors import InputError
 from mixrank.evaluate import Evaluation, ModelSummary, evaluate, summarise
 from mixrank.fidelity import Fidelity, compare
-from mixrank.gradients import POWER
 from mixrank.measured_pull import first_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, twin
 from mixrank.plan import Plan
@@ -311,9 +310,9 @@ def _calibrated(
 ) -> tuple[CalibrationStats, CalibrationStats]:
     """Statistics of tokens as :func:`mixrank.compress` weights them and of tokens alike, as far as they are wanted."""
     if any(factors["weighting"] is None for factors, _ in groups):
-        return calibrate_both(model, sample, held_out=None, gradient_power=POWER, seed=seed, **running)
+        return calibrate_both(model, sample, held_out=None, seed=seed, **running)
     fisher = any(factors["factors"] == "fisher" for factors, _ in groups)
-    alike = calibrate(model, sample, held_out=None, gradients=fisher, gradient_power=POWER, seed=seed, **running)
+    alike = calibrate(model, sample, held_out=None, gradients=fisher, seed=seed, **running)
     return alike, alike
 
 

@@ -137,6 +137,13 @@ def test_squares_are_the_power_mean_of_the_images():
         torch.testing.assert_close(found, shape / shape.sum() * level, rtol=1e-4, atol=0)
 
 
+def test_low_ranks_take_gradients_as_they_are_and_sparse_weights_do_not(images):
+    plain, even = ([mixrank.compress(classifier(), images, KEEP, form=form, gradient_power=power).plan
+                    for power in (None, 1.0, 0.25)] for form in ("pivoted", "sparse"))  # fmt: skip
+    assert [plan.layers == plain[0].layers for plan in plain] == [True, True, False]
+    assert [plan.layers == even[0].layers for plan in even] == [True, False, True]
+
+
 def test_one_unsure_image_does_not_decide_the_squares():
     """Of images alike in direction but for their size, powers below 1 bring the largest one's share down."""
     large, small = torch.randn(1, 4, 3) * 100, torch.randn(9, 4, 3)

@@ -28,7 +28,6 @@ from mixrank.demo.exported import command, export
 from mixrank.errors import InputError
 from mixrank.evaluate import compare_speed, evaluate, summarise
 from mixrank.files import check_writable
-from mixrank.gradients import POWER
 from mixrank.measured_pull import FIRST
 from mixrank.models import create_model, twin
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull
@@ -135,9 +134,7 @@ def run(
         dense_score = evaluate(dense, test, progress=progress)
     with watch.stage("calibrate"):
         sample = Sample(batches(images["calibration_images"]), SENSITIVITY_IMAGES, seed=0, held_out=None)
-        stats = calibrate(
-            dense, sample, held_out=None, gradients=True, gradient_power=POWER, weighting=AUTOMATIC, progress=progress
-        )
+        stats = calibrate(dense, sample, held_out=None, gradients=True, weighting=AUTOMATIC, progress=progress)
     with watch.stage("decompose"):
         make = partial(decompose, dense, **FACTORS, progress=progress)
         factorisations = make(stats, shrink=FIRST)
