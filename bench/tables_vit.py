@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixrank.compress import FORM
 from mixrank_bench import vit_b16, vit_b16_compensation
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
@@ -121,17 +122,18 @@ def compensation() -> str:
     rows = read(vit_b16_compensation.OUT)
     if not rows:
         return "No run has been recorded yet.\n"
-    latest = {(row["keep"], row["minutes"], row["seed"]): row for row in rows}
+    latest = {(row["keep"], row.get("form", FORM), row["minutes"], row["seed"]): row for row in rows}
     lines = []
-    for (keep, _, seed), row in sorted(latest.items(), reverse=True):
+    for (keep, form, _, seed), row in sorted(latest.items(), reverse=True):
         before, after, training = row["before"], row["after"], row["training"]
         cells = (f"{before[name]:.{digits}f} → {after[name]:.{digits}f}" for name, digits in FIDELITY)
         spent = f"{training['seconds'] / 60:.0f} x {row['environment']['threads']}"
         options = training["options"]
         chosen = (f"{options['learning_rate']:g}", f"{100 * options.get('mix', 0):.0f} %")
-        lines.append((keep, *cells, spent, *chosen, training["steps"], training["best_step"], seed))
+        lines.append((keep, form, *cells, spent, *chosen, training["steps"], training["best_step"], seed))
     header = (
         "keep",
+        "layers",
         "top-1, %",
         "agreement, %",
         "KL, nats",

@@ -2,10 +2,11 @@
 
     MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --models MODELS \
         --only '{"weighting": "gradient"}'
-    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_compensation --models MODELS
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_compensation --models MODELS [--form sparse]
 
 FOLDER is that of :mod:`mixrank_bench.vit_b16`, and its first command writes what the defaults of ``mixrank.compress``
-make into MODELS; trained models are written beside them. One JSON line for each budget goes to
+make into MODELS; models of ``--form sparse`` are made here where they are missing. Trained models are written beside
+them. One JSON line for each budget goes to
 ``bench/results/vit_b16_compensation.jsonl``. The images are the same unlabelled ones that the factors were made from;
 those that choose the best step are held out of them. ``python -m mixrank_bench.report`` makes a table of
 docs/accuracy.md.
@@ -24,6 +25,8 @@ import torch
 
 import mixrank
 from mixrank.compensate import CompensationOptions, compensate_
+from mixrank.compress import FORM
+from mixrank.forms import TRIED
 from mixrank.precision import fast_dtype
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import Reference, compare, reference
@@ -33,28 +36,46 @@ OUT = RESULTS / "vit_b16_compensation.jsonl"
 MINUTES = 60.0
 
 
-def trained_of(models: Path, keep: float) -> Path:
-    """Where in the folder ``models`` the trained model of a budget is kept."""
-    return models / f"keep_{keep}_trained.safetensors"
+def untrained_of(models: Path, keep: float, form: str) -> Path:
+    """Where in the folder ``models`` the compressed model of a budget is kept."""
+    usual = checkpoint_of(models, keep)
+    return usual if form == FORM else usual.with_stem(f"{usual.stem}_{form}")
+
+
+def make(data: Data, path: Path, keep: float, form: str) -> None:
+    """Compress the dense model by all images to layers of a form, and write it."""
+    model = data.model()
+    mixrank.compress(model, data.calibration(model), keep, form=form, dtype=fast_dtype(), progress=True)
+    mixrank.save(model, path)
 
 
 def measure(
-    data: Data, test: Reference, models: Path, out: Path, keep: float, minutes: float, options: CompensationOptions
+    data: Data,
+    test: Reference,
+    models: Path,
+    out: Path,
+    keep: float,
+    minutes: float,
+    options: CompensationOptions,
+    form: str = FORM,
 ) -> None:
     """Train the model of one budget and add its row."""
-    dense, model = data.model(), mixrank.load(checkpoint_of(models, keep))
+    path = untrained_of(models, keep, form)
+    if not path.is_file():
+        make(data, path, keep, form)
+    dense, model = data.model(), mixrank.load(path)
     before = compare(model, test)
     # Named by what the run is, so that one that was interrupted goes on and another one starts anew.
-    state = models / f"keep_{keep}_{minutes:g}_{options.seed}.state"
+    state = models / f"{path.stem}_{minutes:g}_{options.seed}.state"
     images = (batch.images for batch in data.calibration(dense))
     result = compensate_(
         model, dense, images, minutes=minutes, options=options, dtype=fast_dtype(), state=state, progress=True
     )
     after = compare(model, test)
-    row = {"kind": "compensation", "keep": keep, "minutes": minutes, "seed": options.seed}
+    row = {"kind": "compensation", "form": form, "keep": keep, "minutes": minutes, "seed": options.seed}
     row |= {"before": before.to_json(), "after": after.to_json(), "training": result.to_json()}
     append(out, row)
-    mixrank.save(model, trained_of(models, keep))
+    mixrank.save(model, path.with_stem(f"{path.stem}_trained"))
     state.unlink(missing_ok=True)
     print(f"keep {keep}: top-1 {before.top1:.1f} to {after.top1:.1f} % in {result.steps} steps", file=sys.stderr)
 
@@ -64,6 +85,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="the folder of the compressed models")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     parser.add_argument("--keep", type=float, action="append", help="only this budget (repeatable)")
+    parser.add_argument("--form", choices=TRIED, default=FORM, help="of the layers")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of each training")
     parser.add_argument("--seed", type=int, default=0, help="of the random views")
     parser.add_argument("--options", type=json.loads, default={}, help="of CompensationOptions, as JSON")
@@ -74,10 +96,10 @@ def main() -> None:
     options = CompensationOptions(**args.options, seed=args.seed)
     options.check()
     torch.set_num_threads(args.threads)
-    done = {(row["keep"], row["minutes"], row["seed"]) for row in read(args.out)}
-    wanted = [keep for keep in args.keep or KEEPS if (keep, args.minutes, args.seed) not in done]
+    done = {(row.get("form", FORM), row["keep"], row["minutes"], row["seed"]) for row in read(args.out)}
+    wanted = [keep for keep in args.keep or KEEPS if (args.form, keep, args.minutes, args.seed) not in done]
     missing = [path for path in (checkpoint_of(args.models, keep) for keep in wanted) if not path.is_file()]
-    if missing:
+    if missing and args.form == FORM:
         parser.error(f"{missing[0]} does not exist: make it by the first command of --help")
     with tempfile.TemporaryDirectory() as scratch:
         data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
@@ -85,7 +107,7 @@ def main() -> None:
         dense = data.model()
         test = reference(dense, data.test(dense))
         for keep in wanted:
-            measure(data, test, args.models, args.out, keep, args.minutes, options)
+            measure(data, test, args.models, args.out, keep, args.minutes, options, args.form)
 
 
 if __name__ == "__main__":
