@@ -49,8 +49,8 @@ def sweep(
         list[str] | None,
         typer.Option(
             help="A strategy (repeatable): svd, svd-uniform, aware, aware-uniform, aware-pivoted, output, shrunk, "
-            "fisher, sensitivity, sensitivity-pivoted.",
-            show_default="the svd, the aware and the sensitivity ones but aware-uniform",
+            "fisher, sensitivity, sensitivity-pivoted, sparse.",
+            show_default="default, svd, svd-uniform, aware, aware-pivoted, sensitivity",
         ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,

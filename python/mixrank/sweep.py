@@ -19,6 +19,7 @@ from mixrank.apply import apply_
 from mixrank.arguments import Allocation, Running, Strategy
 from mixrank.calibrate import calibrate, calibrate_both
 from mixrank.compress import FORM, check_energy
+from mixrank.compress_sparse import put_sparse_, sparse_statistics
 from mixrank.data import as_batch
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
@@ -47,6 +48,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fisher": _PLAIN | {"factors": "fisher"},
     "sensitivity": _PLAIN | {"energy": "sensitivity"},
     "sensitivity-pivoted": _PLAIN | {"energy": "sensitivity", "form": "pivoted"},
+    "sparse": {"form": "sparse"},
 }
 DEFAULT_STRATEGIES = ("default", "svd", "svd-uniform", "aware", "aware-pivoted", "sensitivity")
 _FACTORS = {"factors": "fisher", "centre": None, "shrink": None, "fisher_shrink": FISHER_SHRINK, "weighting": None}
@@ -157,7 +159,8 @@ def sweep(
         keep: the budgets, shares of all parameters in (0, 1].
         strategies: names of :data:`STRATEGIES`, or options of :func:`mixrank.compress` by a name of your own: those of
             the factors (``factors``, ``centre``, ``shrink``, ``fisher_shrink``; ``weighting``: None or ``"none"``) and
-            of the ranks (``ranks``, ``energy``, ``step``, ``min_rank``, ``max_rank``, ``form``).
+            of the ranks (``ranks``, ``energy``, ``step``, ``min_rank``, ``max_rank``, ``form``). Of the form
+            ``"sparse"`` there are no others, and the images are gone through again for it.
         evaluation: batches of the images that the models are compared on, that can be gone through again; with labels
             for accuracy. None: images that are held out of the calibration, without labels; they are kept in memory.
         held_out: their share, in (0, 1), spread evenly. Of the images that remain a fifth judges factors, as in
@@ -188,11 +191,15 @@ def sweep(
         raise InputError(f"held_out must be above 0 and below 1, but it was {held_out}")
     if isinstance(evaluation, Iterator):
         raise InputError("evaluation is gone through for each model, but it was an iterator: give a list or a loader")
+    if isinstance(images, Iterator) and any(map(_is_sparse, chosen.values())):
+        raise InputError("images are gone through again for sparse weights, but they were an iterator: give a list")
     exposed = expose_qkv_(model)
     try:
         _check(model, chosen, keeps)
         known = {(row.strategy, row.keep) for row in done}
-        groups = _groups(chosen, {(name, share) for name in chosen for share in keeps} - known)
+        wanted = {(name, share) for name in chosen for share in keeps} - known
+        sparse = [row for row in _rows(wanted, chosen) if _is_sparse(chosen[row[0]])]
+        groups = _groups(chosen, wanted.difference(sparse))
         apart = Apart(images, held_out) if evaluation is None else None
         sample = Sample(images if apart is None else apart, sensitivity_images, seed, None)
         running: Running = {"progress": progress, "dtype": dtype}
@@ -212,12 +219,21 @@ def sweep(
         def result() -> SweepResult:
             return SweepResult(summary, tuple(rows), calibrated, bench.dense.images)
 
-        for factors, wanted in groups:
+        def note(name: str, share: float, candidate: nn.Module, plan: Plan, once: Stopwatch) -> None:
+            with once.stage("evaluate"):
+                score = bench.score(candidate)
+            fidelity = compare(score.logits, bench.dense.logits)
+            measured = (summarise(candidate, score), fidelity, plan, watch.seconds | once.seconds)
+            rows.append(SweepRow(name, share, dict(chosen[name]), *measured))
+            if on_row is not None:
+                on_row(result())
+
+        for factors, members in groups:
             stats = weighted if factors["weighting"] is None else alike
             make = partial(decompose, model, progress=progress, **_first(factors))
             with watch.stage("decompose"):
                 made = make(stats)
-            for name, share in wanted:
+            for name, share in members:
                 once = Stopwatch()
                 allocation: Allocation = {**_allocation(chosen[name]), "keep": share}
                 suited: Mapping[str, Factorisation] = made
@@ -227,13 +243,15 @@ def sweep(
                     plan = plan_ranks(model, made, sample, allocation, running, watch=once)
                 with once.stage("apply"):
                     candidate = _applied(model, plan, suited)
-                with once.stage("evaluate"):
-                    score = bench.score(candidate)
-                fidelity = compare(score.logits, bench.dense.logits)
-                measured = (summarise(candidate, score), fidelity, plan, watch.seconds | once.seconds)
-                rows.append(SweepRow(name, share, dict(chosen[name]), *measured))
-                if on_row is not None:
-                    on_row(result())
+                note(name, share, candidate, plan, once)
+        if sparse:
+            watch = Stopwatch()
+            with watch.stage("calibrate"):
+                inputs = sparse_statistics(model, images if apart is None else apart, seed=seed, **running)
+            for name, share in sparse:
+                once, candidate = Stopwatch(), twin(model)
+                plan, _ = put_sparse_(candidate, inputs, share, watch=once, progress=progress)
+                note(name, share, candidate, plan, once)
         return result()
     finally:
         hide_qkv_(model, exposed)
@@ -271,11 +289,22 @@ def _strategies(given: Sequence[str] | Mapping[str, dict[str, Any]]) -> dict[str
         other = next((option for option in options if option not in known), None)
         if other is not None:
             raise InputError(f"strategy {name!r} must have options among {', '.join(known)}, but one was {other!r}")
+        if _is_sparse(options) and len(options) > 1:
+            raise InputError(f"strategy {name!r} must have no options but the form 'sparse', but it had {options}")
         if options.get("weighting") not in (None, "none"):
             raise InputError(
                 f"strategy {name!r} must have None or 'none' as weighting, but it was {options['weighting']!r}"
             )
     return chosen
+
+
+def _is_sparse(options: dict[str, Any]) -> bool:
+    return options.get("form") == "sparse"
+
+
+def _rows(wanted: set[tuple[str, float]], chosen: Iterable[str]) -> list[tuple[str, float]]:
+    """Strategy by strategy, the highest budget first."""
+    return [row for name in chosen for row in sorted(wanted, key=lambda row: -row[1]) if row[0] == name]
 
 
 def _keeps(given: Sequence[float]) -> tuple[float, ...]:
@@ -327,6 +356,8 @@ def _check(model: nn.Module, chosen: dict[str, dict[str, Any]], keeps: tuple[flo
     """Raise InputError for what can be known before the calibration."""
     linears = compressible_linears(model)
     for options in chosen.values():
+        if _is_sparse(options):
+            options = {"energy": "weight", "step": 1, "form": "factors"}
         centre = check_strategy(**_first(_factors(options)), calibrated=True)
         shapes = {name: LayerShape.of(linear, centre) for name, linear in linears.items()}
         ranks = _allocation(options)
@@ -343,7 +374,7 @@ def _groups(
     groups: list[tuple[dict[str, Any], list[tuple[str, float]]]] = []
     for name, options in chosen.items():
         factors = _factors(options)
-        rows = sorted((row for row in wanted if row[0] == name), key=lambda row: -row[1])
+        rows = _rows(wanted, [name])
         same = next((members for other, members in groups if other == factors), None)
         if rows and same is None:
             groups.append((factors, rows))

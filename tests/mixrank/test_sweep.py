@@ -30,7 +30,8 @@ def test_a_row_is_what_compress_makes_of_the_images_that_are_left(name, model, m
     row = sweep(model, many.split(5), [0.5], [name], **options).rows[0]
     apart = Apart(many.split(5), 0.4)
     compressed = copy.deepcopy(model)
-    result = compress(compressed, apart, keep=0.5, sensitivity_images=4, seed=3, **STRATEGIES[name])
+    measuring = {} if name == "sparse" else {"sensitivity_images": 4}
+    result = compress(compressed, apart, keep=0.5, seed=3, **measuring, **STRATEGIES[name])
     assert row.plan == result.plan
     images = torch.cat([batch.images for batch in apart.kept])
     assert (result.images, len(images)) == (9, 6)
@@ -99,9 +100,32 @@ def test_options_of_ones_own_have_a_name_of_ones_own(model, many):
     assert all(layer.rank >= 19 for layer in result.rows[0].plan.layers if layer.rank)
 
 
+def test_sparse_weights_come_last_from_one_calibration_of_their_own(model, many, monkeypatch):
+    calls = []
+
+    def counted(*given, original=module.sparse_statistics, **more):
+        calls.append("sparse")
+        return original(*given, **more)
+
+    monkeypatch.setattr(module, "sparse_statistics", counted)
+    seen = []
+    result = sweep(model, [many], [0.5, 0.6], ["sparse", "svd"], on_row=seen.append)
+    assert [(row.strategy, row.keep) for row in result.rows] == [
+        (name, keep) for name in ("svd", "sparse") for keep in (0.6, 0.5)
+    ]
+    assert (calls, len(seen)) == (["sparse"], 4)
+    assert {layer.form for layer in result.rows[-1].plan.layers if layer.rank is not None} == {"sparse"}
+    again = sweep(model, [many], [0.5, 0.6], ["sparse"], done=result.rows[:-1])
+    assert again.rows[-1].plan == result.rows[-1].plan
+    assert again.rows[-1].fidelity.divergence == pytest.approx(result.rows[-1].fidelity.divergence, rel=1e-3)
+    with pytest.raises(InputError, match="again for sparse weights, but they were an iterator"):
+        sweep(model, iter([many]), [0.5], ["sparse"])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"strategies": {"mine": {"form": "sparse", "step": 4}}}, "'mine' must have no options but the form 'sparse'"),
         ({"strategies": ["best"]}, "strategies must be among default, svd, .* but one was 'best'"),
         ({"strategies": []}, "at least one"),
         ({"strategies": {"mine": {"sequential": True}}}, "'mine' must have options among .*'sequential'"),
