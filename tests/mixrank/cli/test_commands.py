@@ -72,8 +72,9 @@ def test_equal_runs_write_equal_checkpoints(world, tmp_path: Path) -> None:
         ["--weighting", "clip", "--weighting-level", "0.9", "--shrink", "auto", "--energy", "mixed", "--augment", "2"],
         ["--factors", "fisher", "--weighting", "gradient", "--draws", "2", "--held-out", "0.4", "--min-rank", "0.1"],
         ["--sequential", "--ridge", "0.5", "--shrink", "oas", "--max-rank", "30"],
+        ["--form", "auto", "--gradient-power", "0.5"],
     ],
-    ids=["svd-uniform", "output-split", "limit", "auto-augment", "fisher", "sequential"],
+    ids=["svd-uniform", "output-split", "limit", "auto-augment", "fisher", "sequential", "auto-form"],
 )
 def test_compress_takes_every_strategy(world, tmp_path: Path, more: list[str]) -> None:
     out, result_file = tmp_path / "m.safetensors", tmp_path / "m.json"
@@ -86,16 +87,17 @@ def test_compress_takes_every_strategy(world, tmp_path: Path, more: list[str]) -
     assert all(f"note: {note}" in result.stdout for note in data["notes"])
 
 
-def test_the_pivoted_form_goes_through_every_command(world, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "figures"), [("pivoted", 4), ("sparse", 3)])  # energy by rank is of low ranks alone
+def test_a_form_goes_through_every_command(world, tmp_path: Path, form: str, figures: int) -> None:
     out, results, page = (tmp_path / name for name in ("m.safetensors", "m.json", "m.html"))
-    result = world.invoke(*world.compress(out, "--form", "pivoted", "--json", str(results), "--report", str(page)))
+    result = world.invoke(*world.compress(out, "--form", form, "--json", str(results), "--report", str(page)))
     assert result.exit_code == 0, result.output
     data = json.loads(results.read_text())
     assert data["compressed"]["parameters"] <= 0.5 * data["dense"]["parameters"]
-    assert data["options"]["form"] == "pivoted"
-    assert page.read_text().count("<svg") == 4
+    assert data["options"]["form"] == form
+    assert page.read_text().count("<svg") == figures
     inspected = world.invoke("inspect", str(out))
-    assert " pivoted " in inspected.stdout, inspected.output
+    assert f" {form} " in inspected.stdout, inspected.output
     arguments = ["--images", str(world.flat), "--limit", "4", "--json", str(results), "--quiet"]
     result = world.invoke("evaluate", str(out), *arguments)
     assert result.exit_code == 0, result.output

@@ -175,6 +175,9 @@ def test_inputs_are_never_overwritten(world) -> None:
         (["--weighting-level", "2"], "--weighting-level belongs to --weighting, which is missing"),
         (["--sequential", "--factors", "fisher"], "sequential=True takes"),
         (["--min-rank", "20", "--max-rank", "10"], "is above max_rank"),
+        (["--form", "sparse", "--split-qkv"], "split_qkv is of low ranks"),
+        (["--form", "auto", "--augment", "1"], "must be one view each"),
+        (["--gradient-power", "2"], "gradient_power must be above 0 and at most 1, but it was 2.0"),
     ],
 )
 def test_other_bad_arguments(world, tmp_path: Path, more: list[str], word: str) -> None:
