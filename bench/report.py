@@ -16,6 +16,7 @@ from pathlib import Path
 from mixrank_bench import (
     architectures,
     figures,
+    gradient_spread,
     tables_ablation,
     tables_cuda,
     tables_export,
@@ -51,6 +52,7 @@ DOCUMENTS: dict[str, dict[str | None, Callable[[], str]]] = {
         "oats-speed": tables_peers.sparse_speed,
         "ablation": tables_ablation.switches,
         "by-heart": tables_ablation.by_heart,
+        "gradient-spread": gradient_spread.spread,
     },
     "docs/architectures.md": {"families": architectures.families},
     "docs/benchmarks.md": {
