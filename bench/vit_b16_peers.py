@@ -44,11 +44,12 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 def prepared_data(
-    data: vit_b16.Data, dense: nn.Module, seed: int, dtype: str, cache: Path | None
+    data: vit_b16.Data, dense: nn.Module, seed: int, dtype: str, cache: Path | None, *, inputs: bool
 ) -> tuple[Calibration, Reference]:
     """A random subset of the calibration images with the statistics on it, and the dense model on the test images.
 
-    What takes a pass of the dense model comes from ``cache``, or is written to it.
+    What takes a pass of the dense model comes from ``cache``, or is written to it; where ``inputs`` is false and there
+    is no such file, there are no statistics.
     """
     source = open_images(data.folder / "calibration", preprocessing(dense), limit=CALIBRATION_IMAGES, seed=seed)
     images = [batch.images for batch in source.batches(CALIBRATION_BATCH, workers=0)]
@@ -58,9 +59,9 @@ def prepared_data(
         test = reference(dense, data.test(dense), logits=others["logits"])
     else:
         print("running the dense model on all images", file=sys.stderr, flush=True)
-        layers = statistics.input_statistics(dense, images, dtype=CALIBRATION_DTYPE)
+        layers = statistics.input_statistics(dense, images, dtype=CALIBRATION_DTYPE) if inputs else {}
         test = reference(dense, data.test(dense), dtype=DTYPES[dtype])
-        if cache is not None:
+        if cache is not None and inputs:
             statistics.save(cache, layers, made_from, logits=test.logits)
     return Calibration(images, layers, CALIBRATION_DTYPE), test
 
@@ -76,7 +77,8 @@ def measure(
 ) -> None:
     """Compress by each wanted method to each wanted budget and add a row for each."""
     dense = data.model()
-    calibration, test = prepared_data(data, dense, args.seed, args.dtype, args.cache)
+    inputs = any(METHODS[name].reads_inputs for name, _ in wanted)
+    calibration, test = prepared_data(data, dense, args.seed, args.dtype, args.cache, inputs=inputs)
     if not any(row["method"] == "dense" and conditions.items() <= row.items() for row in read(out)):
         details = {"method": "dense", "source": "", "keep": 1.0, "parameters": count_parameters(dense)}
         append(out, details | conditions | compare_logits(test.logits, test).to_json())

@@ -37,12 +37,14 @@ class Method:
         prepare: what it does once for all budgets, from the dense model, which it leaves as it is.
         compress: the model, what ``prepare`` returned and the share of all parameters that may remain; it changes the
             model in place.
+        reads_inputs: whether it reads the statistics of the inputs, which take a pass of the model.
     """
 
     source: str
     ranks: str
     prepare: Callable[[nn.Module, Calibration], Any]
     compress: Callable[[nn.Module, Any, float], Compressed]
+    reads_inputs: bool = False
 
 
 def _plain(model: nn.Module, _calibration: Calibration) -> dict[str, Factorisation]:
@@ -100,11 +102,11 @@ TORCH_PRUNING = "Fang et al. 2023, arXiv 2301.12900; Torch-Pruning 1.6"
 METHODS = {
     "plain SVD, mixed": Method("Eckart and Young 1936", MIXED, _plain, _product),
     "plain SVD, uniform": Method("Eckart and Young 1936", UNIFORM, _plain, partial(_product, ranks="uniform", step=1)),
-    "ASVD, uniform": Method(ASVD, UNIFORM, asvd.prepare, compress_uniform),
-    "ASVD, mixed": Method(ASVD, MIXED, asvd.prepare, compress_mixed),
-    "SVD-LLM": Method("Wang et al. 2024, arXiv 2403.07378", UNIFORM, svd_llm.prepare, compress_uniform),
-    "CorDA": Method("Yang et al. 2024, arXiv 2406.05223", UNIFORM, corda.prepare, compress_uniform),
-    "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform),
+    "ASVD, uniform": Method(ASVD, UNIFORM, asvd.prepare, compress_uniform, True),
+    "ASVD, mixed": Method(ASVD, MIXED, asvd.prepare, compress_mixed, True),
+    "SVD-LLM": Method("Wang et al. 2024, arXiv 2403.07378", UNIFORM, svd_llm.prepare, compress_uniform, True),
+    "CorDA": Method("Yang et al. 2024, arXiv 2406.05223", UNIFORM, corda.prepare, compress_uniform, True),
+    "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform, True),
     "mixrank, defaults": Method("this library", MIXED, _calibrated, _ours),
     "mixrank, tokens alike": Method(
         "this library", MIXED, partial(_calibrated, weighting="none"), partial(_ours, shrink=FIRST)
@@ -115,5 +117,5 @@ METHODS = {
     "Torch-Pruning, bottleneck": Method(
         TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=True)
     ),
-    "ASVD, searched": Method(ASVD, SEARCHED, asvd_search.prepare, asvd_search.compress),
+    "ASVD, searched": Method(ASVD, SEARCHED, asvd_search.prepare, asvd_search.compress, True),
 }

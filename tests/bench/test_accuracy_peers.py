@@ -295,7 +295,8 @@ def test_a_budget_below_what_cannot_be_compressed_is_refused(calibration):
 def test_every_method_keeps_the_budget_and_gives_finite_logits(name, calibration):
     dense, model = small_model(), small_model()
     method = METHODS[name]
-    found = method.compress(model, method.prepare(dense, calibration), 0.6)
+    known = calibration if method.reads_inputs else Calibration(calibration.images, {})
+    found = method.compress(model, method.prepare(dense, known), 0.6)
     assert found.parameters <= 0.6 * count_parameters(dense)
     with torch.inference_mode():
         assert model(images()[0]).isfinite().all()
@@ -304,7 +305,12 @@ def test_every_method_keeps_the_budget_and_gives_finite_logits(name, calibration
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("mixrank, defaults", {}), ("mixrank, tokens alike", {"weighting": "none", "shrink": 0.3})]
+    ("name", "options"),
+    [
+        ("mixrank, defaults", {}),
+        ("mixrank, tokens alike", {"weighting": "none", "shrink": 0.3}),
+        ("mixrank, sparse", {"form": "sparse"}),
+    ],
 )
 def test_ours_is_what_compress_makes(name, options):
     batches = list(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(3)).split(8))
