@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixrank.compress import FORM
-from mixrank_bench import vit_b16, vit_b16_compensation
+from mixrank_bench import vit_b16, vit_b16_compensation, vit_b16_peers
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
@@ -150,6 +150,7 @@ def compensation() -> str:
 def aims() -> str:
     """Points that are lost beside those that may be, without training and after the longest one within the limit."""
     rows, trained = read(vit_b16.OUT), read(vit_b16_compensation.OUT)
+    beside = {(row["method"], row["keep"]): row["top1"] for row in read(vit_b16_peers.OUT) if row["seed"] == 0}
     dense = next(row["top1"] for row in rows if row["kind"] == "dense")
     strategies = {vit_b16.Strategy(**row["strategy"]): row for row in rows if row["kind"] == "strategy"}
     lines = []
@@ -159,16 +160,26 @@ def aims() -> str:
             key=_core_minutes,
             default=None,
         )
-        found = strategies.get(vit_b16.defaults(keep))
+        found, sparse = strategies.get(vit_b16.defaults(keep)), beside.get(("mixrank, sparse", keep))
         lines.append(
             (
                 keep,
                 *_against(None if found is None else dense - found["top1"], aim),
+                *_against(None if sparse is None else beside["dense", 1.0] - sparse, aim),
                 *_against(None if longest is None else dense - longest["after"]["top1"], trained_aim),
                 "not measured" if longest is None else f"{_core_minutes(longest):.0f}",
             )
         )
-    return table(("keep", "lost, points", "aim", "trained: lost", "aim", "core-minutes"), lines)
+    header = (
+        "keep",
+        "low ranks: lost, points",
+        "aim",
+        "sparse weights: lost",
+        "aim",
+        "low ranks, trained: lost",
+        "aim",
+    )
+    return table((*header, "core-minutes"), lines)
 
 
 def _core_minutes(row: dict) -> float:
