@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixrank_bench import ablation
+from mixrank_bench.ablation_variants import BASE, VARIANTS
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
@@ -17,16 +18,16 @@ def switches() -> str:
         return NO_RUN
     latest = {(row["model"], row["switch"], row["value"]): row for row in rows}
     present = [name for name in MODELS if any(model == name for model, *_ in latest)]
-    order = sorted({variant.switch: None for variant in ablation.VARIANTS}, key=_first)
+    order = sorted({variant.switch: None for variant in VARIANTS}, key=_first)
     lines = []
-    for variant in sorted(ablation.VARIANTS, key=lambda one: order.index(one.switch)):
+    for variant in sorted(VARIANTS, key=lambda one: order.index(one.switch)):
         found = {name: latest.get((name, variant.switch, variant.value)) for name in present}
         if any(found.values()):
-            cells = (cell for name in present for cell in _cells(found[name], latest[name, ablation.BASE.switch, ""]))
+            cells = (cell for name in present for cell in _cells(found[name], latest[name, BASE.switch, ""]))
             lines.append((variant.switch, variant.value, *cells))
     header = ["switch", "set to"]
     for name in present:
-        keep = latest[name, ablation.BASE.switch, ""]["keep"]
+        keep = latest[name, BASE.switch, ""]["keep"]
         header += [f"{MODELS[name]}, keep {keep}: KL, nats", "times the reference's", "agreement, %"]
     last = {row["model"]: row for row in rows}
     return table(header, lines) + "\n" + "\n".join(f"{MODELS[name]}: {conditions(last[name])}" for name in present)
@@ -54,7 +55,7 @@ def by_heart() -> str:
 
 
 def _first(switch: str) -> int:
-    return next(i for i, variant in enumerate(ablation.VARIANTS) if variant.switch == switch)
+    return next(i for i, variant in enumerate(VARIANTS) if variant.switch == switch)
 
 
 def _cells(row: dict | None, base: dict) -> tuple[str, str, str]:

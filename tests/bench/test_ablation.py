@@ -13,7 +13,8 @@ from mixrank import compress
 from mixrank.counting import count_parameters
 from mixrank.fidelity import compare, logits_of
 from mixrank_bench import ablation, tables_ablation
-from mixrank_bench.ablation import BASE, VARIANTS, Ablation, Subject, Variant
+from mixrank_bench.ablation import Ablation, Subject
+from mixrank_bench.ablation_variants import BASE, VARIANTS, Variant
 
 SVD = {"factors": "svd", "centre": True}
 
