@@ -247,13 +247,12 @@ def _measured_form(model: nn.Module, images: Iterable | None, **options: Any) ->
     if images is None:
         raise InputError("form='auto' needs calibration images, but there were none")
 
-    def make(trial: nn.Module, batches: Iterable, form: str) -> None:
-        others = {name: value for name, value in options.items() if form != "sparse" or name in FOR_SPARSE}
-        compress(trial, batches, **(others | {"form": form}))
+    def make(trial: nn.Module, batches: Iterable, form: str) -> CompressionResult:
+        suited = {name: value for name, value in options.items() if form != "sparse" or name in FOR_SPARSE}
+        return compress(trial, batches, **(suited | {"form": form}))
 
     form, told = best_of(measure_forms(model, images, make, dtype=options["dtype"]))
-    others = {name: value for name, value in options.items() if form != "sparse" or name in FOR_SPARSE}
-    result = compress(model, images, **(others | {"form": form}))
+    result = make(model, images, form)
     result.notes.append(told)
     return result
 

@@ -6,7 +6,8 @@ The weight W ``[N, K]`` becomes ``S + L``, L of rank R, S with so many entries. 
 
 C the covariance of the layer's inputs and o_i the mean squared gradient of the loss with respect to output i: the loss
 to second order where inputs and gradients are independent (Kronecker-factored Fisher information, Martens and Grosse
-2015, of which the diagonal serves on the output's side). S and L take turns (alternating thresholding, as in OATS,
+2015, of which the diagonal serves on the output's side). Few images have most of that mean, so their gradients are
+scaled (:mod:`mixrank.gradients`). S and L take turns (alternating thresholding, as in OATS,
 Zhang and Papyan 2024, there with the diagonal of C alone): L is the best factors for ``W - S``, S keeps those entries
 of ``W - L`` whose removal would cost most by themselves, ``o_i C_kk (W - L)_ik^2``. When the places are found, the
 entries of S are fitted to what the removed ones leave behind by least squares, all rows at once by conjugate gradients

@@ -22,7 +22,8 @@ class LayerStats:
             respect to the outputs, in the coordinates of :func:`output_frame`; None where it was not asked for.
         images: how many images the tokens are from; None where that is not known.
         squares: ``[N]`` float64, the sum of the squared gradients of the loss with respect to the outputs: what is
-            summed in place of ``gradient`` with the inputs of every layer; else None.
+            summed in place of ``gradient`` with the inputs of every layer; else None. Where gradients were scaled by
+            image, their sum is that many times the power mean of the images' sums.
 
     Example:
         >>> x = torch.ones(10, 4, dtype=torch.float64)
