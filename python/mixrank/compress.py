@@ -23,6 +23,7 @@ from mixrank.errors import InputError
 from mixrank.forms import best_of, measure_forms
 from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
+from mixrank.plan import FORMS
 from mixrank.planning import SENSITIVITY_IMAGES, plan_ranks
 from mixrank.processes import are_several
 from mixrank.result import CompressionResult, layer_reports, notes
@@ -132,6 +133,8 @@ def compress(
         True
     """
     given = dict(locals())
+    if form not in (*FORMS, "auto"):
+        raise InputError(f"form must be one of {', '.join(FORMS)}, auto, but it was {form!r}")
     if form == "auto":
         return _measured_form(**given)
     if form == "sparse":

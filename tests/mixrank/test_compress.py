@@ -242,7 +242,7 @@ def test_factorisations_do_not_give_a_sparse_layer(model, sparse_plan):
         apply_(model, sparse_plan, factorisations)
     assert not any(isinstance(module, LowRankLinear) for module in model.modules())
     with pytest.raises(InputError, match="form must be one of factors, pivoted, but it was 'sparse'"):
-        compress(model, keep=0.5, factors="svd", form="sparse")
+        allocate(model, factorisations, keep=0.5, form="sparse")
 
 
 def test_sparse_layers_are_not_compressed_again_but_told(model, sparse_plan):

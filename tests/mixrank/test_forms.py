@@ -75,7 +75,7 @@ def test_sparse_is_what_compress_sparse_makes(images):
         ({"form": "sparse", "min_rank": 8}, "min_rank is of low ranks"),
         ({"form": "sparse", "gradient_power": 0.0}, "gradient_power must be above 0 and at most 1, but it was 0.0"),
         ({"form": "auto", "keep": 1.5}, "keep must be in"),
-        ({"form": "dense"}, "form must be one of"),
+        ({"form": "dense"}, "form must be one of factors, pivoted, sparse, auto, but it was 'dense'"),
         ({"gradient_power": 1.5}, "gradient_power must be above 0 and at most 1, but it was 1.5"),
     ],
 )
