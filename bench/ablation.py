@@ -210,7 +210,7 @@ class Ablation:
 
     def _sparse(self, model: nn.Module, variant: Variant) -> Plan:
         options = {"seed": SEED, "dtype": self.subject.dtype} | variant.calibration
-        key = ("sparse", self._images(variant).shape, tuple(options.items()))
+        key = ("sparse", *variant.statistics)
         if self._statistics is None or self._statistics[0] != key:
             self._statistics = self._factors = None
             self._statistics = (key, (sparse_statistics(model, self._batches(variant), **options),))

@@ -98,8 +98,7 @@ def compress(
         held_out: share of the images on which factors made without them are judged, and the sensitivity measured; the
             factors in the model are made from all. None: a fifth, or none of fewer than five images.
         gradient_power: of each image's sum of squared gradients at a layer, in (0, 1]: below 1 few images of which the
-            model is unsure do not decide all, see :mod:`mixrank.gradients`. None: 1, for sparse weights 0.25, as was
-            measured for each (docs/accuracy.md).
+            model is unsure do not decide all, see :mod:`mixrank.gradients`. None: 1, and 0.25 for sparse weights.
         draws: random probes of each image's answer where gradients are needed, see :mod:`mixrank.gradients`.
         seed: of these draws.
         split_qkv: give q, k and v ranks of their own instead of the fused layer's one.

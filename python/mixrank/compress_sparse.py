@@ -46,8 +46,8 @@ def compress_sparse_(
 ) -> CompressionResult:
     """Compress a trained model in place to :class:`mixrank.SparseLinear` layers, without training and without labels.
 
-    Whether this or low ranks alone (:func:`mixrank.compress`) follow a model more closely is to be tried: of one model
-    docs/accuracy.md has both. Of the stored numbers some say where the entries are
+    Whether this or low ranks alone follow a model more closely is what :func:`mixrank.compress` measures with
+    ``form="auto"``. Of the stored numbers some say where the entries are
     (:attr:`mixrank.SparseLinear.places`). An entry without structure costs the CPU kernel a little more than a number
     of a factor; on a GPU such a layer is multiplied out at every call, so there it saves memory alone.
 
@@ -162,8 +162,9 @@ def put_sparse_(
         what they were.
 
     Raises:
-        InputError: a bad budget or weight; the model is then as it was.
+        InputError: a bad budget, weight or option; the model is then as it was.
     """
+    check_sparse(rank_share, pull)
     watch, linears = watch or Stopwatch(), compressible_linears(model)
     limits: Limits = {"keep": keep, "max_bytes": max_bytes, "max_macs": max_macs}
     shapes = {name: LayerShape.of(linear, True) for name, linear in linears.items()}

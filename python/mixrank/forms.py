@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mixrank.automatic import classifies
+from mixrank.calibrate import DEFAULT_HELD_OUT
 from mixrank.errors import InputError
 from mixrank.fidelity import compare, logits_of
 from mixrank.models import twin
@@ -19,8 +21,6 @@ from mixrank.processes import are_several
 from mixrank.sample import Apart
 
 TRIED = ("pivoted", "sparse")
-HELD_OUT = 0.2
-"""Share of the images that judge."""
 
 
 def measure_forms(
@@ -51,12 +51,17 @@ def measure_forms(
         )
     if are_several():
         raise InputError("form='auto' works in one process: choose a form where there are several")
-    fitted, found = Apart(images, HELD_OUT), {}
+    if not classifies(model, images)[0]:
+        raise InputError(f"form='auto' needs logits of classes, but {type(model).__name__} returns none")
+    fitted = Apart(images, DEFAULT_HELD_OUT)
+    found: dict[str, float] = {}
+    target: Tensor | None = None
     for form in TRIED:
         trial = twin(model)
         make(trial, fitted, form)
         judged = [batch.images for batch in fitted.kept]
-        target = logits_of(twin(model).eval(), judged, dtype)
+        if target is None:
+            target = logits_of(twin(model).eval(), judged, dtype)
         found[form] = compare(logits_of(trial.eval(), judged, dtype), target).divergence
     return found
 
