@@ -33,7 +33,6 @@ from mixrank.apply import apply_, put_
 from mixrank.calibrate import calibrate, held_out_images
 from mixrank.compensate import CompensationOptions, compensate_
 from mixrank.compress import FORM
-from mixrank.compress_sparse import put_sparse_, sparse_statistics
 from mixrank.decompose import decompose, factorise
 from mixrank.demo import ARCHITECTURE, MODEL_ARGS, WEIGHTS
 from mixrank.demo.run import batches, load_images
@@ -46,6 +45,8 @@ from mixrank.precision import fast_dtype
 from mixrank.sample import Sample
 from mixrank.sequential import compress_blocks_
 from mixrank.shrinkage import MEASURED
+from mixrank.sparse_fit import put_sparse_, sparse_statistics
+from mixrank.sparse_sensitivity import weigh_layers
 from mixrank.views import Views, gather
 from mixrank_bench.ablation_variants import BASE, VARIANTS, Variant
 from mixrank_bench.block_residual import with_blocks
@@ -209,12 +210,17 @@ class Ablation:
         put_(model, plan, made)
 
     def _sparse(self, model: nn.Module, variant: Variant) -> Plan:
-        options = {"seed": SEED, "dtype": self.subject.dtype} | variant.calibration
+        running = {"dtype": self.subject.dtype, "progress": False}
         key = ("sparse", *variant.statistics)
         if self._statistics is None or self._statistics[0] != key:
             self._statistics = self._factors = None
-            self._statistics = (key, (sparse_statistics(model, self._batches(variant), **options),))
-        return put_sparse_(model, self._statistics[1][0], self.subject.keep, **variant.sparse)[0]
+            sample = Sample(self._batches(variant), variant.sensitivity[0], SEED, None)
+            options = {"held_out": None, "seed": SEED} | variant.calibration | running
+            self._statistics = (key, (sparse_statistics(model, sample, **options), sample))
+        (stats, sample), keep, weights = self._statistics[1], self.subject.keep, None
+        if variant.weighed:
+            weights = weigh_layers(model, stats, sample.parts, {"keep": keep}, **variant.sparse, **running)
+        return put_sparse_(model, stats, keep, weights=weights, **variant.sparse)[0]
 
     def _with_blocks(self, model: nn.Module, variant: Variant) -> None:
         plan = self.base()

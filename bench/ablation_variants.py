@@ -24,7 +24,8 @@ class Variant:
         factors: arguments of :func:`mixrank.decompose`; the pull may be measured.
         ridge: fits the layers in sequence with this pull.
         allocation: arguments of :func:`mixrank.allocate`; None: the ranks of the reference.
-        sparse: arguments of :func:`mixrank.compress_sparse.put_sparse_`, which then makes the layers; None: factors.
+        sparse: arguments of :func:`mixrank.sparse_fit.put_sparse_`, which then makes the layers; None: factors.
+        weighed: sparse layers count by what they were measured to do.
         blocks: size of the blocks of a sparse residual and their share of a layer's numbers; None: no such residual.
         training: options of a training afterwards; None: none.
         sensitivity: how many images it is measured on, and which share of them in each round.
@@ -42,6 +43,7 @@ class Variant:
     ridge: float | None = None
     allocation: Mapping[str, Any] | None = None
     sparse: Mapping[str, Any] | None = None
+    weighed: bool = True
     blocks: tuple[int, float] | None = None
     training: Mapping[str, Any] | None = None
     sensitivity: tuple[int, tuple[float, ...]] = (48, (1.0, 1.0))
@@ -110,7 +112,15 @@ VARIANTS = (
         for share in (0.0, 0.5, 0.7)
     ),
     Variant("sparse weights", "pull of the covariance 1", sparse={"pull": 1.0}),
+    Variant("sparse weights", "layers by squared gradients alone", sparse={}, weighed=False),
     Variant("sparse weights", "gradients as they are", sparse={}, calibration={"gradient_power": 1.0}),
+    Variant(
+        "sparse weights",
+        "gradients as they are, layers by these alone",
+        sparse={},
+        calibration={"gradient_power": 1.0},
+        weighed=False,
+    ),
     Variant("probes", "4 of each image", calibration={"draws": 4}),
     *(Variant("sequential", f"ridge {ridge:g}", ridge=ridge) for ridge in (0.1, 1.0, 10.0)),
     *(

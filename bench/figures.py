@@ -91,7 +91,7 @@ def front() -> Figure:
         colour = OURS_COLOUR if ours else OTHERS[number % len(OTHERS)]
         style = {"lw": 1.2, "ls": ("-", "--")[number // len(OTHERS) % 2]}
         if ours:
-            style = {"lw": 2.6, "zorder": 3, "ls": ("-", "--", ":")[tables_peers.OURS.index(method)]}
+            style = {"lw": 2.6, "zorder": 3, "ls": ("-", "-.", "--", ":")[tables_peers.OURS.index(method)]}
         axis.plot([x / 1e6 for x, _ in found], [y for _, y in found], color=colour, marker="o", label=method, **style)
     axis.set(xlabel="parameters that remain, millions", ylabel="top-1, %", ylim=(0, 100))
     figure.legend(loc="outside right center", frameon=False)

@@ -152,41 +152,34 @@ def aims() -> str:
     rows, trained = read(vit_b16.OUT), read(vit_b16_compensation.OUT)
     beside = {(row["method"], row["keep"]): row["top1"] for row in read(vit_b16_peers.OUT) if row["seed"] == 0}
     dense = next(row["top1"] for row in rows if row["kind"] == "dense")
-    strategies = {vit_b16.Strategy(**row["strategy"]): row for row in rows if row["kind"] == "strategy"}
+    low = {vit_b16.Strategy(**row["strategy"]): row["top1"] for row in rows if row["kind"] == "strategy"}
     lines = []
     for keep, (aim, trained_aim) in AIMS.items():
-        longest = max(
-            (row for row in trained if row["keep"] == keep and _core_minutes(row) <= 2 * AIM_MINUTES + 1),
-            key=_core_minutes,
-            default=None,
-        )
-        found, sparse = strategies.get(vit_b16.defaults(keep)), beside.get(("mixrank, sparse", keep))
-        lines.append(
-            (
-                keep,
-                *_against(None if found is None else dense - found["top1"], aim),
-                *_against(None if sparse is None else beside["dense", 1.0] - sparse, aim),
-                *_against(None if longest is None else dense - longest["after"]["top1"], trained_aim),
-                "not measured" if longest is None else f"{_core_minutes(longest):.0f}",
+        found = {FORM: low.get(vit_b16.defaults(keep)), "sparse": beside.get(("mixrank, sparse", keep))}
+        for form, top1 in found.items():
+            longest = max(
+                (
+                    row
+                    for row in trained
+                    if (row["keep"], row.get("form", FORM)) == (keep, form)
+                    and _core_minutes(row) <= 2 * AIM_MINUTES + 1
+                ),
+                key=_core_minutes,
+                default=None,
             )
-        )
-    header = (
-        "keep",
-        "low ranks: lost, points",
-        "aim",
-        "sparse weights: lost",
-        "aim",
-        "low ranks, trained: lost",
-        "aim",
-    )
-    return table((*header, "core-minutes"), lines)
+            after = None if longest is None else longest["after"]["top1"]
+            minutes = "" if longest is None else f"{_core_minutes(longest):.0f}"
+            lines.append((keep, form, *_against(dense, top1, aim), *_against(dense, after, trained_aim), minutes))
+    header = ("keep", "layers", "lost, points", "aim", "trained: lost", "aim", "core-minutes")
+    return table(header, lines)
 
 
 def _core_minutes(row: dict) -> float:
     return row["training"]["seconds"] / 60 * row["environment"]["threads"]
 
 
-def _against(lost: float | None, aim: float) -> tuple[str, str]:
-    if lost is None:
+def _against(dense: float, top1: float | None, aim: float) -> tuple[str, str]:
+    if top1 is None:
         return "not measured", f"{aim:g}"
+    lost = dense - top1
     return f"{lost:.1f}", f"{aim:g}, {'met' if lost <= aim + 1e-9 else 'not met'}"

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mixrank.allocate import allocate
 from mixrank.apply import apply_
 from mixrank.arguments import Allocation, Running
 from mixrank.calibrate import calibrate
-from mixrank.compress import FORM
-from mixrank.compress_sparse import put_sparse_, sparse_statistics
+from mixrank.compress import FORM, compress
+from mixrank.counting import count_bytes, count_macs
 from mixrank.decompose import Factorisation, decompose
 from mixrank.measured_pull import FIRST, first_pull
+from mixrank.plan import Plan
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.sample import Sample
 from mixrank.shrinkage import MEASURED
+from mixrank.sparse_fit import put_sparse_, sparse_statistics
+from mixrank.sparse_sensitivity import weigh_layers
 from mixrank.stats import CalibrationStats
 from mixrank.weighting import AUTOMATIC, Weighting
 from mixrank_bench.accuracy_peers import asvd, asvd_search, corda, eva, oats, structured, svd_llm
@@ -87,12 +90,32 @@ def _ours(model: nn.Module, found: _Calibrated, keep: float, *, shrink: float | 
     return compressed(apply_(model, plan, first), plan)
 
 
-def _for_sparse(model: nn.Module, calibration: Calibration) -> CalibrationStats:
-    return sparse_statistics(model, calibration.images, dtype=calibration.dtype)
+def _for_sparse(model: nn.Module, calibration: Calibration) -> tuple[CalibrationStats, Sequence[Tensor], Running]:
+    running: Running = {"dtype": calibration.dtype, "progress": False}
+    sample = Sample(calibration.images, SENSITIVITY_IMAGES, 0, None)
+    return sparse_statistics(model, sample, held_out=None, **running), sample.parts, running
 
 
-def _sparse(model: nn.Module, stats: CalibrationStats, keep: float) -> Compressed:
-    return compressed(model, put_sparse_(model, stats, keep)[0])
+def _sparse(model: nn.Module, made: tuple[CalibrationStats, Sequence[Tensor], Running], keep: float) -> Compressed:
+    stats, judging, running = made
+    weights = weigh_layers(model, stats, judging, {"keep": keep}, **running)
+    return _detailed(model, put_sparse_(model, stats, keep, weights=weights)[0])
+
+
+def _defaults(model: nn.Module, calibration: Calibration, keep: float) -> Compressed:
+    result = compress(model, calibration.images, keep, dtype=calibration.dtype)
+    found = _detailed(model, result.plan)
+    return Compressed(found.parameters, found.details | {"notes": result.notes})
+
+
+def _detailed(model: nn.Module, plan: Plan) -> Compressed:
+    """With what a sparse layer costs, which its rank does not tell."""
+    found = compressed(model, plan)
+    entries = {layer.name: layer.entries for layer in plan.layers}
+    return Compressed(
+        found.parameters,
+        found.details | {"entries": entries, "bytes": count_bytes(model), "macs": count_macs(model)},
+    )
 
 
 UNIFORM, MIXED, SEARCHED, ONE_RATIO = "uniform", "mixed", "searched", "one ratio"
@@ -107,11 +130,12 @@ METHODS = {
     "SVD-LLM": Method("Wang et al. 2024, arXiv 2403.07378", UNIFORM, svd_llm.prepare, compress_uniform, True),
     "CorDA": Method("Yang et al. 2024, arXiv 2406.05223", UNIFORM, corda.prepare, compress_uniform, True),
     "EVA": Method("Paischer et al. 2024, arXiv 2410.07170", UNIFORM, eva.prepare, compress_uniform, True),
-    "mixrank, defaults": Method("this library", MIXED, _calibrated, _ours),
+    "mixrank, low ranks": Method("this library", MIXED, _calibrated, _ours),
     "mixrank, tokens alike": Method(
         "this library", MIXED, partial(_calibrated, weighting="none"), partial(_ours, shrink=FIRST)
     ),
     "mixrank, sparse": Method("this library", MIXED, _for_sparse, _sparse),
+    "mixrank, defaults": Method("this library", MIXED, _images, _defaults),
     "OATS": Method("Zhang and Papyan 2024, arXiv 2409.13652", UNIFORM, _images, oats.compress),
     "Torch-Pruning, uniform": Method(TORCH_PRUNING, ONE_RATIO, _images, partial(structured.compress, bottleneck=False)),
     "Torch-Pruning, bottleneck": Method(

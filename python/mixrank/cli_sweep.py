@@ -48,9 +48,9 @@ def sweep(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="A strategy (repeatable): svd, svd-uniform, aware, aware-uniform, aware-pivoted, output, shrunk, "
-            "fisher, sensitivity, sensitivity-pivoted, sparse.",
-            show_default="default, svd, svd-uniform, aware, aware-pivoted, sensitivity",
+            help="A strategy (repeatable): pivoted, sparse, svd, svd-uniform, aware, aware-uniform, aware-pivoted, "
+            "output, shrunk, fisher, sensitivity, sensitivity-pivoted.",
+            show_default="pivoted, sparse, svd, svd-uniform, aware, aware-pivoted, sensitivity",
         ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,

@@ -20,7 +20,7 @@ from mixrank.compress_sparse import compress_sparse_
 from mixrank.coverage import left_alone, remarks_of
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
-from mixrank.forms import best_of, measure_forms
+from mixrank.forms import TRIAL_IMAGES, best_of, measure_forms, unmeasurable
 from mixrank.measured_pull import first_pull, measure_pull
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_, split_qkv_
 from mixrank.plan import FORMS
@@ -34,10 +34,13 @@ from mixrank.stats import CalibrationStats
 from mixrank.stopwatch import Stopwatch
 from mixrank.weighting import AUTOMATIC, Weighting
 
-FOR_SPARSE = ("keep", "max_bytes", "max_macs", "gradient_power", "draws", "seed", "dtype", "progress")
+FOR_SPARSE = (
+    "keep", "max_bytes", "max_macs", "sensitivity_images", "held_out", "gradient_power", "draws", "seed", "dtype",
+    "progress",
+)  # fmt: skip
 """The options of :func:`compress` that sparse weights take."""
 FORM = "pivoted"
-"""Did best on two real models by images held out, see docs/accuracy.md."""
+"""Of low ranks the form that did best on two real models by images held out, see docs/accuracy.md."""
 
 
 def compress(
@@ -65,7 +68,7 @@ def compress(
     max_rank: float | None = None,
     sequential: bool = False,
     ridge: float = RIDGE,
-    form: str = FORM,
+    form: str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> CompressionResult:
@@ -112,9 +115,11 @@ def compress(
         form: how layers of low rank are held: as ``"factors"``, or ``"pivoted"``: the same weights in fewer numbers, so
             higher ranks in the same budget, see :class:`mixrank.PivotedLinear`; factors suit bfloat16 better.
             ``"sparse"``: entries without structure beside factors, see :mod:`mixrank.compress_sparse`; of the other
-            options only those of the budget, of gradients, ``seed`` and ``dtype`` are for it. ``"auto"``: for
-            classifiers, pivoted or sparse, whichever is nearer to the dense model on a fifth of the images when made
-            by the others, see :mod:`mixrank.forms`; it takes three compressions.
+            options only those of the budget, of gradients, ``sensitivity_images``, ``held_out``, ``seed`` and
+            ``dtype`` are for it. ``"auto"``: for classifiers, pivoted or sparse, whichever is nearer to the dense
+            model on a fifth of the images when made in a short way by the others, see :mod:`mixrank.forms`. None: auto
+            on a CPU where it can be measured (the result says why not), else pivoted, and where options of low ranks
+            are given.
         dtype: run the calibration under autocast in this dtype.
         progress: show progress bars with the time left.
 
@@ -132,13 +137,18 @@ def compress(
         True
     """
     given = dict(locals())
-    if form not in (*FORMS, "auto"):
+    if form not in (None, *FORMS, "auto"):
         raise InputError(f"form must be one of {', '.join(FORMS)}, auto, but it was {form!r}")
+    remarks: list[str] = []
+    if form is None:
+        form, images, reason = _usual_form(**given)
+        given |= {"form": form, "images": images}
+        remarks += reason
     if form == "auto":
         return _measured_form(**given)
     if form == "sparse":
         return _sparse(**given)
-    watch, remarks = Stopwatch(), []
+    watch = Stopwatch()
     undecided = images is not None and not sequential and None in (factors, energy)
     automatic = undecided and energy is None and ranks == "mixed"
     fisher = undecided and factors is None
@@ -244,18 +254,43 @@ def compress(
     return CompressionResult(plan, reports, count, watch.seconds, remarks + notes(reports, stats), alone)
 
 
+def _usual_form(model: nn.Module, images: Iterable | None, **options: Any) -> tuple[str, Iterable | None, list[str]]:
+    """The form where none is given, all images again, and a remark where somebody may wonder."""
+    parameter = next(model.parameters(), None)
+    elsewhere = parameter is not None and parameter.device.type != "cpu"
+    if images is None or elsewhere or are_several() or _of_low_ranks(options) or options["held_out"] == 0:
+        return FORM, images, []
+    classifier, images = classifies(model, images)
+    if not classifier or getattr(images, "views", 1) != 1:
+        return FORM, images, []
+    if (reason := unmeasurable(images)) is not None:
+        return FORM, images, [f"layers are {FORM}, as no other form can be tried: {reason}"]
+    return "auto", images, []
+
+
 def _measured_form(model: nn.Module, images: Iterable | None, **options: Any) -> CompressionResult:
     """Compress to the form that is measured to be the better one."""
     if images is None:
         raise InputError("form='auto' needs calibration images, but there were none")
 
-    def make(trial: nn.Module, batches: Iterable, form: str) -> CompressionResult:
+    def make(trial: nn.Module, batches: Iterable, form: str, **short: Any) -> CompressionResult:
         suited = {name: value for name, value in options.items() if form != "sparse" or name in FOR_SPARSE}
-        return compress(trial, batches, **(suited | {"form": form}))
+        return compress(trial, batches, **(suited | short | {"form": form}))
 
-    form, told = best_of(measure_forms(model, images, make, dtype=options["dtype"]))
+    def tried(trial: nn.Module, batches: Iterable, form: str) -> CompressionResult:
+        if form == "sparse":
+            return make(trial, batches, form, held_out=0.0)
+        few = min(options["sensitivity_images"], TRIAL_IMAGES)
+        shrink = first_pull(None) if options["shrink"] is None else options["shrink"]
+        return make(trial, batches, form, sensitivity_images=few, shrink=shrink)
+
+    watch = Stopwatch()
+    with watch.stage("form"):
+        found = measure_forms(model, images, tried, dtype=options["dtype"])
+    form, told = best_of(found)
     result = make(model, images, form)
     result.notes.append(told)
+    result.seconds.update(watch.seconds)
     return result
 
 
@@ -263,11 +298,16 @@ def _sparse(model: nn.Module, images: Iterable | None, **options: Any) -> Compre
     """Compress to sparse weights; options of low ranks are refused."""
     if images is None:
         raise InputError("form='sparse' needs calibration images, but there were none")
-    defaults = {name: one.default for name, one in inspect.signature(compress).parameters.items()}
-    for name, value in options.items():
-        if name not in FOR_SPARSE and name != "form" and value != defaults[name]:
-            raise InputError(f"{name} is of low ranks and must be left out for form='sparse', but it was {value!r}")
+    for name in _of_low_ranks(options):
+        raise InputError(f"{name} is of low ranks and must be left out for form='sparse', but it was {options[name]!r}")
     return compress_sparse_(model, images, **{name: options[name] for name in FOR_SPARSE})
+
+
+def _of_low_ranks(options: Mapping[str, Any]) -> list[str]:
+    """Names of the options that are given and that sparse weights do not take."""
+    defaults = {name: one.default for name, one in inspect.signature(compress).parameters.items()}
+    others = (name for name in options if name not in FOR_SPARSE and name != "form")
+    return [name for name in others if options[name] != defaults[name]]
 
 
 def check_energy(energy: str, ranks: str, *, calibrated: bool, held_out: bool) -> None:

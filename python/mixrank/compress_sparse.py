@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mixrank.allocate import Budget, check_budget
 from mixrank.arguments import Limits
-from mixrank.attributes import note_
 from mixrank.automatic import classifies
-from mixrank.calibrate import calibrate
 from mixrank.coverage import left_alone, remarks_of
 from mixrank.decompose import LayerShape
 from mixrank.errors import InputError
-from mixrank.gradients import POWER
 from mixrank.models import compressible_linears, expose_qkv_, hide_qkv_
-from mixrank.nn_sparse import SparseLinear
-from mixrank.plan import Plan
-from mixrank.progress import track
+from mixrank.plan import LayerPlan
+from mixrank.planning import SENSITIVITY_IMAGES
 from mixrank.result import CompressionResult, LayerReport, notes
-from mixrank.sparse import PULL, Measures, Split, removal_costs, split
-from mixrank.sparse_plan import RANK_SHARE, Prices, choose_entries, histogram, ranks_of, sparse_plan
-from mixrank.stats import CalibrationStats
+from mixrank.sample import Sample
+from mixrank.sparse import PULL
+from mixrank.sparse_fit import Errors, budget_of, check_sparse, put_sparse_, sparse_statistics
+from mixrank.sparse_plan import RANK_SHARE
+from mixrank.sparse_sensitivity import weigh_layers
 from mixrank.stopwatch import Stopwatch
-from mixrank_kernels.reference import packed_bits
 
 
 def compress_sparse_(
@@ -40,6 +35,8 @@ def compress_sparse_(
     pull: float = PULL,
     gradient_power: float | None = None,
     draws: int = 1,
+    sensitivity_images: int = SENSITIVITY_IMAGES,
+    held_out: float | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     progress: bool = False,
@@ -61,8 +58,12 @@ def compress_sparse_(
         pull: of the inputs' covariance towards its diagonal, at least 0; guards against few images.
         gradient_power: of each image's sum of squared gradients at a layer, see :mod:`mixrank.gradients`; None: 0.25.
         draws: random probes of each image's answer, for the gradients of a classifier, see :mod:`mixrank.gradients`.
-        seed: of these draws.
-        dtype: run the calibration under autocast in this dtype.
+        sensitivity_images: of a classifier, how many of the images held out, drawn at random, tell how much each layer
+            counts, see :mod:`mixrank.sparse_sensitivity`.
+        held_out: share of the images that serves for this alone at first; the weights are then fitted to all images.
+            None: a fifth, or none of fewer than five images. Without any, squared gradients alone decide.
+        seed: of the draws.
+        dtype: run the model under autocast in this dtype.
         progress: show progress bars with the time left.
 
     Returns:
@@ -83,137 +84,49 @@ def compress_sparse_(
     try:
         shapes = {name: LayerShape.of(linear, True) for name, linear in compressible_linears(model).items()}
         limits: Limits = {"keep": keep, "max_bytes": max_bytes, "max_macs": max_macs}
-        _budget(model, shapes, limits)
+        budget_of(model, shapes, limits)
         classifier, images = classifies(model, images)
         alone = left_alone(model)
         remarks += remarks_of(alone, model)
         if not classifier:
             remarks.append("the model returns no logits of classes, so the outputs of the layers decide all")
+        sample = Sample(images, sensitivity_images, seed, held_out)
         with watch.stage("calibrate"):
             stats = sparse_statistics(
-                model, images, gradients=classifier, gradient_power=gradient_power, draws=draws, seed=seed,
-                dtype=dtype, progress=progress,
+                model, sample, gradients=classifier, gradient_power=gradient_power, draws=draws, seed=seed,
+                held_out=held_out, dtype=dtype, progress=progress,
             )  # fmt: skip
+        weights = None
+        if classifier and stats.held_out is not None:
+            try:
+                with watch.stage("sensitivity"):
+                    weights = weigh_layers(
+                        model, stats, sample.parts, limits, rank_share, pull, dtype=dtype, progress=progress
+                    )
+            except InputError as error:
+                remarks.append(f"layers count by their squared gradients, as they cannot be measured: {error}")
         plan, errors = put_sparse_(
-            model, stats, **limits, rank_share=rank_share, pull=pull, watch=watch, progress=progress
+            model, stats, **limits, rank_share=rank_share, pull=pull, weights=weights, watch=watch, progress=progress
         )
     except BaseException:
         hide_qkv_(model, exposed)
         raise
-    reports = [
-        LayerReport(layer.name, layer.in_features, layer.out_features, layer.rank, errors.get(layer.name, 0.0), None,
-                    pull, [], None, [])
-        for layer in plan.layers
-    ]  # fmt: skip
-    return CompressionResult(plan, reports, stats.all_images, watch.seconds, remarks + notes(reports, stats), alone)
+    reports = [_report(layer, errors.get(layer.name, Errors(0.0, None)), pull) for layer in plan.layers]
+    remarks += notes(reports, stats, remedy="")
+    return CompressionResult(plan, reports, stats.all_images, watch.seconds, remarks, alone)
 
 
-def check_sparse(rank_share: float, pull: float) -> None:
-    """Raise InputError where one of them is outside its range."""
-    if not 0 <= rank_share < 1:
-        raise InputError(f"rank_share must be at least 0 and below 1, but it was {rank_share}")
-    if not 0 <= pull < float("inf"):
-        raise InputError(f"pull must be a number of at least 0, but it was {pull}")
-
-
-def sparse_statistics(
-    model: nn.Module, images: Iterable, *, gradients: bool = True, gradient_power: float | None = None, **others: Any
-) -> CalibrationStats:
-    """What sparse weights are fitted by: the whole covariance of the inputs of each layer, its tokens alike.
-
-    Args:
-        model: as for :func:`mixrank.calibrate.calibrate`.
-        images: the same.
-        gradients: of a classifier, also its squared gradients.
-        gradient_power: of these; None: :data:`mixrank.gradients.POWER`.
-        **others: further arguments of that function.
-    """
-    power = POWER if gradient_power is None else gradient_power
-    return calibrate(model, images, inputs=True, gradients=gradients, gradient_power=power, **others)
-
-
-def put_sparse_(
-    model: nn.Module,
-    stats: CalibrationStats,
-    keep: float | None = None,
-    *,
-    max_bytes: int | None = None,
-    max_macs: int | None = None,
-    rank_share: float = RANK_SHARE,
-    pull: float = PULL,
-    watch: Stopwatch | None = None,
-    progress: bool = False,
-) -> tuple[Plan, dict[str, float]]:
-    """Replace the layers of a model by sparse ones, by statistics that were made before.
-
-    Args:
-        model: a dense model; it is changed in place.
-        stats: of :func:`sparse_statistics`.
-        keep: as for :func:`compress_sparse_`.
-        max_bytes: the same.
-        max_macs: the same.
-        rank_share: the same.
-        pull: the same.
-        watch: notes the stages ``allocate`` and ``split``.
-        progress: show progress bars.
-
-    Returns:
-        The plan, and by layer the squared error of its outputs by the measure of :mod:`mixrank.sparse`, relative to
-        what they were.
-
-    Raises:
-        InputError: a bad budget, weight or option; the model is then as it was.
-    """
-    check_sparse(rank_share, pull)
-    watch, linears = watch or Stopwatch(), compressible_linears(model)
-    limits: Limits = {"keep": keep, "max_bytes": max_bytes, "max_macs": max_macs}
-    shapes = {name: LayerShape.of(linear, True) for name, linear in linears.items()}
-    budget, fixed = _budget(model, shapes, limits)
-    idle = sum(budget.cost(name, shapes.pop(name), None) for name in stats.idle)
-    with watch.stage("allocate"):
-        available = budget.limit - fixed - idle
-        ranks = ranks_of(shapes, budget, available, rank_share)
-        prices = {name: Prices.of(budget, name, shape, ranks[name]) for name, shape in shapes.items()}
-        histograms = {}
-        for name in track(shapes, "weighing entries", enabled=progress):
-            weight = linears[name].weight
-            measures = Measures.of(weight, stats[name], pull=pull)
-            histograms[name] = histogram(removal_costs(weight, measures, ranks[name]), prices[name].entry)
-        entries = choose_entries(histograms, prices, available)
-        options = {"form": "sparse", "rank_share": rank_share, "pull": pull}
-        options |= {name: value for name, value in limits.items() if value is not None}
-        plan = sparse_plan(model, shapes, ranks, entries, options)
-    errors: dict[str, float] = {}
-    layers: dict[str, SparseLinear] = {}
-    with watch.stage("split"):
-        for name in track(shapes, "splitting weights", enabled=progress):
-            if (count := entries[name]) is not None:
-                measures = Measures.of(linears[name].weight, stats[name], pull=pull)
-                found = split(linears[name].weight, measures, count, ranks[name])
-                errors[name], layers[name] = found.error, layer_of(linears[name], found)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    note_(model, "mixrank_plan", plan)
-    return plan, errors
-
-
-def _budget(model: nn.Module, shapes: dict[str, LayerShape], limits: Limits) -> tuple[Budget, int]:
-    return check_budget(model, shapes, **limits, ranks="mixed", energy="weight", step=1, form="factors")
-
-
-def layer_of(linear: nn.Linear, found: Split) -> SparseLinear:
-    """The layer that holds a split weight, in the dtype, device and mode of the linear layer it was of."""
-    bias = found.shift if linear.bias is None else found.shift + linear.bias.detach().cpu().double()
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(linear.weight.device, linear.weight.dtype).contiguous()
-
-    layer = SparseLinear.from_parts(
-        packed_bits(found.kept).to(linear.weight.device),
-        cast(found.sparse[found.kept]),
-        None if found.down is None else cast(found.down),
-        None if found.up is None else cast(found.up),
-        cast(bias),
-        in_features=linear.in_features,
+def _report(layer: LayerPlan, errors: Errors, pull: float) -> LayerReport:
+    """Without the curves over ranks, which a sparse layer has none of."""
+    return LayerReport(
+        layer.name,
+        layer.in_features,
+        layer.out_features,
+        layer.rank,
+        errors.fitted,
+        errors.held_out,
+        pull,
+        [],
+        None,
+        [],
     )
-    return layer.train(linear.training)

@@ -1,7 +1,8 @@
 """Which form the layers of a compressed model are given, where that is measured: low ranks or sparse weights.
 
 Of one model the one follows it more closely, of another the other, and nothing that is known before tells which
-(docs/accuracy.md). So both are made of most of the images, and judged by the rest.
+(docs/accuracy.md). So both are made of most of the images, and judged by the rest. The two are far apart where it
+matters, so a trial is made in a shorter way than what is kept: without measured pulls and weights of layers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mixrank.automatic import classifies
 from mixrank.calibrate import DEFAULT_HELD_OUT
+from mixrank.data import as_batch
 from mixrank.errors import InputError
 from mixrank.fidelity import compare, logits_of
 from mixrank.models import twin
@@ -21,6 +23,20 @@ from mixrank.processes import are_several
 from mixrank.sample import Apart
 
 TRIED = ("pivoted", "sparse")
+TRIAL_IMAGES = 32
+"""That the ranks of a trial are measured on."""
+
+
+def unmeasurable(images: Iterable) -> str | None:
+    """Why forms cannot be measured with these images; None where they can."""
+    if isinstance(images, Iterator):
+        return "the images go by once, as they were an iterator, and not a list or a loader"
+    count, needed = 0, math.ceil(1 / DEFAULT_HELD_OUT)
+    for item in images:
+        count += len(as_batch(item, count).images)
+        if count >= needed:
+            return None
+    return f"it takes {needed} images at least, but there were {count}"
 
 
 def measure_forms(
@@ -45,10 +61,8 @@ def measure_forms(
         InputError: the images are an iterator, are too few to hold some out, or come to several processes; the model
             is no classifier; or from ``make``.
     """
-    if isinstance(images, Iterator):
-        raise InputError(
-            "form='auto' goes through the images several times, but they were an iterator: give a list or a loader"
-        )
+    if (reason := unmeasurable(images)) is not None:
+        raise InputError(f"form='auto' tries two forms, but {reason}")
     if are_several():
         raise InputError("form='auto' works in one process: choose a form where there are several")
     if not classifies(model, images)[0]:

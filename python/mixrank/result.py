@@ -117,8 +117,8 @@ def _error(factorisation: Factorisation, rank: int | None, *, held_out: bool) ->
     return 0.0 if known is not None and rank is None else known
 
 
-def notes(layers: list[LayerReport], stats: CalibrationStats | None) -> list[str]:
-    """What the user should know of the layers and the calibration."""
+def notes(layers: list[LayerReport], stats: CalibrationStats | None, remedy: str = ", or a larger shrink") -> list[str]:
+    """What the user should know of the layers and the calibration; ``remedy``: what helps beside more images."""
     if stats is None:
         return []
     found = []
@@ -134,6 +134,6 @@ def notes(layers: list[LayerReport], stats: CalibrationStats | None) -> list[str
         if new > GAP * seen:
             found.append(
                 f"the mean relative error is {new:.3f} on images held out but {seen:.3f} on the calibration images: "
-                f"use more than {stats.all_images} images, or a larger shrink"
+                f"use more than {stats.all_images} images{remedy}"
             )
     return found

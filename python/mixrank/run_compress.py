@@ -77,7 +77,7 @@ class CompressOptions:
     step: int
     min_rank: float | None
     max_rank: float | None
-    form: str
+    form: str | None
     eval_images: str | None
     labels: Path | None
     steps: int | None

@@ -1,10 +1,11 @@
-"""Sensitivity: how far the model's logits move when one layer alone is replaced by its factors.
+"""Sensitivity: how far the model's logits move when one layer alone is replaced by its compressed form.
 
 An error of a layer's outputs says little about what the model makes of it: of two layers with the same relative error
-one can move the logits a thousand times as far. So each layer is replaced alone, at the rank that a first plan gives
-it, and the divergence of the logits is measured. The divergences of single layers add up to about that of the plan as
-a whole, and between neighbouring ranks a layer's divergence follows its output error; that is what
-:func:`mixrank.allocate.allocate` with ``energy="sensitivity"`` makes of them.
+one can move the logits a thousand times as far. So each layer is replaced alone, by factors of the rank that a first
+plan gives it, and the divergence of the logits is measured. The divergences of single layers add up to about that of
+the plan as a whole, and between neighbouring ranks a layer's divergence follows its output error; that is what
+:func:`mixrank.allocate.allocate` with ``energy="sensitivity"`` makes of them. Sparse layers are measured in the same
+way (:mod:`mixrank.sparse_sensitivity`).
 
 Late layers see much that is an image's or a class's own. There, factors do so much better on the images that they
 were made from than on others that the divergence on the former misleads; so trial factors are used where there are
@@ -14,7 +15,7 @@ any, which know nothing of the images held out.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,6 +75,40 @@ def measure_sensitivity(
     Raises:
         InputError: there is no image, or the model does not return finite logits of at least two classes.
     """
+
+    def factored(name: str) -> nn.Module:
+        factorisation = factorisations[name]
+        return MixedRankLinear.from_factors(*(factorisation.trial or factorisation).factors(ranks[name])).eval()
+
+    found = measure_layers(model, list(ranks), factored, batches, dtype=dtype, progress=progress)
+    return {name: Sensitivity(ranks[name], divergence) for name, divergence in found.items()}
+
+
+def measure_layers(
+    model: nn.Module,
+    names: Iterable[str],
+    make: Callable[[str], nn.Module],
+    batches: Iterable[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Replace some layers, one at a time, by any others, and measure the divergence of the logits.
+
+    Args:
+        model: as for :func:`measure_sensitivity`.
+        names: of the layers.
+        make: what takes the place of the layer of a name, in evaluation mode; asked again for each batch.
+        batches: as for :func:`measure_sensitivity`.
+        dtype: the same.
+        progress: the same.
+
+    Returns:
+        By layer name the mean KL of the model's logits from the dense model's, in nats.
+
+    Raises:
+        InputError: the same.
+    """
     parameter, blocks = next(model.parameters()), list(blocks_of(model))
     batches = [batch.to(parameter.device, parameter.dtype) for batch in batches]
     if not batches:
@@ -81,19 +116,19 @@ def measure_sensitivity(
     modes = {module: module.training for module in model.modules()}
     model.eval()
 
-    def work(names: list[str]) -> dict[str, Sensitivity]:
+    def work(names: list[str]) -> dict[str, float]:
         total, replay = dict.fromkeys(names, 0.0), None
         pairs = list(itertools.product(batches, names))
         for batch, name in track(pairs, "measuring layers", enabled=progress and is_first()):
             if replay is None or replay.batch is not batch:
                 replay = _Replay(model, batch)
-            total[name] += replay.divergence(name, factorisations[name], ranks[name]) * len(batch)
+            total[name] += replay.divergence(name, make(name)) * len(batch)
         images = sum(map(len, batches))
-        return {name: Sensitivity(ranks[name], total[name] / images) for name in names}
+        return {name: total[name] / images for name in names}
 
     try:
         with torch.inference_mode(), torch.autocast(parameter.device.type, dtype, enabled=dtype is not None):
-            return divided({name: len(blocks) - len(_earlier(blocks, name)) for name in ranks}, work)
+            return divided({name: len(blocks) - len(_earlier(blocks, name)) for name in names}, work)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -121,11 +156,10 @@ class _Replay:
             for handle in handles:
                 handle.remove()
 
-    def divergence(self, name: str, factorisation: Factorisation, rank: int) -> float:
+    def divergence(self, name: str, layer: nn.Module) -> float:
         """Mean KL of the logits with one layer replaced."""
         linear = self.model.get_submodule(name)
-        factors = (factorisation.trial or factorisation).factors(rank)
-        self.model.set_submodule(name, MixedRankLinear.from_factors(*factors).eval())
+        self.model.set_submodule(name, layer)
         try:
             with self._replayed(_earlier(list(self.blocks), name)):
                 logits = self.model(self.batch)

@@ -14,7 +14,8 @@ entries of S are fitted to what the removed ones leave behind by least squares, 
 (Hestenes and Stiefel 1952): what a removed entry did is taken over by its neighbours, as far as their inputs are alike.
 
 How many entries each layer gets follows from the same measure: one threshold for the cost of removal, in units of the
-loss, holds for the entries of all layers.
+loss, holds for the entries of all layers; what the layers do to the answers by themselves corrects it
+(:mod:`mixrank.sparse_sensitivity`).
 
 C is estimated from few images, and a fit follows it into what these images have in common by chance. So it is pulled
 towards its diagonal, and a ridge is added.
@@ -115,6 +116,7 @@ class Split:
         up: ``[N, R]`` or None.
         shift: ``[N]``, what the bias gains: the mean of what is lost.
         error: what is lost by the measure, relative to what the weight itself does.
+        loss: the same as it is, in units of the loss of the model for one image.
     """
 
     sparse: Tensor
@@ -123,6 +125,12 @@ class Split:
     up: Tensor | None
     shift: Tensor
     error: float
+    loss: float
+
+    @property
+    def weight(self) -> Tensor:
+        """``S + L``, ``[N, K]``."""
+        return self.sparse if self.down is None or self.up is None else torch.addmm(self.sparse, self.up, self.down)
 
 
 def split(
@@ -162,10 +170,34 @@ def split(
         sparse = fitted(_less(goal, factors), sparse, kept, covariance, steps)
     lost = _less(goal, factors) - sparse
     energy = (goal @ covariance * goal).sum().item()
-    error = (lost @ covariance * lost).sum().item() / energy if energy > 0 else 0.0
+    loss = (lost @ covariance * lost).sum().item()
+    error = loss / energy if energy > 0 else 0.0
     shift = (lost / root).double() @ measures.mean
     down, up = (None, None) if factors is None else (factors[0], factors[1] / root)
-    return Split(sparse / root, kept, down, up, shift, error)
+    return Split(sparse / root, kept, down, up, shift, error, loss * measures.unit)
+
+
+def output_error(weight: Tensor, found: Split, stats: LayerStats) -> float:
+    """Squared error of a layer's outputs over all tokens of some statistics, relative to what they are before the bias.
+
+    Args:
+        weight: ``[N, K]``, any floating dtype, that was split.
+        found: its split, by these statistics or by others.
+        stats: of the layer's inputs.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    whole = weight.detach().cpu().to(wide)
+    rows = stats.rows if stats.rows > 0 else 1.0
+    mean = stats.total / rows
+    covariance = (stats.gram / rows - torch.outer(mean, mean)).to(wide)
+
+    def energy(matrix: Tensor, shift: Tensor | None = None) -> float:
+        middle = matrix.double() @ mean
+        middle = middle if shift is None else middle - shift
+        return (matrix @ covariance * matrix).sum(dtype=torch.float64).item() + middle.square().sum().item()
+
+    outputs = energy(whole)
+    return energy(whole - found.weight, found.shift) / outputs if outputs > 0 else 0.0
 
 
 def removal_costs(weight: Tensor, measures: Measures, rank: int) -> Tensor:

@@ -38,6 +38,12 @@ def histogram(costs: Tensor, price: float = 1.0) -> Tensor:
     return place.long().clamp(0, CLASSES - 1).bincount(minlength=CLASSES).flip(0)
 
 
+def scaled(counted: Tensor, factor: float) -> Tensor:
+    """The :func:`histogram` of so many times the costs; ``factor`` is above 0."""
+    places = (torch.arange(CLASSES) - round(math.log2(factor) * _FINENESS)).clamp_(0, CLASSES - 1)
+    return torch.zeros_like(counted).index_add_(0, places, counted)
+
+
 @dataclass(frozen=True)
 class Prices:
     """What a layer costs in units of the budget.

@@ -86,6 +86,10 @@ class CalibrationStats(Mapping[str, LayerStats]):
         """Statistics of the images that were not held out, with none held out."""
         return CalibrationStats(self._layers, self.images, self.seconds, idle=self.idle)
 
+    def whole(self, name: str) -> LayerStats:
+        """Sums of one layer over all images, those held out included."""
+        return self[name] if self.held_out is None else self[name] + self.held_out[name]
+
     def merged(self) -> CalibrationStats:
         """Statistics of all images, with none held out any more."""
         if self.held_out is None:

@@ -19,7 +19,6 @@ from mixrank.apply import apply_
 from mixrank.arguments import Allocation, Running, Strategy
 from mixrank.calibrate import calibrate, calibrate_both
 from mixrank.compress import FORM, check_energy
-from mixrank.compress_sparse import put_sparse_, sparse_statistics
 from mixrank.data import as_batch
 from mixrank.decompose import FISHER_SHRINK, Factorisation, LayerShape, check_strategy, decompose
 from mixrank.errors import InputError
@@ -31,13 +30,15 @@ from mixrank.plan import Plan
 from mixrank.planning import SENSITIVITY_IMAGES, plan_and_pull, plan_ranks
 from mixrank.sample import Apart, Sample
 from mixrank.shrinkage import MEASURED
+from mixrank.sparse_fit import put_sparse_, sparse_statistics
+from mixrank.sparse_sensitivity import weigh_layers
 from mixrank.stats import CalibrationStats
 from mixrank.stopwatch import Stopwatch
 
-# Options of mixrank.compress; what a preset does not name is as in that function.
+# Options of mixrank.compress; what a preset does not name is as in that function, and layers are pivoted.
 _PLAIN = {"factors": "aware", "energy": "weight", "shrink": 0.0, "form": "factors", "weighting": "none"}
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "default": {},
+    "pivoted": {},
     "svd": _PLAIN | {"factors": "svd"},
     "svd-uniform": _PLAIN | {"factors": "svd", "ranks": "uniform"},
     "aware": _PLAIN,
@@ -50,7 +51,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "sensitivity-pivoted": _PLAIN | {"energy": "sensitivity", "form": "pivoted"},
     "sparse": {"form": "sparse"},
 }
-DEFAULT_STRATEGIES = ("default", "svd", "svd-uniform", "aware", "aware-pivoted", "sensitivity")
+DEFAULT_STRATEGIES = ("pivoted", "sparse", "svd", "svd-uniform", "aware", "aware-pivoted", "sensitivity")
 _FACTORS = {"factors": "fisher", "centre": None, "shrink": None, "fisher_shrink": FISHER_SHRINK, "weighting": None}
 _RANKS = {"ranks": "mixed", "energy": None, "step": 8, "min_rank": None, "max_rank": None, "form": FORM}
 
@@ -155,12 +156,13 @@ def sweep(
 
     Args:
         model: a classifier as for :func:`mixrank.compress`; it is left as it is.
-        images: batches of calibration images as for :func:`mixrank.calibrate`; gone through once.
+        images: batches of calibration images as for :func:`mixrank.calibrate`; gone through once, and once more for
+            sparse weights.
         keep: the budgets, shares of all parameters in (0, 1].
         strategies: names of :data:`STRATEGIES`, or options of :func:`mixrank.compress` by a name of your own: those of
             the factors (``factors``, ``centre``, ``shrink``, ``fisher_shrink``; ``weighting``: None or ``"none"``) and
             of the ranks (``ranks``, ``energy``, ``step``, ``min_rank``, ``max_rank``, ``form``). Of the form
-            ``"sparse"`` there are no others, and the images are gone through again for it.
+            ``"sparse"`` there are no others.
         evaluation: batches of the images that the models are compared on, that can be gone through again; with labels
             for accuracy. None: images that are held out of the calibration, without labels; they are kept in memory.
         held_out: their share, in (0, 1), spread evenly. Of the images that remain a fifth judges factors, as in
@@ -192,7 +194,10 @@ def sweep(
     if isinstance(evaluation, Iterator):
         raise InputError("evaluation is gone through for each model, but it was an iterator: give a list or a loader")
     if isinstance(images, Iterator) and any(map(_is_sparse, chosen.values())):
-        raise InputError("images are gone through again for sparse weights, but they were an iterator: give a list")
+        raise InputError(
+            "images are gone through again for sparse weights, but they were an iterator: give a list, or other "
+            "strategies"
+        )
     exposed = expose_qkv_(model)
     try:
         _check(model, chosen, keeps)
@@ -247,10 +252,13 @@ def sweep(
         if sparse:
             watch = Stopwatch()
             with watch.stage("calibrate"):
-                inputs = sparse_statistics(model, images if apart is None else apart, seed=seed, **running)
+                inputs = sparse_statistics(model, sample, held_out=None, seed=seed, **running)
             for name, share in sparse:
-                once, candidate = Stopwatch(), twin(model)
-                plan, _ = put_sparse_(candidate, inputs, share, watch=once, progress=progress)
+                once, candidate, weights = Stopwatch(), twin(model), None
+                if inputs.held_out is not None:
+                    with once.stage("sensitivity"):
+                        weights = weigh_layers(model, inputs, sample.parts, {"keep": share}, **running)
+                plan, _ = put_sparse_(candidate, inputs, share, weights=weights, watch=once, progress=progress)
                 note(name, share, candidate, plan, once)
         return result()
     finally:

@@ -308,7 +308,8 @@ def test_every_method_keeps_the_budget_and_gives_finite_logits(name, calibration
     ("name", "options"),
     [
         ("mixrank, defaults", {}),
-        ("mixrank, tokens alike", {"weighting": "none", "shrink": 0.3}),
+        ("mixrank, low ranks", {"form": "pivoted"}),
+        ("mixrank, tokens alike", {"form": "pivoted", "weighting": "none", "shrink": 0.3}),
         ("mixrank, sparse", {"form": "sparse"}),
     ],
 )

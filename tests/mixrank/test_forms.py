@@ -1,11 +1,14 @@
 """Which form is chosen, and what is refused."""
 
+import sys
+
 import pytest
 import timm
 import torch
 
 import mixrank
 from mixrank.calibrate import DEFAULT_HELD_OUT
+from mixrank.compress import _usual_form
 from mixrank.compress_sparse import compress_sparse_
 from mixrank.errors import InputError
 from mixrank.fidelity import compare
@@ -102,8 +105,61 @@ def test_what_is_no_classifier_is_refused_before_the_long_work(images):
 
 
 def test_a_single_image_cannot_be_held_out():
-    with pytest.raises(InputError, match="needs more images, but there were 1"):
+    with pytest.raises(InputError, match="tries two forms, but it takes 5 images at least, but there were 1"):
         mixrank.compress(classifier(depth=1), [torch.randn(1, 3, 32, 32)], KEEP, form="auto")
+
+
+def forms_of(result):
+    return {layer.form for layer in result.plan.layers if layer.rank is not None}
+
+
+@pytest.mark.parametrize("nearer", TRIED)
+def test_without_options_the_nearer_form_is_taken(images, monkeypatch, nearer):
+    asked = []
+
+    def found(model, batches, make, **_):
+        for form in TRIED:
+            trial = twin(model)
+            asked.append(make(trial, batches, form))
+        return {form: 0.1 if form == nearer else 0.2 for form in TRIED}
+
+    monkeypatch.setattr(sys.modules["mixrank.compress"], "measure_forms", found)
+    result = mixrank.compress(classifier(), images, KEEP)
+    assert forms_of(result) == {nearer}
+    assert result.notes[-1].startswith(f"layers are {nearer}: divergence")
+    assert result.seconds["form"] > 0
+    assert [forms_of(trial) for trial in asked] == [{form} for form in TRIED]
+    assert "shrink" not in asked[0].seconds, "a trial measures no pull"
+    assert "sensitivity" not in asked[1].seconds, "nor does it weigh layers"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"step": 4}, None),
+        ({"split_qkv": True}, None),
+        ({"held_out": 0.0}, None),
+        ({"images": iter}, "layers are pivoted, as no other form can be tried: the images go by once"),
+        ({"images": lambda batches: [batches[0][:4]]}, "it takes 5 images at least, but there were 4"),
+    ],
+)
+def test_layers_are_pivoted_where_forms_are_not_measured(images, options, said):
+    options = dict(options)
+    result = mixrank.compress(classifier(), options.pop("images", list)(images), KEEP, **options)
+    assert forms_of(result) == {"pivoted"}
+    assert "form" not in result.seconds
+    assert any(said in note for note in result.notes) if said else not any("layers are" in n for n in result.notes)
+
+
+def test_what_is_no_classifier_is_pivoted(images):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0).eval()
+    assert forms_of(mixrank.compress(model, images, KEEP)) == {"pivoted"}
+
+
+def test_no_form_is_measured_elsewhere_than_on_a_cpu(images):
+    model = classifier(depth=1).to("meta")
+    assert _usual_form(model, images, held_out=None)[0] == "pivoted"
+    assert _usual_form(classifier(depth=1), images, held_out=None)[0] == "auto"
 
 
 def test_low_ranks_take_gradients_as_they_are_and_sparse_weights_do_not(images):

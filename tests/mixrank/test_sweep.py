@@ -30,8 +30,8 @@ def test_a_row_is_what_compress_makes_of_the_images_that_are_left(name, model, m
     row = sweep(model, many.split(5), [0.5], [name], **options).rows[0]
     apart = Apart(many.split(5), 0.4)
     compressed = copy.deepcopy(model)
-    measuring = {} if name == "sparse" else {"sensitivity_images": 4}
-    result = compress(compressed, apart, keep=0.5, seed=3, **measuring, **STRATEGIES[name])
+    options = {"seed": 3, "sensitivity_images": 4, "form": "pivoted"}
+    result = compress(compressed, apart, keep=0.5, **options | STRATEGIES[name])
     assert row.plan == result.plan
     images = torch.cat([batch.images for batch in apart.kept])
     assert (result.images, len(images)) == (9, 6)
@@ -126,7 +126,7 @@ def test_sparse_weights_come_last_from_one_calibration_of_their_own(model, many,
     ("more", "message"),
     [
         ({"strategies": {"mine": {"form": "sparse", "step": 4}}}, "'mine' must have no options but the form 'sparse'"),
-        ({"strategies": ["best"]}, "strategies must be among default, svd, .* but one was 'best'"),
+        ({"strategies": ["best"]}, "strategies must be among pivoted, svd, .* but one was 'best'"),
         ({"strategies": []}, "at least one"),
         ({"strategies": {"mine": {"sequential": True}}}, "'mine' must have options among .*'sequential'"),
         ({"strategies": {"mine": {"factors": "best"}}}, "factors must be one of"),
