@@ -1,11 +1,12 @@
 """How fast a ViT-B/16 of sparse plus low-rank weights runs, beside the dense one and ours of the same count of numbers.
 
-    python -m mixrank_bench.vit_b16_oats_speed
+    python -m mixrank_bench.vit_b16_oats_speed --models DIR
 
 OATS (:mod:`mixrank_bench.accuracy_peers.oats`) is measured for accuracy with dense weights. Here its layers run as they
 would be stored: S in compressed rows, multiplied by torch's sparse product (MKL's on x86), and two factors; and the
 same numbers once more in :class:`mixrank.SparseLinear`. The places of the nonzeros are drawn at random, as their number
-decides the work; ours of low rank has the ranks of the defaults in ``bench/results/vit_b16.jsonl``. One JSON line for
+decides the work; ours of low rank has the ranks of the defaults in ``bench/results/vit_b16.jsonl``. Ours of sparse
+weights is what ``python -m mixrank_bench.vit_b16_peers --models DIR`` made of real weights. One JSON line for
 each model goes to ``bench/results/vit_b16_oats_speed.jsonl``, and a table of docs/accuracy.md is made from it.
 """
 
@@ -22,17 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from mixrank.apply import apply_
+from mixrank.checkpoint import load
 from mixrank.decompose import decompose
 from mixrank.evaluate import compare_speed
 from mixrank.models import compressible_linears, create_model
 from mixrank.nn_sparse import SparseLinear
-from mixrank_bench import vit_b16
+from mixrank_bench import vit_b16, vit_b16_peers
 from mixrank_bench.accuracy_peers import oats
 from mixrank_bench.accuracy_peers.factored import layer_share
 from mixrank_bench.environment import RESULTS, append, read
 
 OUT = RESULTS / "vit_b16_oats_speed.jsonl"
 KEEPS = (0.5, 0.4)
+OURS = "mixrank, sparse"
 ROUNDS = 9
 
 
@@ -87,7 +90,12 @@ def ours(sparse: Tensor, up: Tensor, down: Tensor, bias: Tensor | None) -> Spars
     return SparseLinear.from_weights(sparse, down, up, bias)
 
 
-def measure(batch: int, rounds: int, out: Path) -> None:
+def sparse_name(keep: float) -> str:
+    """Of the model of ours in the rows of results."""
+    return f"sparse weights, keep {keep}"
+
+
+def measure(batch: int, rounds: int, out: Path, kept: Path | None) -> None:
     """Time all models in turns and add a row for each."""
     dense = create_model(vit_b16.ARCHITECTURE).eval()
     factorisations = decompose(dense, factors="svd", centre=False)
@@ -97,6 +105,8 @@ def measure(batch: int, rounds: int, out: Path) -> None:
         models[f"OATS, keep {keep}"] = sparse_(copy.deepcopy(dense), keep)
         models[f"OATS, keep {keep}, by sparse_linear"] = sparse_(copy.deepcopy(dense), keep, ours)
         models[vit_b16.speed_name(keep)] = apply_(copy.deepcopy(dense), plans[keep], factorisations)
+    for keep in () if kept is None else (0.6, *KEEPS):
+        models[sparse_name(keep)] = load(vit_b16_peers.kept_at(kept, OURS, keep))
     for name, speed in compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=rounds).items():
         append(out, {"model": name} | asdict(speed))
 
@@ -105,9 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=vit_b16.SPEED_BATCH)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--models", type=Path, help="the folder of our models of sparse weights; None: without these")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     args = parser.parse_args()
-    measure(args.batch, args.rounds, args.out)
+    measure(args.batch, args.rounds, args.out, args.models)
 
 
 if __name__ == "__main__":

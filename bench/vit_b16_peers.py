@@ -4,7 +4,8 @@
 
 FOLDER is that of :mod:`mixrank_bench.vit_b16`. One JSON line for each method and budget, and one for the dense model,
 goes to ``bench/results/vit_b16_peers.jsonl``, with which test images are right; what is there already for the same
-calibration images is not measured again, so an interrupted run goes on. No option is chosen by the test images: each
+calibration images is not measured again, so an interrupted run goes on. ``--models DIR`` keeps what our methods made,
+for :mod:`mixrank_bench.vit_b16_oats_speed`. No option is chosen by the test images: each
 method has its paper's. ``python -m mixrank_bench.report`` makes a table of docs/accuracy.md from it.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixrank.checkpoint import save
 from mixrank.counting import count_parameters
 from mixrank.data import open_images
 from mixrank.errors import InputError
@@ -36,6 +38,7 @@ from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import Reference, compare, compare_logits, reference
 
 OUT = RESULTS / "vit_b16_peers.jsonl"
+OURS = "mixrank, "
 KEEPS = (0.5, 0.4, 0.6)
 CALIBRATION_IMAGES = 512
 CALIBRATION_BATCH = 32
@@ -87,13 +90,19 @@ def measure(
         prepared = prepare(dense, calibration)
         seconds = time.perf_counter() - started
         for name, keep in group:
-            row = _row(name, keep, prepared, dense, test, DTYPES[args.dtype])
+            row = _row(name, keep, prepared, dense, test, DTYPES[args.dtype], args.models)
             append(out, row | {"seconds_prepare": seconds} | conditions)
             print(f"{name} at {keep}: {row['top1']:.1f} %, KL {row['kl']:.3f}", file=sys.stderr, flush=True)
 
 
 def _row(
-    name: str, keep: float, prepared: Any, dense: nn.Module, test: Reference, dtype: torch.dtype | None
+    name: str,
+    keep: float,
+    prepared: Any,
+    dense: nn.Module,
+    test: Reference,
+    dtype: torch.dtype | None,
+    models: Path | None,
 ) -> dict[str, Any]:
     method, model = METHODS[name], copy.deepcopy(dense)
     started = time.perf_counter()
@@ -101,15 +110,24 @@ def _row(
     seconds = time.perf_counter() - started
     if compressed.parameters > keep * count_parameters(dense):
         raise InputError(f"{name} must leave at most {keep} of the parameters, but left {compressed.parameters}")
+    if models is not None and name.startswith(OURS):
+        models.mkdir(parents=True, exist_ok=True)
+        save(model, kept_at(models, name, keep))
     row = {"method": name, "source": method.source, "how": method.ranks, "keep": keep}
     row |= {"parameters": compressed.parameters, "seconds_compress": seconds} | compressed.details
     return row | compare(model, test, dtype=dtype).to_json()
+
+
+def kept_at(models: Path, name: str, keep: float) -> Path:
+    """Where what a method of ours made is kept."""
+    return models / f"{name.removeprefix(OURS).replace(' ', '_')}_{keep}.safetensors"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     parser.add_argument("--cache", type=Path, help="a file that keeps the calibration statistics between runs")
+    parser.add_argument("--models", type=Path, help="a folder to keep the models in that our methods make")
     parser.add_argument("--keep", type=float, action="append", help="only this budget (repeatable)")
     parser.add_argument("--method", choices=METHODS, action="append", help="only this method (repeatable)")
     parser.add_argument("--seed", type=int, default=0, help="of the random subset of the calibration images")
