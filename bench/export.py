@@ -80,7 +80,7 @@ def models(keep: float) -> dict[str, nn.Module]:
     """The dense model and the compressed one."""
     dense = create_model(vit_b16.ARCHITECTURE)
     factorisations = decompose(dense, factors="svd", centre=False)
-    plan = vit_b16.default_plans(dense, factorisations, read(vit_b16.OUT))[keep]
+    plan = vit_b16.low_rank_plans(dense, factorisations, read(vit_b16.OUT))[keep]
     return {"dense": dense, f"keep {keep:g}": apply_(twin(dense), plan, factorisations)}
 
 

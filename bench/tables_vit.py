@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixrank.compress import FORM
-from mixrank_bench import vit_b16, vit_b16_compensation, vit_b16_peers
+from mixrank_bench import vit_b16, vit_b16_compensation, vit_b16_oats_speed, vit_b16_peers
 from mixrank_bench.environment import read
 from mixrank_bench.markdown import conditions, table
 
@@ -14,20 +14,25 @@ AIM_MINUTES = 60.0
 
 
 def front() -> str:
-    """What the defaults make at each budget, beside the dense model."""
-    rows = read(vit_b16.OUT)
+    """What sparse weights, the defaults of this model, and low ranks make at each budget, beside the dense model."""
+    rows, peers = read(vit_b16.OUT), read(vit_b16_peers.OUT)
+    speeds = {row["model"]: row for row in read(vit_b16_oats_speed.OUT)}
     dense = next(row for row in rows if row["kind"] == "dense")
-    speeds = {row["model"]: row for row in _speeds(rows) if row["batch"] == vit_b16.SPEED_BATCH}
-    lines, last = [_model("dense", dense, speeds["dense"], speeds["dense"])], dense
-    for keep in vit_b16.KEEPS:
-        strategy = vit_b16.defaults(keep)
-        found = [row for row in rows if row["kind"] == "strategy" and vit_b16.Strategy(**row["strategy"]) == strategy]
-        if found:
-            lines.append(_model(f"keep {keep}", found[-1], speeds.get(vit_b16.speed_name(keep)), speeds["dense"]))
-            last = found[-1]
+    lines = [_model("dense", dense, speeds.get("dense"), speeds.get("dense"))]
+    sparse = {row["keep"]: row for row in peers if (row["method"], row["seed"]) == ("mixrank, sparse", 0)}
+    low = {vit_b16.Strategy(**row["strategy"]): row for row in rows if row["kind"] == "strategy"}
+    last = dense
+    for label, found, name in (
+        ("sparse weights", sparse, vit_b16_oats_speed.sparse_name),
+        ("low ranks", {keep: low.get(vit_b16.low_ranks(keep)) for keep in vit_b16.KEEPS}, vit_b16.speed_name),
+    ):
+        for keep in vit_b16.KEEPS:
+            if (row := found.get(keep)) is not None:
+                lines.append(_model(f"{label}, keep {keep}", row, speeds.get(name(keep)), speeds.get("dense")))
+                last = row if label == "sparse weights" else last
     header = ("", "parameters", "MB", "GMACs", "top-1, %", f"images/s, batch {vit_b16.SPEED_BATCH}", "speed-up")
-    threads = speeds["dense"]["threads"]
-    return table(header, lines) + "\n" + conditions(last).rstrip() + f" Speed on {threads} threads.\n"
+    threads = f" Speed on {speeds['dense']['threads']} threads.\n" if speeds else "\n"
+    return table(header, lines) + "\n" + conditions(last).rstrip() + threads
 
 
 def _speeds(rows: list[dict]) -> list[dict]:
@@ -38,13 +43,14 @@ def _speeds(rows: list[dict]) -> list[dict]:
     return sorted(latest.values(), key=lambda row: row["batch"])
 
 
-def _model(label: str, row: dict, speed: dict | None, dense_speed: dict) -> tuple:
-    rate, ratio = ("not measured", "not measured") if speed is None else _speed(speed, dense_speed)
+def _model(label: str, row: dict, speed: dict | None, dense_speed: dict | None) -> tuple:
+    known = speed is not None and dense_speed is not None
+    rate, ratio = _speed(speed, dense_speed) if known else ("not measured", "not measured")
     return (
         label,
         f"{row['parameters']:,}",
-        f"{row['bytes'] / 1e6:.0f}",
-        f"{row['macs'] / 1e9:.1f}",
+        f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else "not measured",
+        f"{row['macs'] / 1e9:.1f}" if "macs" in row else "not measured",
         f"{row['top1']:.1f}",
         rate,
         ratio,
@@ -155,7 +161,7 @@ def aims() -> str:
     low = {vit_b16.Strategy(**row["strategy"]): row["top1"] for row in rows if row["kind"] == "strategy"}
     lines = []
     for keep, (aim, trained_aim) in AIMS.items():
-        found = {FORM: low.get(vit_b16.defaults(keep)), "sparse": beside.get(("mixrank, sparse", keep))}
+        found = {FORM: low.get(vit_b16.low_ranks(keep)), "sparse": beside.get(("mixrank, sparse", keep))}
         for form, top1 in found.items():
             longest = max(
                 (

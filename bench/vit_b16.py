@@ -49,7 +49,7 @@ from mixrank.weighting import Weighting
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import compare_logits, reference
 from mixrank_bench.memory import peak_megabytes
-from mixrank_bench.vit_b16_strategies import KEEPS, Strategy, default_plans, defaults, speed_name, strategies
+from mixrank_bench.vit_b16_strategies import KEEPS, Strategy, low_rank_plans, low_ranks, speed_name, strategies
 
 ARCHITECTURE = "vit_base_patch16_224"
 OUT = RESULTS / "vit_b16.jsonl"
@@ -178,7 +178,7 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
                 "correct": follows.correct,
             }
             append(out, row | summarise(model, score).to_json())
-            if models is not None and strategy == defaults(strategy.keep):
+            if models is not None and strategy == low_ranks(strategy.keep):
                 mixrank.save(model, checkpoint_of(models, strategy.keep))
             print(f"{strategy}: top-1 {score.top1:.1f} %", file=sys.stderr, flush=True)
 
@@ -186,12 +186,12 @@ def measure_strategies(data: Data, out: Path, wanted: list[Strategy], cache: Pat
 def remake_models(data: Data, rows: list[dict[str, Any]], cache: Path | None, models: Path) -> None:
     """The models of the defaults that have a row but no file in ``models``: from the ranks of the row."""
     strategies = {Strategy(**row["strategy"]): row for row in rows if row["kind"] == "strategy"}
-    lost = {keep: strategies[defaults(keep)] for keep in KEEPS if defaults(keep) in strategies}
+    lost = {keep: strategies[low_ranks(keep)] for keep in KEEPS if low_ranks(keep) in strategies}
     lost = {keep: row for keep, row in lost.items() if not checkpoint_of(models, keep).is_file()}
     if not lost:
         return
     dense = data.model()
-    made = defaults(KEEPS[0])
+    made = low_ranks(KEEPS[0])
     stats = cached_statistics(data, dense, cache, made.tokens)
     for keep, row in lost.items():
         factorisations = decompose(dense, stats, factors=made.factors, centre=made.centre, shrink=row["pull"])
@@ -297,7 +297,7 @@ def measure_speed(data: Data, out: Path) -> None:
     dense = data.model()
     factorisations = decompose(dense, factors="svd", centre=False)
     plans = {f"keep {keep}": allocate(dense, factorisations, keep=keep) for keep in KEEPS}
-    plans |= {speed_name(keep): plan for keep, plan in default_plans(dense, factorisations, rows).items()}
+    plans |= {speed_name(keep): plan for keep, plan in low_rank_plans(dense, factorisations, rows).items()}
     models = {"dense": dense}
     models |= {name: apply_(twin(dense), plan, factorisations) for name, plan in plans.items()}
     macs = {name: count_macs(model) for name, model in models.items()}

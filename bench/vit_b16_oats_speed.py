@@ -5,7 +5,7 @@
 OATS (:mod:`mixrank_bench.accuracy_peers.oats`) is measured for accuracy with dense weights. Here its layers run as they
 would be stored: S in compressed rows, multiplied by torch's sparse product (MKL's on x86), and two factors; and the
 same numbers once more in :class:`mixrank.SparseLinear`. The places of the nonzeros are drawn at random, as their number
-decides the work; ours of low rank has the ranks of the defaults in ``bench/results/vit_b16.jsonl``. Ours of sparse
+decides the work; ours of low rank has the last ranks in ``bench/results/vit_b16.jsonl``. Ours of sparse
 weights is what ``python -m mixrank_bench.vit_b16_peers --models DIR`` made of real weights. One JSON line for
 each model goes to ``bench/results/vit_b16_oats_speed.jsonl``, and a table of docs/accuracy.md is made from it.
 """
@@ -92,7 +92,7 @@ def ours(sparse: Tensor, up: Tensor, down: Tensor, bias: Tensor | None) -> Spars
 
 def sparse_name(keep: float) -> str:
     """Of the model of ours in the rows of results."""
-    return f"sparse weights, keep {keep}"
+    return f"keep {keep}, sparse weights"
 
 
 def measure(batch: int, rounds: int, out: Path, kept: Path | None) -> None:
@@ -100,13 +100,14 @@ def measure(batch: int, rounds: int, out: Path, kept: Path | None) -> None:
     dense = create_model(vit_b16.ARCHITECTURE).eval()
     factorisations = decompose(dense, factors="svd", centre=False)
     models = {"dense": dense}
-    plans = vit_b16.default_plans(dense, factorisations, read(vit_b16.OUT))
+    plans = vit_b16.low_rank_plans(dense, factorisations, read(vit_b16.OUT))
     for keep in KEEPS:
         models[f"OATS, keep {keep}"] = sparse_(copy.deepcopy(dense), keep)
         models[f"OATS, keep {keep}, by sparse_linear"] = sparse_(copy.deepcopy(dense), keep, ours)
+    for keep in vit_b16.KEEPS:
         models[vit_b16.speed_name(keep)] = apply_(copy.deepcopy(dense), plans[keep], factorisations)
-    for keep in () if kept is None else (0.6, *KEEPS):
-        models[sparse_name(keep)] = load(vit_b16_peers.kept_at(kept, OURS, keep))
+        if kept is not None:
+            models[sparse_name(keep)] = load(vit_b16_peers.kept_at(kept, OURS, keep))
     for name, speed in compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=rounds).items():
         append(out, {"model": name} | asdict(speed))
 

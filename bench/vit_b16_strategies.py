@@ -54,33 +54,33 @@ def strategies() -> Iterator[Strategy]:
     for keep, energy, form in itertools.product(KEEPS, ("weight", "sensitivity"), ("factors", "pivoted")):
         if (energy, form) != ("weight", "factors"):
             yield Strategy(keep, "aware", "mixed", energy, True, False, 0.3, form)
-    yield from map(defaults, KEEPS)
+    yield from map(low_ranks, KEEPS)
     for keep in KEEPS:
-        alike = dataclasses.replace(defaults(keep), weighting="none", level=None)
-        yield from (alike, dataclasses.replace(alike, shrink=FIRST), dataclasses.replace(defaults(keep), shrink=FIRST))
+        alike = dataclasses.replace(low_ranks(keep), weighting="none", level=None)
+        yield from (alike, dataclasses.replace(alike, shrink=FIRST), dataclasses.replace(low_ranks(keep), shrink=FIRST))
 
 
-def defaults(keep: float) -> Strategy:
-    """What :func:`mixrank.compress` does without options."""
+def low_ranks(keep: float) -> Strategy:
+    """What :func:`mixrank.compress` does with ``form="pivoted"`` and without other options."""
     tokens = (AUTOMATIC.kind, AUTOMATIC.level)
     return Strategy(keep, "fisher", "mixed", "sensitivity", True, False, MEASURED, FORM, *tokens)
 
 
 def speed_name(keep: float) -> str:
-    """What rows of speed call the model that the defaults make."""
-    return f"keep {keep}, defaults"
+    """What rows of speed call the model of these."""
+    return f"keep {keep}, low ranks"
 
 
-def default_plans(
+def low_rank_plans(
     dense: nn.Module, factorisations: Mapping[str, Factorisation], rows: Sequence[Mapping[str, Any]]
 ) -> dict[float, Plan]:
-    """The plans that :func:`mixrank.compress` made without options, by budget: of the ranks in the last row of each.
+    """The plans of :func:`low_ranks` by budget: of the ranks in the last row of each.
 
     With factors of the plain SVD a model of such a plan is as fast as the one that was measured: only shapes count.
     """
     plans = {}
     for row in rows:
         strategy = Strategy(**row["strategy"]) if row["kind"] == "strategy" else None
-        if strategy is not None and strategy == defaults(strategy.keep):
+        if strategy is not None and strategy == low_ranks(strategy.keep):
             plans[strategy.keep] = plan_of(dense, factorisations, row["ranks"], strategy.form)
     return plans

@@ -76,7 +76,8 @@ def measure_forms(
         judged = [batch.images for batch in fitted.kept]
         if target is None:
             target = logits_of(twin(model).eval(), judged, dtype)
-        found[form] = compare(logits_of(trial.eval(), judged, dtype), target).divergence
+        logits = logits_of(trial.eval(), judged, dtype)
+        found[form] = compare(logits, target).divergence if logits.isfinite().all() else math.inf
     return found
 
 

@@ -37,6 +37,9 @@ RIDGE = 0.1
 METRIC_PULL = 2.0
 ROUNDS = 4
 STEPS = 12
+CONSTANT = 1e-5
+"""Of the inputs' mean square: where their mean variance is below, the Gram matrix, whose products are rounded to float32,
+does not tell it from rounding, and inputs count as constant."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,13 @@ class Measures:
     """What the entries and factors of one layer are judged by.
 
     Attributes:
-        covariance: ``[K, K]`` of the inputs, pulled and with the ridge; float32, or float64 for a layer in float64.
+        covariance: ``[K, K]`` of the inputs in units of their mean variance, pulled and with the ridge; float32, or
+            float64 for a layer in float64.
         mean: ``[K]`` float64, of the inputs.
         scale: ``[N]`` like ``covariance``, o up to a factor: 1 for all without gradients.
         unit: what turns the loss of this layer into that of the model for one image: tokens of an image times the mean
-            of o; without gradients one over the energy of the outputs, so that layers count alike.
+            of o, times the mean variance; without gradients one over the energy of the outputs, so that layers count
+            alike.
     """
 
     covariance: Tensor
@@ -90,15 +95,16 @@ class Measures:
         mean = stats.total / rows
         covariance = stats.gram / rows - torch.outer(mean, mean)
         variance = covariance.diagonal().clamp(min=0).mean()
-        if not variance > 0:  # nothing but the mean ever comes in: what is lost is the weight itself
+        if not variance > CONSTANT * stats.gram.diagonal().mean() / rows:  # what is lost is the weight itself
             covariance, variance = torch.eye(k, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-        diagonal = covariance.diagonal().clamp(min=0) + ridge * variance
+        covariance = covariance / variance
+        diagonal = covariance.diagonal().clamp(min=0) + ridge
         covariance = (covariance / (1 + pull)).diagonal_scatter(diagonal)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         scale = torch.ones(n, dtype=torch.float64)
         if stats.squares is not None and stats.squares.sum() > 0:
             scale = (stats.squares / stats.squares.mean() + metric_pull) / (1 + metric_pull)
-            unit = stats.squares.mean().item() / (stats.images or 1)
+            unit = stats.squares.mean().item() / (stats.images or 1) * variance.item()
         else:
             wide = weight.detach().cpu().double()
             unit = 1 / max((wide @ covariance * wide).sum().item(), torch.finfo(torch.float64).tiny)

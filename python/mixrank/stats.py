@@ -87,7 +87,11 @@ class CalibrationStats(Mapping[str, LayerStats]):
         return CalibrationStats(self._layers, self.images, self.seconds, idle=self.idle)
 
     def whole(self, name: str) -> LayerStats:
-        """Sums of one layer over all images, those held out included."""
+        """Sums of one layer over all images, those held out included.
+
+        Args:
+            name: of the layer.
+        """
         return self[name] if self.held_out is None else self[name] + self.held_out[name]
 
     def merged(self) -> CalibrationStats:

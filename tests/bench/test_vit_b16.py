@@ -35,7 +35,7 @@ def test_lost_models_are_made_from_the_ranks_of_their_rows(tmp_path, monkeypatch
     rows = [
         {
             "kind": "strategy",
-            "strategy": dataclasses.asdict(vit_b16.defaults(keep)),
+            "strategy": dataclasses.asdict(vit_b16.low_ranks(keep)),
             "ranks": ranks | {"blocks.0.attn.proj": own},
             "pull": 0.1,
         }
@@ -75,13 +75,13 @@ def test_the_pull_of_a_strategy_is_measured_and_told(tmp_path, monkeypatch) -> N
     images = torch.randn(20, 3, 32, 32)
     data.calibration = data.test = lambda _model: [mixrank.data.Batch(images, torch.arange(20) % 7, list("x" * 20))]
     monkeypatch.setattr(vit_b16, "fast_dtype", lambda: None)
-    strategy = dataclasses.replace(vit_b16.defaults(0.5), shrink=FIRST, weighting="none", level=None)
+    strategy = dataclasses.replace(vit_b16.low_ranks(0.5), shrink=FIRST, weighting="none", level=None)
     assert strategy in vit_b16.strategies()
-    vit_b16.measure_strategies(data, tmp_path / "rows.jsonl", [strategy, vit_b16.defaults(0.5)], None, None)
+    vit_b16.measure_strategies(data, tmp_path / "rows.jsonl", [strategy, vit_b16.low_ranks(0.5)], None, None)
     _, *rows = vit_b16.read(tmp_path / "rows.jsonl")
     pulls = {vit_b16.Strategy(**row["strategy"]): row["pull"] for row in rows}
     assert pulls[strategy] == FIRST
-    assert pulls[vit_b16.defaults(0.5)] in PULLS
+    assert pulls[vit_b16.low_ranks(0.5)] in PULLS
 
 
 def test_what_the_defaults_are_called_is_what_compress_does(tmp_path, monkeypatch) -> None:
@@ -90,7 +90,7 @@ def test_what_the_defaults_are_called_is_what_compress_does(tmp_path, monkeypatc
     images = torch.randn(20, 3, 32, 32)
     data.calibration = data.test = lambda _model: [mixrank.data.Batch(images, torch.arange(20) % 7, list("x" * 20))]
     monkeypatch.setattr(vit_b16, "fast_dtype", lambda: None)
-    vit_b16.measure_strategies(data, tmp_path / "rows.jsonl", [vit_b16.defaults(0.5)], None, tmp_path)
+    vit_b16.measure_strategies(data, tmp_path / "rows.jsonl", [vit_b16.low_ranks(0.5)], None, tmp_path)
     model = data.model()
     plan = mixrank.compress(model, data.calibration(model), keep=0.5).plan
     row = vit_b16.read(tmp_path / "rows.jsonl")[-1]

@@ -58,10 +58,10 @@ def test_the_table_tells_the_speed_of_the_last_run_beside_the_dense_model(tmp_pa
     monkeypatch.setattr(vit_b16_oats_speed, "OUT", path)
     assert tables_peers.sparse_speed() == tables_peers.NO_RUN
     environment = {"cpu": "c", "threads": 2, "torch": "2", "timm": "1", "commit": "abc", "date": "2026-01-01"}
-    rates = {"dense": 8.0, "OATS, keep 0.5": 4.0, "keep 0.5, defaults": 12.0}
+    rates = {"dense": 8.0, "OATS, keep 0.5": 4.0, "keep 0.5, low ranks": 12.0}
     rows = [("dense", 1.0), *rates.items()]
     spread = {"low": 1.0, "high": 20.0, "batch": 8, "threads": 2, "environment": environment}
     path.write_text("".join(json.dumps({"model": m, "images_per_second": r} | spread) + "\n" for m, r in rows))
     table = tables_peers.sparse_speed()
     assert "| OATS, keep 0.5 | 4.00 | 1.00 - 20.00 | 0.50x |" in table
-    assert "| keep 0.5, defaults | 12.00 | 1.00 - 20.00 | 1.50x |" in table
+    assert "| keep 0.5, low ranks | 12.00 | 1.00 - 20.00 | 1.50x |" in table

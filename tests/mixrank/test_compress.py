@@ -36,7 +36,7 @@ def test_keeping_everything_changes_nothing(model, images):
 @pytest.mark.parametrize("split", [False, True])
 def test_compress_does_it_all_in_place(model, images, split):
     dense = copy.deepcopy(model)
-    result = compress(model, [images[:3], images[3:]], keep=0.6, split_qkv=split)
+    result = compress(model, [images[:3], images[3:]], keep=0.6, split_qkv=split, form="pivoted")
     assert result.images == 6
     assert set(result.seconds) == {"calibrate", "decompose", "allocate", "sensitivity", "shrink", "apply"}
     assert count_parameters(model) == result.plan.parameters_after <= 0.6 * count_parameters(dense)
@@ -80,7 +80,8 @@ def test_one_image_is_enough(model, images):
         compress(model, [images[:1]], keep=0.5, shrink="auto")
     result = compress(model, [images[:1]], keep=0.5)
     assert result.images == 1
-    assert result.notes == []
+    (note,) = result.notes
+    assert note.startswith("layers are pivoted, as no other form can be tried")
     assert {layer.shrink for layer in result.layers} == {0.3}
     assert all(layer.held_out_error is None for layer in result.layers)
     assert model(images).isfinite().all()
@@ -114,16 +115,19 @@ def test_a_pull_that_cannot_be_measured_is_noted(model):
         compress(copy.deepcopy(model), batches, keep=0.4, energy="weight", shrink="measured")
 
 
-def test_too_few_images_are_noted_with_the_gap(model):
+@pytest.mark.parametrize("form", ["pivoted", "sparse"])
+def test_too_few_images_are_noted_with_the_gap(model, form):
     """Of ten images with five tokens each, layers of 192 features are fitted to each single token."""
-    few = compress(copy.deepcopy(model), [torch.randn(10, 3, 32, 32)], keep=0.6)
+    few = compress(copy.deepcopy(model), [torch.randn(10, 3, 32, 32)], keep=0.6, form=form)
     assert len(few.notes) == 1
+    assert ("larger shrink" in few.notes[0]) == (form == "pivoted")
     assert re.search(
         r"mean relative error is 0\.\d+ on images held out but 0\.\d+ on .* more than 10 images", few.notes[0]
     )
     factored = [layer for layer in few.layers if layer.rank is not None]
     assert all(layer.held_out_error > layer.relative_error for layer in factored)
-    many = compress(model, torch.randn(400, 3, 32, 32).split(100), keep=0.6, shrink=1.0)
+    more = {"shrink": 1.0} if form == "pivoted" else {}
+    many = compress(model, torch.randn(400, 3, 32, 32).split(100), keep=0.6, form=form, **more)
     assert many.notes == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import timm
@@ -50,11 +51,11 @@ def test_measures_are_those_of_the_tokens(layer):
     covariance = torch.cov(x.mT, correction=0)
     variance = covariance.diagonal()
     expected = (covariance + 0.5 * variance.diag()) / 1.5 + 0.2 * variance.mean() * torch.eye(24)
-    torch.testing.assert_close(found.covariance, expected, check_dtype=False)
+    torch.testing.assert_close(found.covariance, expected / variance.mean(), check_dtype=False)
     torch.testing.assert_close(found.mean, x.mean(0))
     squares = stats.squares / stats.squares.mean()
     torch.testing.assert_close(found.scale, (squares + 1) / 2)
-    assert found.unit == pytest.approx(stats.squares.mean().item() / 5)
+    assert found.unit == pytest.approx(stats.squares.mean().item() / 5 * variance.mean().item())
 
 
 def test_a_layer_that_sees_only_constants_is_judged_by_its_weight():
@@ -62,6 +63,22 @@ def test_a_layer_that_sees_only_constants_is_judged_by_its_weight():
     found = Measures.of(weight, LayerStats("input", x.mT @ x, x.sum(0), 7.0), pull=0.3, ridge=0.2)
     torch.testing.assert_close(found.covariance, 1.2 * torch.eye(4))
     assert found.scale.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-5, 1e-9, 0.0])
+@pytest.mark.parametrize("size", [1.0, 1e-15, 1e15])
+def test_inputs_that_hardly_vary_give_finite_weights(spread, size):
+    tokens = size * (torch.rand(1, 48) + spread * torch.randn(7, 48)).double()
+    rounded = tokens.float() / size
+    gram = size**2 * (rounded.mT @ rounded).double()  # as the kernels sum it
+    stats = LayerStats("input", gram, tokens.sum(0), 7.0, images=7, squares=torch.rand(24).double())
+    weight = torch.randn(24, 48)
+    measures = Measures.of(weight, stats)
+    found = split(weight, measures, 400, 4)
+    assert found.weight.isfinite().all()
+    assert 0 <= found.error < 1
+    assert math.isfinite(found.loss)
+    assert removal_costs(weight, measures, 4).isfinite().all()
 
 
 def test_entries_are_least_squares_of_each_row(layer):

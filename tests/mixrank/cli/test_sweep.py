@@ -29,7 +29,7 @@ def test_it_writes_a_row_for_each_strategy_and_budget_and_a_report(world, tmp_pa
     result = world.invoke(*arguments(world, out, "--report", str(page), "--sensitivity-images", "4"))
     assert result.exit_code == 0, result.output
     data = json.loads(out.read_text())
-    assert len(data["rows"]) == 6 * 2
+    assert len(data["rows"]) == 7 * 2
     assert data["images"]["evaluation"] == 2
     assert data["images"]["calibration"] == 10
     for row in data["rows"]:
@@ -37,7 +37,7 @@ def test_it_writes_a_row_for_each_strategy_and_budget_and_a_report(world, tmp_pa
         assert row["compressed"]["top1"] is None
         shown = (row["strategy"], f"{row['keep']:g}", f"{row['fidelity']['divergence']:.3g}")
         assert any(all(word in line.split() for word in shown) for line in result.stdout.splitlines())
-    assert page.read_text().count("<svg") == 1 + 12
+    assert page.read_text().count("<svg") == 1 + 14
     drawn = tmp_path / "again.html"
     assert world.invoke("report", str(out), "--out", str(drawn)).exit_code == 0
     assert drawn.read_bytes() == page.read_bytes()
@@ -107,7 +107,7 @@ def test_other_weights_and_other_files_are_no_sweep_to_go_on_with(world, tmp_pat
     ("more", "message"),
     [
         (["--keep", "1.5"], "--keep must be above 0 and at most 1, got 1.5"),
-        (["--strategy", "best"], "strategies must be among default, svd"),
+        (["--strategy", "best"], "strategies must be among pivoted, svd"),
         (["--held-out", "1"], "held_out must be above 0 and below 1"),
         (["--held-out", "0.3", "--eval-images", "photos"], "--held-out belongs to a sweep without --eval-images"),
         (["--labels", "labels.csv"], "--labels belongs to --eval-images"),
