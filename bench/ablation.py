@@ -219,7 +219,9 @@ class Ablation:
             self._statistics = (key, (sparse_statistics(model, sample, **options), sample))
         (stats, sample), keep, weights = self._statistics[1], self.subject.keep, None
         if variant.weighed:
-            weights = weigh_layers(model, stats, sample.parts, {"keep": keep}, **variant.sparse, **running)
+            weights = weigh_layers(
+                model, stats, sample.parts, {"keep": keep}, power=variant.weighed, **variant.sparse, **running
+            )
         return put_sparse_(model, stats, keep, weights=weights, **variant.sparse)[0]
 
     def _with_blocks(self, model: nn.Module, variant: Variant) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mixrank.planning import SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS
 from mixrank.shrinkage import MEASURED
+from mixrank.sparse_sensitivity import POWER
 from mixrank.weighting import AUTOMATIC, WEIGHTINGS
 
 
@@ -25,7 +26,7 @@ class Variant:
         ridge: fits the layers in sequence with this pull.
         allocation: arguments of :func:`mixrank.allocate`; None: the ranks of the reference.
         sparse: arguments of :func:`mixrank.sparse_fit.put_sparse_`, which then makes the layers; None: factors.
-        weighed: sparse layers count by what they were measured to do.
+        weighed: sparse layers count by this power of what they were measured to do; 0: as foretold.
         blocks: size of the blocks of a sparse residual and their share of a layer's numbers; None: no such residual.
         training: options of a training afterwards; None: none.
         sensitivity: how many images it is measured on, and which share of them in each round.
@@ -43,7 +44,7 @@ class Variant:
     ridge: float | None = None
     allocation: Mapping[str, Any] | None = None
     sparse: Mapping[str, Any] | None = None
-    weighed: bool = True
+    weighed: float = POWER
     blocks: tuple[int, float] | None = None
     training: Mapping[str, Any] | None = None
     sensitivity: tuple[int, tuple[float, ...]] = (48, (1.0, 1.0))
@@ -66,8 +67,8 @@ DEFAULTS: dict[str, Any] = {
 BOTH_MEASURED = {"shrink": MEASURED, "fisher_shrink": MEASURED}
 VARIANTS = (
     BASE,
-    Variant("defaults", "", factors={"shrink": MEASURED}, **DEFAULTS),
-    Variant("defaults", "with a measured pull of the metric", factors=BOTH_MEASURED, **DEFAULTS),
+    Variant("defaults", "of low ranks", factors={"shrink": MEASURED}, **DEFAULTS),
+    Variant("defaults", "of low ranks, with a measured pull of the metric", factors=BOTH_MEASURED, **DEFAULTS),
     Variant("factors", "plain SVD", factors={"factors": "svd", "centre": True}),
     Variant("factors", "plain SVD, not centred", factors={"factors": "svd", "centre": False}),
     Variant("factors", "activation-aware", factors={"factors": "aware"}),
@@ -112,14 +113,18 @@ VARIANTS = (
         for share in (0.0, 0.5, 0.7)
     ),
     Variant("sparse weights", "pull of the covariance 1", sparse={"pull": 1.0}),
-    Variant("sparse weights", "layers by squared gradients alone", sparse={}, weighed=False),
+    Variant("sparse weights", "layers by squared gradients alone", sparse={}, weighed=0),
+    *(
+        Variant("sparse weights", f"layers by power {p:g} of what was measured", sparse={}, weighed=p)
+        for p in (0.2, 1.0)
+    ),
     Variant("sparse weights", "gradients as they are", sparse={}, calibration={"gradient_power": 1.0}),
     Variant(
         "sparse weights",
         "gradients as they are, layers by these alone",
         sparse={},
         calibration={"gradient_power": 1.0},
-        weighed=False,
+        weighed=0,
     ),
     Variant("probes", "4 of each image", calibration={"draws": 4}),
     *(Variant("sequential", f"ridge {ridge:g}", ridge=ridge) for ridge in (0.1, 1.0, 10.0)),

@@ -38,8 +38,8 @@ METRIC_PULL = 2.0
 ROUNDS = 4
 STEPS = 12
 CONSTANT = 1e-5
-"""Of the inputs' mean square: where their mean variance is below, the Gram matrix, whose products are rounded to float32,
-does not tell it from rounding, and inputs count as constant."""
+"""Of the inputs' mean square. Where their mean variance is below, the Gram matrix, whose products have rounding of
+float32, does not tell it from rounding, and inputs count as constant."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def weigh_layers(
     rank_share: float = RANK_SHARE,
     pull: float = PULL,
     *,
+    power: float = POWER,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
@@ -46,6 +47,7 @@ def weigh_layers(
         limits: the budget.
         rank_share: as for :func:`mixrank.sparse_fit.put_sparse_`.
         pull: the same.
+        power: of the ratio of what was measured to what was foretold.
         dtype: run the model under autocast in this dtype.
         progress: show progress bars.
 
@@ -62,23 +64,24 @@ def weigh_layers(
             found = spending.split(name, stats, count, **TRIAL)
             losses[name], layers[name] = found.loss, _dense(spending.linears[name], found)
     divergences = measure_layers(model, layers, layers.__getitem__, batches, dtype=dtype, progress=progress)
-    return dict.fromkeys(entries, 1.0) | weights_of(divergences, losses)
+    return dict.fromkeys(entries, 1.0) | weights_of(divergences, losses, power)
 
 
-def weights_of(divergences: Mapping[str, float], losses: Mapping[str, float]) -> dict[str, float]:
-    """The power :data:`POWER` of what was measured by what was foretold, with 1 as the geometric mean.
+def weights_of(divergences: Mapping[str, float], losses: Mapping[str, float], power: float = POWER) -> dict[str, float]:
+    """A power of what was measured by what was foretold, with 1 as the geometric mean.
 
     A layer of which one of them is zero counts as foretold.
 
     Args:
         divergences: by layer, in nats.
         losses: of the same layers, in any unit.
+        power: of the ratio.
     """
     logs = {
         name: math.log(divergences[name] / losses[name]) for name in losses if min(divergences[name], losses[name]) > 0
     }
     mean = sum(logs.values()) / max(1, len(logs))
-    return {name: math.exp(POWER * (logs[name] - mean)) if name in logs else 1.0 for name in losses}
+    return {name: math.exp(power * (logs[name] - mean)) if name in logs else 1.0 for name in losses}
 
 
 def _dense(linear: nn.Linear, found: Split) -> nn.Linear:
