@@ -2,14 +2,15 @@
 
     MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16 --part strategies --models MODELS \
         --only '{"weighting": "gradient"}'
-    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_compensation --models MODELS [--form sparse]
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_compensation --models MODELS
 
-FOLDER is that of :mod:`mixrank_bench.vit_b16`, and its first command writes what the defaults of ``mixrank.compress``
-make into MODELS; models of ``--form sparse`` are made here where they are missing. Trained models are written beside
-them. One JSON line for each budget goes to
-``bench/results/vit_b16_compensation.jsonl``. The images are the same unlabelled ones that the factors were made from;
-those that choose the best step are held out of them. ``python -m mixrank_bench.report`` makes a table of
-docs/accuracy.md.
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_peers --method "mixrank, sparse" --models MODELS
+    MIXRANK_DATA=FOLDER python -m mixrank_bench.vit_b16_compensation --models MODELS --form sparse
+
+FOLDER is that of :mod:`mixrank_bench.vit_b16`. The first command of each pair writes compressed models into MODELS, low
+ranks from all unlabelled images, sparse weights from 512 of them; trained models are written beside them. One JSON line
+for each budget goes to ``bench/results/vit_b16_compensation.jsonl``. The training has all unlabelled images; those that
+choose the best step are held out of them. ``python -m mixrank_bench.report`` makes a table of docs/accuracy.md.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mixrank.precision import fast_dtype
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import Reference, compare, reference
 from mixrank_bench.vit_b16 import KEEPS, Data, checkpoint_of
+from mixrank_bench.vit_b16_peers import OURS, kept_at
 
 OUT = RESULTS / "vit_b16_compensation.jsonl"
 MINUTES = 60.0
@@ -38,15 +40,7 @@ MINUTES = 60.0
 
 def untrained_of(models: Path, keep: float, form: str) -> Path:
     """Where in the folder ``models`` the compressed model of a budget is kept."""
-    usual = checkpoint_of(models, keep)
-    return usual if form == FORM else usual.with_stem(f"{usual.stem}_{form}")
-
-
-def make(data: Data, path: Path, keep: float, form: str) -> None:
-    """Compress the dense model by all images to layers of a form, and write it."""
-    model = data.model()
-    mixrank.compress(model, data.calibration(model), keep, form=form, dtype=fast_dtype(), progress=True)
-    mixrank.save(model, path)
+    return checkpoint_of(models, keep) if form == FORM else kept_at(models, f"{OURS}{form}", keep)
 
 
 def measure(
@@ -61,8 +55,6 @@ def measure(
 ) -> None:
     """Train the model of one budget and add its row."""
     path = untrained_of(models, keep, form)
-    if not path.is_file():
-        make(data, path, keep, form)
     dense, model = data.model(), mixrank.load(path)
     before = compare(model, test)
     # Named by what the run is, so that one that was interrupted goes on and another one starts anew.
@@ -98,9 +90,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     done = {(row.get("form", FORM), row["keep"], row["minutes"], row["seed"]) for row in read(args.out)}
     wanted = [keep for keep in args.keep or KEEPS if (args.form, keep, args.minutes, args.seed) not in done]
-    missing = [path for path in (checkpoint_of(args.models, keep) for keep in wanted) if not path.is_file()]
-    if missing and args.form == FORM:
-        parser.error(f"{missing[0]} does not exist: make it by the first command of --help")
+    missing = [path for path in (untrained_of(args.models, keep, args.form) for keep in wanted) if not path.is_file()]
+    if missing:
+        parser.error(f"{missing[0]} does not exist: make it by a command of --help")
     with tempfile.TemporaryDirectory() as scratch:
         data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))
         data.dequantize()
