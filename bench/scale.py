@@ -139,7 +139,7 @@ def measure(out: Path) -> None:
         batches = [Batch(images[i : i + BATCH], None, [""] * BATCH, list(range(i, i + BATCH))) for i in starts]
         work = Work.of(model, tokens_of(model))
         started = time.perf_counter()
-        result = mixrank.compress(model, batches, keep=0.5)
+        result = mixrank.compress(model, batches, keep=0.5, form="pivoted")
         seconds = time.perf_counter() - started
         slowest = {step: max(part[step] for part in gathered(result.seconds)) for step in result.seconds}
         least = Rates(*(min(asdict(one)[field] for one in found) for field in asdict(found[0])))

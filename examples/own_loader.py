@@ -30,7 +30,8 @@ def main(keep: float = 0.6) -> mixrank.CompressionResult:
     """Returns what compression tells."""
     model = load_model()
     loader = DataLoader(Unlabelled(load_images()["calibration_images"][:300]), batch_size=64, num_workers=1)
-    # The loader is gone through once, a batch at a time; all images together need not fit into memory.
+    # The loader is gone through a batch at a time, and several times, as two forms are tried and the better one is
+    # made. All images together need not fit into memory. By form="pivoted" alone it is gone through once.
     result = mixrank.compress(model, loader, keep=keep)
     for layer in result.layers[:4]:
         print(f"{layer.name:<20} rank {layer.rank}, error on images held out {100 * layer.held_out_error:.2f} %")

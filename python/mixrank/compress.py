@@ -89,7 +89,7 @@ def compress(
             :func:`mixrank.allocate.allocate`. None: sensitivity for classifiers where it can be measured (the
             result says why not), ``"weight"`` for others, without images and for ``sequential``.
         sensitivity_images: how many images, drawn at random from those held out, the sensitivity is measured on: a
-            quarter of them for a first plan, the others for the one that is used.
+            quarter of them for a first plan, the others for the one that is used; of sparse weights all of them, once.
         centre: move the mean of what is lost into the bias; None: not for ``factors="svd"``.
         shrink: pull of the factors towards ``"svd"``, at least 0; guards against few calibration images. ``"auto"``:
             for each layer by the error on images held out; ``"oas"``: by the number of images; ``"measured"``, for

@@ -111,7 +111,8 @@ def compress_sparse_(
     except BaseException:
         hide_qkv_(model, exposed)
         raise
-    reports = [_report(layer, errors.get(layer.name, Errors(0.0, None)), pull) for layer in plan.layers]
+    none = Errors(0.0, None if stats.held_out is None else 0.0)
+    reports = [_report(layer, errors.get(layer.name, none), pull) for layer in plan.layers]
     remarks += notes(reports, stats, remedy="")
     return CompressionResult(plan, reports, stats.all_images, watch.seconds, remarks, alone)
 

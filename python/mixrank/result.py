@@ -58,8 +58,9 @@ class CompressionResult:
         plan: the ranks, as applied.
         layers: a report for each layer, in the order of the model.
         images: number of calibration images, those held out included; further views of an image do not count.
-        seconds: wall-clock seconds of the steps ``calibrate``, ``decompose``, ``allocate`` and ``apply`` (or
-            ``sequential``).
+        seconds: wall-clock seconds of the steps: ``form`` where it was chosen, ``calibrate``, ``sensitivity`` where it
+            was measured, ``allocate``, and ``decompose``, ``shrink`` and ``apply`` (or ``sequential``) of low ranks,
+            ``split`` of sparse weights.
         notes: sentences that the user should read: layers that were never called, too few images, what stays dense.
         left_alone: the modules with matrices that are no layers to compress.
     """

@@ -162,6 +162,11 @@ def test_no_form_is_measured_elsewhere_than_on_a_cpu(images):
     assert _usual_form(classifier(depth=1), images, held_out=None)[0] == "auto"
 
 
+def test_no_form_is_measured_by_several_processes(images, monkeypatch):
+    monkeypatch.setattr(sys.modules["mixrank.compress"], "are_several", lambda: True)
+    assert _usual_form(classifier(depth=1), images, held_out=None)[0] == "pivoted"
+
+
 def test_low_ranks_take_gradients_as_they_are_and_sparse_weights_do_not(images):
     plain, even = ([mixrank.compress(classifier(), images, KEEP, form=form, gradient_power=power).plan
                     for power in (None, 1.0, 0.25)] for form in ("pivoted", "sparse"))  # fmt: skip

@@ -62,18 +62,14 @@ def start(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def alone(folder):
-    result = start(1, *command(folder, folder / "alone.safetensors", "--json", str(folder / "alone.json")))
-    assert result.returncode == 0, result.stderr
-    return folder / "alone.safetensors"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2])
-def test_processes_make_the_plan_of_one_and_its_factors(folder, alone, processes):
-    out, told = folder / f"{processes}.safetensors", folder / f"{processes}.json"
-    result = start(processes, *command(folder, out, "--json", str(told)))
+@pytest.mark.parametrize("form", ["pivoted", "sparse"])
+def test_processes_make_the_plan_of_one_and_its_factors(folder, form):
+    alone = folder / f"{form}_alone.safetensors"
+    result = start(1, *command(folder, alone, "--form", form, "--json", str(folder / "alone.json")))
+    assert result.returncode == 0, result.stderr
+    out, told = folder / f"{form}_shared.safetensors", folder / "shared.json"
+    result = start(2, *command(folder, out, "--form", form, "--json", str(told)))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("checkpoint") == 1
     assert checkpoint.read_header(out).plan == checkpoint.read_header(alone).plan
