@@ -64,6 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "allocation": {},
     "sensitivity": (SENSITIVITY_IMAGES, SENSITIVITY_ROUNDS),
 }
+FORETOLD = "layers by squared gradients alone"
 BOTH_MEASURED = {"shrink": MEASURED, "fisher_shrink": MEASURED}
 VARIANTS = (
     BASE,
@@ -108,20 +109,20 @@ VARIANTS = (
         calibration={"weighting": AUTOMATIC, "gradient_power": 0.25},
     ),
     Variant("sparse weights", "a fifth of the numbers in factors", sparse={}),
+    Variant("sparse weights", "pull of the covariance 1", sparse={"pull": 1.0}),
+    Variant("sparse weights", "gradients as they are", sparse={}, calibration={"gradient_power": 1.0}),
     *(
-        Variant("sparse weights", f"{share:.0%} of the numbers in factors", sparse={"rank_share": share})
+        Variant("sparse weights", f"layers by power {power:g} of what was measured", sparse={}, weighed=power)
+        for power in (0.2, 1.0)
+    ),
+    Variant("sparse weights", FORETOLD, sparse={}, weighed=0),
+    *(
+        Variant("sparse weights", f"{FORETOLD}, {share:.0%} in factors", sparse={"rank_share": share}, weighed=0)
         for share in (0.0, 0.5, 0.7)
     ),
-    Variant("sparse weights", "pull of the covariance 1", sparse={"pull": 1.0}),
-    Variant("sparse weights", "layers by squared gradients alone", sparse={}, weighed=0),
-    *(
-        Variant("sparse weights", f"layers by power {p:g} of what was measured", sparse={}, weighed=p)
-        for p in (0.2, 1.0)
-    ),
-    Variant("sparse weights", "gradients as they are", sparse={}, calibration={"gradient_power": 1.0}),
     Variant(
         "sparse weights",
-        "gradients as they are, layers by these alone",
+        f"{FORETOLD}, these as they are",
         sparse={},
         calibration={"gradient_power": 1.0},
         weighed=0,
