@@ -21,15 +21,21 @@ def front() -> str:
     lines = [_model("dense", dense, speeds.get("dense"), speeds.get("dense"))]
     sparse = {row["keep"]: row for row in peers if (row["method"], row["seed"]) == ("mixrank, sparse", 0)}
     low = {vit_b16.Strategy(**row["strategy"]): row for row in rows if row["kind"] == "strategy"}
-    last = dense
-    for label, found, name in (
-        ("sparse weights", sparse, vit_b16_oats_speed.sparse_name),
-        ("low ranks", {keep: low.get(vit_b16.low_ranks(keep)) for keep in vit_b16.KEEPS}, vit_b16.speed_name),
+    trained, last = read(vit_b16_compensation.OUT), dense
+    for label, form, found, name in (
+        ("sparse weights", "sparse", sparse, vit_b16_oats_speed.sparse_name),
+        ("low ranks", FORM, {keep: low.get(vit_b16.low_ranks(keep)) for keep in vit_b16.KEEPS}, vit_b16.speed_name),
     ):
         for keep in vit_b16.KEEPS:
             if (row := found.get(keep)) is not None:
-                lines.append(_model(f"{label}, keep {keep}", row, speeds.get(name(keep)), speeds.get("dense")))
-                last = row if label == "sparse weights" else last
+                speed = (speeds.get(name(keep)), speeds.get("dense"))
+                lines.append(_model(f"{label}, keep {keep}", row, *speed))
+                if (after := _longest(trained, keep, form)) is not None:
+                    row = row | {"top1": after["after"]["top1"]}
+                    lines.append(
+                        _model(f"{label}, keep {keep}, trained {_core_minutes(after):.0f} core-minutes", row, *speed)
+                    )
+                last = found[keep] if form == "sparse" else last
     header = ("", "parameters", "MB", "GMACs", "top-1, %", f"images/s, batch {vit_b16.SPEED_BATCH}", "speed-up")
     threads = f" Speed on {speeds['dense']['threads']} threads.\n" if speeds else "\n"
     return table(header, lines) + "\n" + conditions(last).rstrip() + threads
@@ -163,21 +169,18 @@ def aims() -> str:
     for keep, (aim, trained_aim) in AIMS.items():
         found = {FORM: low.get(vit_b16.low_ranks(keep)), "sparse": beside.get(("mixrank, sparse", keep))}
         for form, top1 in found.items():
-            longest = max(
-                (
-                    row
-                    for row in trained
-                    if (row["keep"], row.get("form", FORM)) == (keep, form)
-                    and _core_minutes(row) <= 2 * AIM_MINUTES + 1
-                ),
-                key=_core_minutes,
-                default=None,
-            )
+            longest = _longest(trained, keep, form)
             after = None if longest is None else longest["after"]["top1"]
             minutes = "" if longest is None else f"{_core_minutes(longest):.0f}"
             lines.append((keep, form, *_against(dense, top1, aim), *_against(dense, after, trained_aim), minutes))
     header = ("keep", "layers", "lost, points", "aim", "trained: lost", "aim", "core-minutes")
     return table(header, lines)
+
+
+def _longest(trained: list[dict], keep: float, form: str) -> dict | None:
+    """The longest training of a budget within the limit."""
+    found = [row for row in trained if (row["keep"], row.get("form", FORM)) == (keep, form)]
+    return max((row for row in found if _core_minutes(row) <= 2 * AIM_MINUTES + 1), key=_core_minutes, default=None)
 
 
 def _core_minutes(row: dict) -> float:
