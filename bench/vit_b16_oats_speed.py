@@ -106,8 +106,8 @@ def measure(batch: int, rounds: int, out: Path, kept: Path | None) -> None:
         models[f"OATS, keep {keep}, by sparse_linear"] = sparse_(copy.deepcopy(dense), keep, ours)
     for keep in vit_b16.KEEPS:
         models[vit_b16.speed_name(keep)] = apply_(copy.deepcopy(dense), plans[keep], factorisations)
-        if kept is not None:
-            models[sparse_name(keep)] = load(vit_b16_peers.kept_at(kept, OURS, keep))
+        if kept is not None and (path := vit_b16_peers.kept_at(kept, OURS, keep)).is_file():
+            models[sparse_name(keep)] = load(path)
     for name, speed in compare_speed(models, torch.randn(batch, 3, 224, 224), rounds=rounds).items():
         append(out, {"model": name} | asdict(speed))
 
