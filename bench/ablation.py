@@ -6,10 +6,10 @@
 ``vit_b16`` is the model of :mod:`mixrank_bench.vit_b16`; ``fashion`` is the one that ``python -m mixrank.demo.train
 --data FASHION_MNIST --depth 12 --patch-size 7 --out FOLDER`` trains. A fifth of the unlabelled images is held out from
 all that is done here, and each variant is compared with the dense model on them; no label is read. The reference is
-what ``mixrank compress`` does by default, but for two things that the ablation led to: its tokens count alike, and its
-pull is fixed. Variants of the statistics and factors take the ranks of the reference, so that only the factors differ;
-those of the allocation choose their own. One JSON line for each goes to ``bench/results/ablation.jsonl``; what is there
-is not measured again.
+what ``mixrank compress --form pivoted`` does, but for two things that the ablation led to: its tokens count alike, and
+its pull is fixed. Variants of the statistics and factors take the ranks of the reference, so that only the factors
+differ; those of the allocation choose their own. One JSON line for each goes to ``bench/results/ablation.jsonl``; what
+is there is not measured again.
 """
 
 from __future__ import annotations

@@ -63,14 +63,8 @@ def main() -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
             parameters = executor.submit(make, folder, args.model, args.images).result()
         command = [sys.executable, "-m", "mixrank", "compress", "--model", args.model, "--keep", "0.5"]
-        command += [
-            "--form",
-            "pivoted",
-            "--weights",
-            str(folder / "weights.safetensors"),
-            "--images",
-            str(folder / "images"),
-        ]
+        command += ["--form", "pivoted"]
+        command += ["--weights", str(folder / "weights.safetensors"), "--images", str(folder / "images")]
         command += ["--out", str(folder / "out.safetensors"), "--json", str(folder / "out.json"), "--dtype", args.dtype]
         started = time.perf_counter()
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})

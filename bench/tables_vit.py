@@ -30,7 +30,8 @@ def front() -> str:
             if (row := found.get(keep)) is not None:
                 speed = (speeds.get(name(keep)), speeds.get("dense"))
                 lines.append(_model(f"{label}, keep {keep}", row, *speed))
-                if (after := _longest(trained, keep, form)) is not None:
+                after = _longest(trained, keep, form)
+                if after is not None and after["before"]["top1"] == row["top1"]:  # of this very model
                     row = row | {"top1": after["after"]["top1"]}
                     lines.append(
                         _model(f"{label}, keep {keep}, trained {_core_minutes(after):.0f} core-minutes", row, *speed)

@@ -213,9 +213,13 @@ def budget_of(model: nn.Module, shapes: dict[str, LayerShape], limits: Limits) -
     return check_budget(model, shapes, **given, ranks="mixed", energy="weight", step=1, form="factors")
 
 
+def bias_of(linear: nn.Linear, found: Split) -> Tensor:
+    """The bias of a layer of which this is left, ``[N]`` float64."""
+    return found.shift if linear.bias is None else found.shift + linear.bias.detach().cpu().double()
+
+
 def layer_of(linear: nn.Linear, found: Split) -> SparseLinear:
     """The layer that holds a split weight, in the dtype, device and mode of the linear layer it was of."""
-    bias = found.shift if linear.bias is None else found.shift + linear.bias.detach().cpu().double()
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(linear.weight.device, linear.weight.dtype).contiguous()
@@ -225,7 +229,7 @@ def layer_of(linear: nn.Linear, found: Split) -> SparseLinear:
         cast(found.sparse[found.kept]),
         None if found.down is None else cast(found.down),
         None if found.up is None else cast(found.up),
-        cast(bias),
+        cast(bias_of(linear, found)),
         in_features=linear.in_features,
     )
     return layer.train(linear.training)

@@ -3,8 +3,8 @@
 Squared gradients tell the loss of a model to second order, for small changes of one layer. At a real budget the layers
 lose much, and one of them moves the answers several times as far as the other for the same loss by the measure. So a
 first plan is made, each of its layers alone takes the place of the dense one on images held out, and the divergence of
-the logits is compared with the loss that was foretold. All layers together do not act as the sum of the single ones:
-a part of the ratio that :data:`POWER` leaves is what did best on images held out (docs/accuracy.md).
+the logits is compared with the loss that was foretold. All layers together do not act as the sum of the single ones,
+so the power :data:`POWER` of that ratio is taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mixrank.arguments import Limits
 from mixrank.progress import track
 from mixrank.sensitivity import measure_layers
 from mixrank.sparse import PULL, Split
-from mixrank.sparse_fit import TRIAL, Spending
+from mixrank.sparse_fit import TRIAL, Spending, bias_of
 from mixrank.sparse_plan import RANK_SHARE
 from mixrank.stats import CalibrationStats
 
@@ -87,7 +87,6 @@ def weights_of(divergences: Mapping[str, float], losses: Mapping[str, float], po
 def _dense(linear: nn.Linear, found: Split) -> nn.Linear:
     """A dense layer of the split weight: it is gone through a few times only."""
     layer = nn.Linear(linear.in_features, linear.out_features, device="meta")
-    bias = found.shift if linear.bias is None else found.shift + linear.bias.detach().cpu().double()
-    for name, value in (("weight", found.weight), ("bias", bias)):
+    for name, value in (("weight", found.weight), ("bias", bias_of(linear, found))):
         setattr(layer, name, nn.Parameter(value.to(linear.weight.device, linear.weight.dtype), requires_grad=False))
     return layer.eval()

@@ -84,15 +84,15 @@ def test_the_pull_of_a_strategy_is_measured_and_told(tmp_path, monkeypatch) -> N
     assert pulls[vit_b16.low_ranks(0.5)] in PULLS
 
 
-def test_what_the_defaults_are_called_is_what_compress_does(tmp_path, monkeypatch) -> None:
-    """The row of the defaults is of the model that the one call makes of the same images."""
+def test_what_low_ranks_are_called_is_what_compress_does(tmp_path, monkeypatch) -> None:
+    """The row of low ranks is of the model that the one call makes of the same images."""
     data = Folder()
     images = torch.randn(20, 3, 32, 32)
     data.calibration = data.test = lambda _model: [mixrank.data.Batch(images, torch.arange(20) % 7, list("x" * 20))]
     monkeypatch.setattr(vit_b16, "fast_dtype", lambda: None)
     vit_b16.measure_strategies(data, tmp_path / "rows.jsonl", [vit_b16.low_ranks(0.5)], None, tmp_path)
     model = data.model()
-    plan = mixrank.compress(model, data.calibration(model), keep=0.5).plan
+    plan = mixrank.compress(model, data.calibration(model), keep=0.5, form="pivoted").plan
     row = vit_b16.read(tmp_path / "rows.jsonl")[-1]
     assert row["ranks"] == {layer.name: layer.rank for layer in plan.layers}
     assert row["parameters"] == plan.parameters_after

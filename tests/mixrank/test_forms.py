@@ -162,6 +162,13 @@ def test_no_form_is_measured_elsewhere_than_on_a_cpu(images):
     assert _usual_form(classifier(depth=1), images, held_out=None)[0] == "auto"
 
 
+def test_no_form_is_measured_by_several_views_of_each_image(images):
+    class Viewed(list):
+        views = 2
+
+    assert _usual_form(classifier(depth=1), Viewed(images), held_out=None)[0] == "pivoted"
+
+
 def test_no_form_is_measured_by_several_processes(images, monkeypatch):
     monkeypatch.setattr(sys.modules["mixrank.compress"], "are_several", lambda: True)
     assert _usual_form(classifier(depth=1), images, held_out=None)[0] == "pivoted"
