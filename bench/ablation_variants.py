@@ -110,7 +110,6 @@ VARIANTS = (
     ),
     Variant("sparse weights", "a fifth of the numbers in factors", sparse={}),
     Variant("sparse weights", "pull of the covariance 1", sparse={"pull": 1.0}),
-    Variant("sparse weights", "gradients as they are", sparse={}, calibration={"gradient_power": 1.0}),
     *(
         Variant("sparse weights", f"layers by power {power:g} of what was measured", sparse={}, weighed=power)
         for power in (0.2, 1.0)
@@ -120,6 +119,7 @@ VARIANTS = (
         Variant("sparse weights", f"{FORETOLD}, {share:.0%} in factors", sparse={"rank_share": share}, weighed=0)
         for share in (0.0, 0.5, 0.7)
     ),
+    Variant("sparse weights", "gradients as they are", sparse={}, calibration={"gradient_power": 1.0}),
     Variant(
         "sparse weights",
         f"{FORETOLD}, these as they are",
