@@ -46,7 +46,7 @@ from mixrank.sample import Sample
 from mixrank.sequential import compress_blocks_
 from mixrank.shrinkage import MEASURED
 from mixrank.sparse_fit import put_sparse_, sparse_statistics
-from mixrank.sparse_sensitivity import weigh_layers
+from mixrank.sparse_sensitivity import POWER, weigh_layers
 from mixrank.views import Views, gather
 from mixrank_bench.ablation_variants import BASE, VARIANTS, Variant
 from mixrank_bench.block_residual import with_blocks
@@ -112,7 +112,7 @@ def _spread(total: int, count: int) -> Tensor:
 
 
 class Ablation:
-    """The variants of one subject; statistics and factors are kept while they serve the next one too."""
+    """The variants of one subject; what is made for one is kept while it serves the next one too."""
 
     def __init__(self, subject: Subject, ranks: Mapping[str, int | None] | None = None) -> None:
         """``ranks``: those that the reference was found to give, by layer name, where that was measured before."""
@@ -122,6 +122,7 @@ class Ablation:
         self.plan: Plan | None = None
         self._statistics: tuple[tuple, tuple] | None = None
         self._factors: tuple[tuple, dict] | None = None
+        self._weights: tuple[tuple, dict[str, float]] | None = None  # of sparse layers, to the default power
 
     def measure(self, variant: Variant) -> dict[str, Any]:
         """A row of results without what names it."""
@@ -219,9 +220,11 @@ class Ablation:
             self._statistics = (key, (sparse_statistics(model, sample, **options), sample))
         (stats, sample), keep, weights = self._statistics[1], self.subject.keep, None
         if variant.weighed:
-            weights = weigh_layers(
-                model, stats, sample.parts, {"keep": keep}, power=variant.weighed, **variant.sparse, **running
-            )
+            key = (key, tuple(variant.sparse.items()))
+            if self._weights is None or self._weights[0] != key:
+                made = weigh_layers(model, stats, sample.parts, {"keep": keep}, **variant.sparse, **running)
+                self._weights = (key, made)
+            weights = {name: weight ** (variant.weighed / POWER) for name, weight in self._weights[1].items()}
         return put_sparse_(model, stats, keep, weights=weights, **variant.sparse)[0]
 
     def _with_blocks(self, model: nn.Module, variant: Variant) -> None:

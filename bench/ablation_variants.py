@@ -109,11 +109,11 @@ VARIANTS = (
         calibration={"weighting": AUTOMATIC, "gradient_power": 0.25},
     ),
     Variant("sparse weights", "a fifth of the numbers in factors", sparse={}),
-    Variant("sparse weights", "pull of the covariance 1", sparse={"pull": 1.0}),
     *(
         Variant("sparse weights", f"layers by power {power:g} of what was measured", sparse={}, weighed=power)
         for power in (0.2, 1.0)
     ),
+    Variant("sparse weights", "pull of the covariance 1", sparse={"pull": 1.0}),
     Variant("sparse weights", FORETOLD, sparse={}, weighed=0),
     *(
         Variant("sparse weights", f"{FORETOLD}, {share:.0%} in factors", sparse={"rank_share": share}, weighed=0)
