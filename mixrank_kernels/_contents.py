@@ -37,7 +37,7 @@ def memory_and_contents(op: str, arguments: Mapping[str, Argument]) -> None:
     if op == "pivoted_linear":
         index, rank = tensor_of(arguments, "index"), tensor_of(arguments, "down").shape[0]
         _once((index,), rank, lambda: _read_pivots(op, index, rank))
-    if op == "sparse_linear":
+    if op in ("sparse_linear", "int8_sparse_linear"):
         mask, columns = tensor_of(arguments, "mask"), tensor_of(arguments, "x").shape[-1]
         nnz = tensor_of(arguments, "values").shape[0]
         _once((mask,), (columns, nnz), lambda: _read_mask(op, mask, columns, nnz))

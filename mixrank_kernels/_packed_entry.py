@@ -1,4 +1,4 @@
-"""What was packed for some weights, and whether it still is theirs."""
+"""What was packed for some weights, as long as it still is theirs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from mixrank_kernels import _register
 
 
 class Entry:
@@ -33,6 +35,45 @@ class Entry:
             if reference() is not weight or _state(weight) != state:
                 return False
         return True
+
+
+class PackedCache:
+    """What is packed, by the identity of the first weight, for codes with the kind of arithmetic.
+
+    Attributes:
+        entries: what there is.
+        enabled: whether anything is packed from now on.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[int | tuple[int, bool], Entry] = {}
+        self.enabled = True
+
+    def packed(
+        self, key: int | tuple[int, bool], given: tuple[Tensor, ...], make: Callable[[], Tensor]
+    ) -> Tensor | None:
+        """What was packed for the weights ``given`` if they have not changed since, else what ``make`` gives now."""
+        entry = self.entries.get(key)
+        return entry.packed if entry is not None and entry.is_of(given) else self.pack(key, given, make)
+
+    def pack(self, key: int | tuple[int, bool], given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor | None:
+        """Pack anew; None where that would be of no use."""
+        self.entries.pop(key, None)
+        if not self.enabled or _register.extension is None or not all(is_plain(weight) for weight in given):
+            return None
+
+        def forget(reference: weakref.ref) -> None:
+            # Another thread may have put a newer entry in the place of the one that this reference belongs to.
+            entry = self.entries.get(key)
+            if entry is not None and any(reference is one for one in entry.references):
+                self.entries.pop(key, None)
+
+        # Made before the weights are read, so that a write from another thread meanwhile shows at the next call.
+        entry = Entry(given, forget)
+        with torch.no_grad():
+            entry.packed = make()
+        self.entries[key] = entry
+        return entry.packed
 
 
 def _state(weight: Tensor) -> tuple:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-from mixrank_kernels import _autograd, _checks, _contents, choice, composite, cuda, reference
+from mixrank_kernels import _autograd, _checks, _checks_int8, _contents, choice, composite, cuda, reference
 from mixrank_kernels._load import load_extension
 from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, Argument, Arguments, library, overload
 
@@ -25,9 +25,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_OPERATORS = tuple(name for name in SCHEMAS if name not in ("pivoted_linear", "sparse_linear"))
 
 
+def check_of(name: str) -> Callable[..., None]:
+    """What raises RuntimeError unless the arguments of the operator ``name`` fit together, taking all of them."""
+    return getattr(_checks_int8 if name in INT8_SCHEMAS else _checks, name)
+
+
 def checked(name: str, implementation: Callable) -> Callable:
     """``implementation`` behind the checks of the operator ``name``, taking the schema's arguments."""
-    check = getattr(_checks, name)
+    check = check_of(name)
     names = [argument.name for argument in overload(name)._schema.arguments]
 
     def call(*args: Argument, **kwargs: Argument) -> Tensor | None:
@@ -170,7 +175,7 @@ def _interpreted() -> bool:
 
 def fake(name: str) -> Callable:
     """The fake of the operator ``name``: its checks, and the output as memory without contents."""
-    check = getattr(_checks, name)
+    check = check_of(name)
 
     def call(*args: Argument, **kwargs: Argument) -> Tensor | None:
         arguments = bind(name, *args, **kwargs)
@@ -190,7 +195,8 @@ def _out_features(name: str, arguments: Sequence[Argument]) -> int:
     if name == "int8_lowrank_linear":
         _x, down, _down_scale, up, _up_scale, _bias, _dynamic, index, _packed = arguments
         return _rows(up) + (0 if index is None else _rows(down))
-    return _rows(arguments[{"pivoted_linear": 3, "sparse_linear": 1}.get(name, 2)])  # of index, of mask, or of up
+    of_index_or_mask = {"pivoted_linear": 3, "sparse_linear": 1, "int8_sparse_linear": 1}
+    return _rows(arguments[of_index_or_mask.get(name, 2)])  # else of up
 
 
 def _rows(weight: Argument) -> int:

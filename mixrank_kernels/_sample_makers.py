@@ -233,6 +233,24 @@ def int8(
     return Sample("int8_lowrank_linear" if r else "int8_linear", name, make)
 
 
+def int8_sparse(sample: Sample) -> Sample:
+    """The layer of a sample of ``sparse_linear`` with codes for its weights."""
+
+    def make(generator: torch.Generator) -> dict[str, Argument]:
+        made = sample.make(generator)
+        (n, _), nnz = tensor_of(made, "mask").shape, tensor_of(made, "values").shape[0]
+        codes, _ = _codes(generator, 1, nnz)
+        _, scale = _codes(generator, n, max(1, nnz // n))
+        made |= {"values": codes[0], "scale": scale, "down_scale": None, "up_scale": None}
+        for name in ("down", "up"):
+            if made[name] is not None:
+                made[name], made[f"{name}_scale"] = _codes(generator, *tensor_of(made, name).shape)
+        order = ("x", "mask", "values", "scale", "down", "down_scale", "up", "up_scale", "bias")
+        return {name: made[name] for name in order}
+
+    return Sample("int8_sparse_linear", sample.name, make)
+
+
 def every_other_row(x: Tensor) -> Tensor:
     """The same values as ``x`` as every second row of a taller buffer."""
     buffer = x.new_full((2 * x.shape[0], *x.shape[1:]), float("nan"))

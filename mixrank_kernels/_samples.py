@@ -242,6 +242,8 @@ _SAMPLES = {
     ("int8_linear", True): _INT8_REAL,
     ("int8_lowrank_linear", False): _int8_small(lowrank=True),
     ("int8_lowrank_linear", True): _INT8_LOWRANK_REAL,
+    ("int8_sparse_linear", False): tuple(make.int8_sparse(s) for s in _SPARSE_SMALL if s.name != "transposed-weights"),
+    ("int8_sparse_linear", True): tuple(make.int8_sparse(sample) for sample in _SPARSE_REAL),
     ("lowrank_linear", False): _LINEAR_SMALL,
     ("lowrank_linear", True): _LINEAR_REAL,
     ("lowrank_residual_linear", False): _RESIDUAL_SMALL,

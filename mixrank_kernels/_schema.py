@@ -7,7 +7,7 @@ where no extension is built. Compiled code only adds implementations under its d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias, cast
+from typing import NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ INT8_SCHEMAS = {
         "(Tensor x, Tensor down, Tensor down_scale, Tensor up, Tensor up_scale, Tensor? bias=None, bool dynamic=True, "
         "Tensor? index=None, Tensor? packed=None) -> Tensor"
     ),
+    "int8_sparse_linear": (
+        "(Tensor x, Tensor mask, Tensor values, Tensor scale, Tensor? down=None, Tensor? down_scale=None, "
+        "Tensor? up=None, Tensor? up_scale=None, Tensor? bias=None, Tensor? packed=None) -> Tensor"
+    ),
 }
 
 # What backward passes are made of where Triton serves: no public function, no choice among implementations.
@@ -63,3 +67,10 @@ def overload(name: str) -> torch._ops.OpOverload:
 def tensor_of(arguments: Mapping[str, Argument], name: str) -> Tensor:
     """The argument ``name``, which has to be a tensor where it is asked for."""
     return cast(Tensor, arguments[name])
+
+
+def absent(op: str, **tensors: Tensor | None) -> NoReturn:
+    """Raise RuntimeError that names the first tensor that is None."""
+    # The dispatcher takes None for a tensor, and whatever serves it would trip over that in words of its own.
+    name = next(name for name, tensor in tensors.items() if tensor is None)
+    raise RuntimeError(f"{op}: {name} must be a tensor, but it was None")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixrank_kernels import _checks, _register, cuda, packing
+from mixrank_kernels import _register, cuda, packing
 from mixrank_kernels._load import EXTENSION, REBUILD
 from mixrank_kernels._schema import INT8_SCHEMAS, NAMESPACE, SCHEMAS, Argument
 
@@ -175,7 +175,7 @@ def explain(op: str, *args: Argument) -> Explanation:
         'lowrank_linear'
     """
     arguments = _register.bind(_known_operator(op), *args)
-    getattr(_checks, op)(*arguments)
+    _register.check_of(op)(*arguments)
     kind = arguments[0].device.type
     unfit = cuda.refusal(op, *arguments) if kind == "cuda" else None
     forced = _forced[-1] if _forced and _refusal(_forced[-1], kind, op) is None else None

@@ -112,6 +112,25 @@ def int8_linear(
 
 
 @register_flop_formula(
+    [torch.ops.mixrank_kernels.int8_sparse_linear, torch.ops.mixrank_kernels._int8_sparse_linear_self_packed]
+)
+def int8_sparse_linear(
+    x_shape: Shape,
+    mask_shape: Shape,
+    values_shape: Shape,
+    scale_shape: Shape,
+    down_shape: Shape | None = None,
+    down_scale_shape: Shape | None = None,
+    up_shape: Shape | None = None,
+    *_rest: object,
+    out_shape: object = None,
+    **_kwargs: object,
+) -> int:
+    """As for :func:`sparse_linear`."""
+    return sparse_linear(x_shape, mask_shape, values_shape, down_shape, up_shape)
+
+
+@register_flop_formula(
     [torch.ops.mixrank_kernels.int8_lowrank_linear, torch.ops.mixrank_kernels._int8_lowrank_linear_self_packed]
 )
 def int8_lowrank_linear(

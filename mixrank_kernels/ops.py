@@ -6,13 +6,24 @@ Shapes use one alphabet: ``M`` rows (tokens), ``K`` in features, ``N`` out featu
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
 from mixrank_kernels import backend
-from mixrank_kernels._schema import overload
+from mixrank_kernels._schema import absent, overload
+from mixrank_kernels.ops_int8 import int8_linear, int8_lowrank_linear, int8_sparse_linear
+
+__all__ = [
+    "cross_gram_accumulate_",
+    "gram_accumulate_",
+    "int8_linear",
+    "int8_lowrank_linear",
+    "int8_sparse_linear",
+    "lowrank_linear",
+    "lowrank_residual_linear",
+    "pivoted_linear",
+    "sparse_linear",
+]
 
 _lowrank_linear = overload("lowrank_linear")
 _lowrank_residual_linear = overload("lowrank_residual_linear")
@@ -20,8 +31,6 @@ _pivoted_linear = overload("pivoted_linear")
 _sparse_linear = overload("sparse_linear")
 _gram_accumulate_ = overload("gram_accumulate_")
 _cross_gram_accumulate_ = overload("cross_gram_accumulate_")
-_int8_linear = overload("int8_linear")
-_int8_lowrank_linear = overload("int8_lowrank_linear")
 
 
 def _follow_the_choice() -> None:
@@ -29,12 +38,6 @@ def _follow_the_choice() -> None:
     # its kernels, so what is forced must be read.
     if torch.compiler.is_compiling() and backend._forced:
         _ = backend._forced[-1]
-
-
-def _absent(op: str, **tensors: Tensor | None) -> NoReturn:
-    # The dispatcher takes None for a tensor, and whatever serves it would trip over that in words of its own.
-    name = next(name for name, tensor in tensors.items() if tensor is None)
-    raise RuntimeError(f"{op}: {name} must be a tensor, but it was None")
 
 
 def lowrank_linear(
@@ -69,7 +72,7 @@ def lowrank_linear(
         24.0
     """
     if x is None or down is None or up is None:
-        _absent("lowrank_linear", x=x, down=down, up=up)
+        absent("lowrank_linear", x=x, down=down, up=up)
     _follow_the_choice()
     return _lowrank_linear(x, down, up, bias, packed)
 
@@ -124,7 +127,7 @@ def lowrank_residual_linear(
         112.0
     """
     if x is None or down is None or up is None:
-        _absent("lowrank_residual_linear", x=x, down=down, up=up)
+        absent("lowrank_residual_linear", x=x, down=down, up=up)
     _follow_the_choice()
     return _lowrank_residual_linear(x, down, up, bias, residual_down, residual_up, crow, col, values, packed)
 
@@ -169,7 +172,7 @@ def pivoted_linear(
         tensor([[ 8., 16.,  8.]])
     """
     if x is None or down is None or coefficients is None or index is None:
-        _absent("pivoted_linear", x=x, down=down, coefficients=coefficients, index=index)
+        absent("pivoted_linear", x=x, down=down, coefficients=coefficients, index=index)
     _follow_the_choice()
     return _pivoted_linear(x, down, coefficients, index, bias, packed)
 
@@ -216,7 +219,7 @@ def sparse_linear(
         tensor([[ 31., 200.]])
     """
     if x is None or mask is None or values is None:
-        _absent("sparse_linear", x=x, mask=mask, values=values)
+        absent("sparse_linear", x=x, mask=mask, values=values)
     _follow_the_choice()
     return _sparse_linear(x, mask, values, down, up, bias, packed)
 
@@ -249,7 +252,7 @@ def gram_accumulate_(
         10.0
     """
     if gram is None or x is None:
-        _absent("gram_accumulate_", gram=gram, x=x)
+        absent("gram_accumulate_", gram=gram, x=x)
     _follow_the_choice()
     _gram_accumulate_(gram, x, row_weight, column_sum)
 
@@ -277,93 +280,6 @@ def cross_gram_accumulate_(cross: Tensor, x: Tensor, z: Tensor) -> None:
         10.0
     """
     if cross is None or x is None or z is None:
-        _absent("cross_gram_accumulate_", cross=cross, x=x, z=z)
+        absent("cross_gram_accumulate_", cross=cross, x=x, z=z)
     _follow_the_choice()
     _cross_gram_accumulate_(cross, x, z)
-
-
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    dynamic: bool = True,
-    packed: Tensor | None = None,
-) -> Tensor:
-    """Apply a linear layer whose weight is held in 8 bits, with one scale for each output channel. For inference.
-
-    Equivalent to ``F.linear(x', weight * scale[:, None], bias)``. With ``dynamic``, ``x'`` is each row of ``x`` in 256
-    even steps between its least and its largest value (0 included), products are summed exactly in int32, and the rest
-    is fp32; otherwise ``x'`` is ``x``, and the arithmetic is fp32. docs/kernels/int8.md defines the numbers.
-
-    Args:
-        x: ``[..., K]``, float32, bfloat16 or float16, any strides; K at most 65536. With ``dynamic``, a row that is not
-            finite gives NaN, and one that spans 2^-100 or less counts as zero.
-        weight: ``[N, K]``, int8, contiguous.
-        scale: ``[N]``, float32, contiguous.
-        bias: ``[N]`` or None; dtype of ``x``.
-        dynamic: whether the rows of ``x`` are quantised too.
-        packed: ``weight`` once more in the layout of the CPU kernels, made by
-            :func:`mixrank_kernels.packing.packed_int8` for the same ``dynamic``; or None.
-
-    Returns:
-        ``[..., N]``, contiguous, dtype of ``x``. Under autocast ``x`` and ``bias`` are cast to the dtype of the region.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit, or an argument requires a gradient while gradients are
-            recorded; the message names the argument.
-
-    Example:
-        >>> import torch
-        >>> x, weight, scale = torch.ones(2, 8), torch.full((3, 8), 100, dtype=torch.int8), torch.full((3,), 0.01)
-        >>> round(int8_linear(x, weight, scale)[0, 0].item(), 3)
-        8.0
-    """
-    if x is None or weight is None or scale is None:
-        _absent("int8_linear", x=x, weight=weight, scale=scale)
-    return _int8_linear(x, weight, scale, bias, dynamic, packed)
-
-
-def int8_lowrank_linear(
-    x: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    up: Tensor,
-    up_scale: Tensor,
-    bias: Tensor | None = None,
-    dynamic: bool = True,
-    index: Tensor | None = None,
-    packed: Tensor | None = None,
-) -> Tensor:
-    """Apply a linear layer whose weight is the product of two thin factors that are held in 8 bits. For inference.
-
-    Equivalent to :func:`int8_linear` with ``down`` and without a bias, then with ``up``; the intermediate is fp32, and
-    with ``dynamic`` its rows are quantised as those of ``x`` are. With ``index`` the layer is pivoted: column ``r`` of
-    the intermediate is the output's ``index[r]``, as it is, and the columns of the second product are the others.
-
-    Args:
-        x: ``[..., K]``, as for :func:`int8_linear`.
-        down: ``[R, K]``, int8, contiguous.
-        down_scale: ``[R]``, float32, contiguous.
-        up: ``[N, R]``, int8, contiguous; ``[N - R, R]`` with ``index``.
-        up_scale: one for each row of ``up``, float32, contiguous.
-        bias: ``[N]`` or None, in the order of the output; dtype of ``x``.
-        dynamic: whether the rows of ``x`` and of the intermediate are quantised too.
-        index: ``[N]``, int64, contiguous, every number from 0 to N - 1 once; or None.
-        packed: ``down`` and ``up`` once more, as for :func:`int8_linear`.
-
-    Returns:
-        ``[..., N]``, contiguous, dtype of ``x``. Autocast as for :func:`int8_linear`.
-
-    Raises:
-        RuntimeError: as :func:`int8_linear`, or ``index`` is no permutation.
-
-    Example:
-        >>> import torch
-        >>> x, down, up = torch.ones(2, 8), torch.ones(3, 8, dtype=torch.int8), torch.ones(5, 3, dtype=torch.int8)
-        >>> round(int8_lowrank_linear(x, down, torch.ones(3), up, torch.ones(5))[0, 0].item(), 3)
-        24.0
-    """
-    if x is None or down is None or down_scale is None or up is None or up_scale is None:
-        _absent("int8_lowrank_linear", x=x, down=down, down_scale=down_scale, up=up, up_scale=up_scale)
-    return _int8_lowrank_linear(x, down, down_scale, up, up_scale, bias, dynamic, index, packed)

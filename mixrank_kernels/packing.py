@@ -13,20 +13,39 @@ the weight itself is used, but one to a few of its numbers may not be: call :fun
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from mixrank_kernels import _register
-from mixrank_kernels._packed_entry import Entry, is_plain
-from mixrank_kernels._schema import INT8_SCHEMAS, overload
-from mixrank_kernels._self_packed import define, define_int8, self_packed
+from mixrank_kernels._packed_entry import PackedCache
+from mixrank_kernels._self_packed import (
+    define,
+    define_int8,
+    int8_linear,
+    int8_lowrank_linear,
+    int8_sparse_linear,
+    lowrank_linear,
+    pivoted_linear,
+    sparse_linear,
+)
 
-# By the identity of the first weight, for codes with the kind of arithmetic.
-_entries: dict[int | tuple[int, bool], Entry] = {}
-_enabled = True
+__all__ = [
+    "clear",
+    "enable",
+    "int8_linear",
+    "int8_lowrank_linear",
+    "int8_sparse_linear",
+    "lowrank_linear",
+    "nbytes",
+    "packed",
+    "packed_int8",
+    "packed_int8_sparse",
+    "packed_pivots",
+    "packed_sparse",
+    "pivoted_linear",
+    "sparse_linear",
+]
+
+_cache = PackedCache()
 
 
 def packed(
@@ -129,10 +148,7 @@ def _packed(pack: str, weights: tuple[Tensor | None, ...], given: tuple[Tensor, 
         return None
     if torch._C._len_torch_dispatch_stack():
         return None
-    entry = _entries.get(id(given[0]))
-    if entry is not None and entry.is_of(given):
-        return entry.packed
-    return _pack(id(given[0]), given, lambda: getattr(torch.ops.mixrank_kernels, pack)(*weights))
+    return _cache.packed(id(given[0]), given, lambda: getattr(torch.ops.mixrank_kernels, pack)(*weights))
 
 
 def packed_int8(first: Tensor, second: Tensor | None = None, *, dynamic: bool) -> Tensor | None:
@@ -160,154 +176,45 @@ def packed_int8(first: Tensor, second: Tensor | None = None, *, dynamic: bool) -
     if torch._C._len_torch_dispatch_stack():
         return None
     key, given = (id(first), dynamic), (first,) if second is None else (first, second)
-    entry = _entries.get(key)
-    if entry is not None and entry.is_of(given):
-        return entry.packed
-    return _pack(key, given, lambda: torch.ops.mixrank_kernels._pack_int8(first, second, dynamic))
+    return _cache.packed(key, given, lambda: torch.ops.mixrank_kernels._pack_int8(first, second, dynamic))
 
 
-def lowrank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply :func:`mixrank_kernels.lowrank_linear` with the factors packed at run time, inside a compiled graph too.
-
-    A graph cannot ask :func:`packed` itself: it would keep the answer of the day it was traced. This operator asks at
-    each call.
-
-    Args:
-        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
-        down: ``[R, K]``, dtype of ``x``, any strides.
-        up: ``[N, R]``, dtype of ``x``, any strides.
-        bias: ``[N]``, dtype of ``x``, or None.
-
-    Returns:
-        ``[..., N]``: what the operator gives. Where gradients are recorded or autocast is on, it is the operator
-        itself, without packing.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit; the message names the argument.
-
-    Example:
-        >>> import torch
-        >>> lowrank_linear(torch.ones(2, 8), torch.ones(3, 8), torch.ones(5, 3))[0, 0].item()
-        24.0
-    """
-    return overload(self_packed("lowrank_linear"))(x, down, up, bias)
-
-
-def pivoted_linear(x: Tensor, down: Tensor, coefficients: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply :func:`mixrank_kernels.pivoted_linear` with the weights packed at run time, as :func:`lowrank_linear` does.
-
-    Args:
-        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
-        down: ``[R, K]``, dtype of ``x``, any strides.
-        coefficients: ``[N - R, R]``, dtype of ``x``, any strides.
-        index: ``[N]``, int16, int32 or int64, contiguous.
-        bias: ``[N]``, dtype of ``x``, or None.
-
-    Returns:
-        ``[..., N]``: what the operator gives.
-
-    Raises:
-        RuntimeError: as for the operator.
-
-    Example:
-        >>> import torch
-        >>> pivoted_linear(torch.ones(1, 8), torch.ones(2, 8), torch.ones(1, 2), torch.tensor([0, 2, 1]))
-        tensor([[ 8., 16.,  8.]])
-    """
-    return overload(self_packed("pivoted_linear"))(x, down, coefficients, index, bias)
-
-
-def sparse_linear(
-    x: Tensor,
+def packed_int8_sparse(
     mask: Tensor,
     values: Tensor,
+    scale: Tensor,
     down: Tensor | None = None,
+    down_scale: Tensor | None = None,
     up: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Apply :func:`mixrank_kernels.sparse_linear` with the weights packed at run time, as :func:`lowrank_linear` does.
+    up_scale: Tensor | None = None,
+) -> Tensor | None:
+    """Return the weights of :func:`mixrank_kernels.int8_sparse_linear` in the layout of the CPU kernels, in fp32.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16, float16 or float64, any strides.
-        mask: ``[N, ceil(K / 8)]``, uint8, contiguous.
-        values: ``[nnz]``, dtype of ``x``, contiguous.
-        down: ``[R, K]``, dtype of ``x``, any strides, or None.
-        up: ``[N, R]``, dtype of ``x``, given exactly when ``down`` is.
-        bias: ``[N]``, dtype of ``x``, or None.
-
-    Returns:
-        ``[..., N]``: what the operator gives.
-
-    Raises:
-        RuntimeError: as for the operator.
-
-    Example:
-        >>> import torch
-        >>> sparse_linear(torch.ones(1, 3), torch.tensor([[5], [2]], dtype=torch.uint8), torch.tensor([1.0, 2.0, 4.0]))
-        tensor([[3., 4.]])
-    """
-    return overload(self_packed("sparse_linear"))(x, mask, values, down, up, bias)
-
-
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dynamic: bool = True) -> Tensor:
-    """Apply :func:`mixrank_kernels.int8_linear` with the codes packed at run time, inside a compiled graph too.
-
-    Args:
-        x: ``[..., K]``, float32, bfloat16 or float16, any strides.
-        weight: ``[N, K]``, int8, contiguous.
+        mask: ``[N, ceil(K / 8)]``, uint8, contiguous, on the CPU.
+        values: ``[nnz]``, int8, contiguous.
         scale: ``[N]``, float32, contiguous.
-        bias: ``[N]``, dtype of ``x``, or None.
-        dynamic: whether the rows of ``x`` are quantised too.
+        down: ``[R, K]``, int8, contiguous, or None.
+        down_scale: ``[R]``, float32, contiguous; it and those that follow are given exactly when ``down`` is.
+        up: ``[N, R]``, int8, contiguous.
+        up_scale: ``[N]``, float32, contiguous.
 
     Returns:
-        ``[..., N]``: what the operator gives.
+        As :func:`packed`; it takes 6 bytes for each code of ``values`` and 4 for each of the factors.
 
     Raises:
-        RuntimeError: as for the operator.
+        RuntimeError: the weights do not fit together; the message names the argument.
 
     Example:
         >>> import torch
-        >>> round(int8_linear(torch.ones(2, 8), torch.ones(3, 8, dtype=torch.int8), torch.ones(3))[0, 0].item(), 3)
-        8.0
+        >>> from mixrank_kernels import ops
+        >>> mask, values = torch.tensor([[5], [2]], dtype=torch.uint8), torch.tensor([1, 2, 4], dtype=torch.int8)
+        >>> weights = (mask, values, torch.tensor([1.0, 0.5]))
+        >>> ops.int8_sparse_linear(torch.ones(1, 3), *weights, packed=packed_int8_sparse(*weights))
+        tensor([[3., 2.]])
     """
-    return overload(self_packed("int8_linear"))(x, weight, scale, bias, dynamic)
-
-
-def int8_lowrank_linear(
-    x: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    up: Tensor,
-    up_scale: Tensor,
-    bias: Tensor | None = None,
-    dynamic: bool = True,
-    index: Tensor | None = None,
-) -> Tensor:
-    """Apply :func:`mixrank_kernels.int8_lowrank_linear` with the codes packed at run time, as :func:`int8_linear`.
-
-    Args:
-        x: ``[..., K]``, float32, bfloat16 or float16, any strides.
-        down: ``[R, K]``, int8, contiguous.
-        down_scale: ``[R]``, float32, contiguous.
-        up: ``[N, R]``, int8, contiguous; ``[N - R, R]`` with ``index``.
-        up_scale: one for each row of ``up``, float32, contiguous.
-        bias: ``[N]``, dtype of ``x``, or None.
-        dynamic: whether the rows of ``x`` and of the intermediate are quantised too.
-        index: ``[N]``, int64, contiguous, every number from 0 to N - 1 once; or None.
-
-    Returns:
-        ``[..., N]``: what the operator gives.
-
-    Raises:
-        RuntimeError: as for the operator.
-
-    Example:
-        >>> import torch
-        >>> down, up = torch.ones(3, 8, dtype=torch.int8), torch.ones(5, 3, dtype=torch.int8)
-        >>> round(int8_lowrank_linear(torch.ones(2, 8), down, torch.ones(3), up, torch.ones(5))[0, 0].item(), 3)
-        24.0
-    """
-    return overload(self_packed("int8_lowrank_linear"))(x, down, down_scale, up, up_scale, bias, dynamic, index)
+    weights = (mask, values, scale, down, down_scale, up, up_scale)
+    return _packed("_pack_int8_sparse", weights, tuple(weight for weight in weights if weight is not None))
 
 
 def enable(enabled: bool) -> None:
@@ -322,8 +229,7 @@ def enable(enabled: bool) -> None:
         True
         >>> enable(True)
     """
-    global _enabled
-    _enabled = enabled
+    _cache.enabled = enabled
     clear()
 
 
@@ -335,7 +241,7 @@ def clear() -> None:
         >>> nbytes()
         0
     """
-    _entries.clear()
+    _cache.entries.clear()
 
 
 def nbytes() -> int:
@@ -346,30 +252,12 @@ def nbytes() -> int:
         >>> nbytes()
         0
     """
-    return sum(entry.packed.nbytes for entry in list(_entries.values()))
-
-
-def _pack(key: int | tuple[int, bool], given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor | None:
-    _entries.pop(key, None)
-    if not _enabled or _register.extension is None or not all(is_plain(weight) for weight in given):
-        return None
-
-    def forget(reference: weakref.ref) -> None:
-        # Another thread may have put a newer entry in the place of the one that this reference belongs to.
-        entry = _entries.get(key)
-        if entry is not None and any(reference is one for one in entry.references):
-            _entries.pop(key, None)
-
-    # Made before the weights are read, so that a write from another thread meanwhile shows at the next call.
-    entry = Entry(given, forget)
-    with torch.no_grad():
-        entry.packed = make()
-    _entries[key] = entry
-    return entry.packed
+    return sum(entry.packed.nbytes for entry in list(_cache.entries.values()))
 
 
 define("lowrank_linear", packed)
 define("pivoted_linear", packed_pivots)
 define("sparse_linear", packed_sparse)
-for _name in INT8_SCHEMAS:
-    define_int8(_name, packed_int8)
+define_int8("int8_linear", lambda *, weight, dynamic, **_: packed_int8(weight, dynamic=dynamic))
+define_int8("int8_lowrank_linear", lambda *, down, up, dynamic, **_: packed_int8(down, up, dynamic=dynamic))
+define_int8("int8_sparse_linear", lambda *, x, bias, **weights: packed_int8_sparse(**weights))

@@ -127,6 +127,31 @@ def sparse_linear(
     return y.to(x.dtype)
 
 
+def int8_sparse_linear(
+    x: Tensor,  # [..., K]
+    mask: Tensor,  # [N, ceil(K / 8)]
+    values: Tensor,  # [nnz] int8
+    scale: Tensor,  # [N] fp32
+    down: Tensor | None = None,  # [R, K] int8
+    down_scale: Tensor | None = None,  # [R] fp32
+    up: Tensor | None = None,  # [N, R] int8
+    up_scale: Tensor | None = None,  # [N] fp32
+    bias: Tensor | None = None,  # [N]
+    packed: Tensor | None = None,  # [bytes], the weights once more: of no use here
+) -> Tensor:  # [..., N]
+    wide = accumulation_dtype(x.dtype)
+    rows = x.to(wide)
+    weight = expanded(mask, values.to(wide), x.shape[-1]) * scale[:, None].to(wide)
+    y = F.linear(rows, weight, None if bias is None else bias.to(wide))
+    if down is not None:
+        down, up = (
+            cast(Tensor, codes).to(wide) * cast(Tensor, row_scale)[:, None].to(wide)
+            for codes, row_scale in ((down, down_scale), (up, up_scale))
+        )
+        y = y + lowrank_linear(rows, down, up)
+    return y.to(x.dtype)
+
+
 def gram_accumulate_(
     gram: Tensor,  # [K, K] or [B, K, K]
     x: Tensor,  # [..., K] or [B, M, K]

@@ -27,6 +27,7 @@ __all__ = [
     "plain_gram_accumulate_",
     "plain_int8_linear",
     "plain_int8_lowrank_linear",
+    "plain_int8_sparse_linear",
     "plain_lowrank_linear",
     "plain_lowrank_residual_linear",
     "plain_pivoted_linear",
@@ -141,6 +142,25 @@ def plain_int8_lowrank_linear(
     return y if bias is None else y + bias
 
 
+def plain_int8_sparse_linear(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    down: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What a user writes without this package: all weights made floating again, with all zeros of the sparse one."""
+    y = F.linear(x, reference.expanded(mask, values.to(x.dtype), x.shape[-1]) * scale[:, None].to(x.dtype), bias)
+    if down is None:
+        return y
+    hidden = plain_int8_linear(x, down, cast(Tensor, down_scale))
+    return y + plain_int8_linear(hidden, cast(Tensor, up), cast(Tensor, up_scale))
+
+
 def plain(op: str) -> Callable:
     """The yardstick of the error budget for the operator ``op``: plain PyTorch in the dtype of its operands."""
     yardsticks: dict[str, Callable] = {
@@ -152,6 +172,7 @@ def plain(op: str) -> Callable:
         "cross_gram_accumulate_": plain_cross_gram_accumulate_,
         "int8_linear": plain_int8_linear,
         "int8_lowrank_linear": plain_int8_lowrank_linear,
+        "int8_sparse_linear": plain_int8_sparse_linear,
     }
     return yardsticks[op]
 

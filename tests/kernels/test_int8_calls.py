@@ -10,9 +10,9 @@ from mixrank_kernels import _register, backend, ops, packing, testing
 from mixrank_kernels._schema import INT8_SCHEMAS, overload
 
 from .test_guard_bands import allocations  # noqa: F401  (a fixture)
+from .test_int8 import DENSE, LOWRANK, SPARSE, pack
 
-DENSE, LOWRANK = "int8_linear", "int8_lowrank_linear"
-FULL = {DENSE: "leading-dims", LOWRANK: "prime-pivoted"}
+FULL = {DENSE: "leading-dims", LOWRANK: "prime-pivoted", SPARSE: "leading-dims"}
 
 
 def full_arguments(op: str) -> dict:
@@ -61,11 +61,8 @@ def test_exports(implementation, op):
 @pytest.mark.operators(*INT8_SCHEMAS)
 def test_autocast_casts_x_and_bias_alone_and_keeps_the_packing(implementation, op, region):
     arguments = full_arguments(op)
-    packed = packing.packed_int8(
-        arguments.get("weight", arguments.get("down")), arguments.get("up"), dynamic=arguments["dynamic"]
-    )
     with torch.autocast("cpu", region):
-        output = getattr(ops, op)(**arguments, packed=packed)
+        output = getattr(ops, op)(**arguments, packed=pack(arguments))
     cast = arguments | {name: arguments[name].to(region) for name in ("x", "bias")}
     assert output.dtype == region
     assert torch.equal(output, getattr(ops, op)(**cast))
@@ -102,8 +99,8 @@ def test_a_compiled_graph_packs_at_run_time(op, monkeypatch):
     arguments = full_arguments(op)
     expected = getattr(ops, op)(**arguments)
     made = []
-    original = packing._pack
-    monkeypatch.setattr(packing, "_pack", lambda *a: made.append(original(*a)) or made[-1])
+    original = packing._cache.pack
+    monkeypatch.setattr(packing._cache, "pack", lambda *a: made.append(original(*a)) or made[-1])
     compiled = torch.compile(getattr(packing, op), fullgraph=True)
     with torch.no_grad():
         assert all(torch.equal(compiled(**arguments), expected) for _ in range(2))
@@ -112,7 +109,7 @@ def test_a_compiled_graph_packs_at_run_time(op, monkeypatch):
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.operators(*INT8_SCHEMAS, without=("reference",))
+@pytest.mark.operators(DENSE, LOWRANK, without=("reference",))
 def test_nothing_outside_the_output_is_written(implementation, op, allocations):  # noqa: F811
     sizes = ((1, 5, 3, 2), (13, 33, 31, 7), (25, 64, 65, 33), (3, 17, 97, 16))
     for offset in (0, 1, 3, 7):

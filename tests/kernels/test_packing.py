@@ -291,7 +291,7 @@ def test_freed_with_its_weights(name):
 def test_a_weight_of_an_old_entry_does_not_take_the_new_one_with_it():
     down, old, new = factors((13, 37), (29, 13), (29, 13))
     packing.packed(down, old)
-    kept = list(packing._entries.values())  # as another thread does that is comparing the entry
+    kept = list(packing._cache.entries.values())  # as another thread does that is comparing the entry
     packed = packing.packed(down, new)
     del old
     assert len(kept) == 1
