@@ -3,9 +3,11 @@
     export MIXRANK_DATA=FOLDER
     python -m mixrank_bench.vit_b16 --part strategies --only '{"weighting": "gradient"}' --models MODELS
     python -m mixrank_bench.vit_b16_int8 --models MODELS
+    python -m mixrank_bench.vit_b16_peers --method "mixrank, sparse" --models MODELS
+    python -m mixrank_bench.vit_b16_int8 --models MODELS --form sparse
 
-FOLDER is that of :mod:`mixrank_bench.vit_b16`, and its first command writes what the defaults of ``mixrank.compress``
-make into MODELS. Every quantised model is compared with the same model in fp32. One JSON line for each goes to
+FOLDER is that of :mod:`mixrank_bench.vit_b16`, and the commands before write models of low ranks and of sparse weights
+into MODELS. Every quantised model is compared with the same model in fp32. One JSON line for each goes to
 ``bench/results/vit_b16_int8.jsonl``; what is there is not measured again. ``python -m mixrank_bench.report`` makes a
 table of docs/kernels/int8.md.
 """
@@ -23,11 +25,14 @@ import torch
 from torch import nn
 
 import mixrank
+from mixrank.compress import FORM
 from mixrank.counting import count_bytes
+from mixrank.forms import TRIED
 from mixrank.quantize import quantize_
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import Fidelity, compare, compare_logits, reference
-from mixrank_bench.vit_b16 import KEEPS, Data, checkpoint_of
+from mixrank_bench.vit_b16 import KEEPS, Data
+from mixrank_bench.vit_b16_compensation import untrained_of
 
 OUT = RESULTS / "vit_b16_int8.jsonl"
 DENSE = "dense"
@@ -58,16 +63,18 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=float, action="append", help="only this budget (repeatable), and the dense model"
     )
+    parser.add_argument("--form", choices=TRIED, default=FORM, help="of the layers")
     parser.add_argument("--threads", type=int, default=2, help="threads of one operation")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     args = parser.parse_args()
     if "MIXRANK_DATA" not in os.environ:
         parser.error("set MIXRANK_DATA to the folder with the model and the images")
     torch.set_num_threads(args.threads)
-    files = {f"keep {keep}": checkpoint_of(args.models, keep) for keep in args.keep or KEEPS}
+    called = "" if args.form == FORM else f"{args.form} weights, "
+    files = {f"{called}keep {keep}": untrained_of(args.models, keep, args.form) for keep in args.keep or KEEPS}
     missing = [path for path in files.values() if not path.is_file()]
     if missing:
-        parser.error(f"{missing[0]} does not exist: make it by the first command of --help")
+        parser.error(f"{missing[0]} does not exist: make it by the command before this one of --help")
     done = {row["model"] for row in read(args.out) if row["in_8_bits"] == list(DYNAMIC)[-1]}
     with tempfile.TemporaryDirectory() as scratch:
         data = Data(Path(os.environ["MIXRANK_DATA"]), Path(scratch))

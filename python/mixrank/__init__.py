@@ -17,6 +17,7 @@ from mixrank.evaluate import evaluate
 from mixrank.models import create_model
 from mixrank.nn import MixedRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
+from mixrank.nn_int8_sparse import Int8SparseLinear
 from mixrank.nn_pivoted import PivotedLinear
 from mixrank.nn_sparse import SparseLinear
 from mixrank.plan import Plan
@@ -38,6 +39,7 @@ __all__ = [
     "Int8Linear",
     "Int8MixedRankLinear",
     "Int8PivotedLinear",
+    "Int8SparseLinear",
     "LayerStats",
     "MixedRankLinear",
     "PivotedLinear",

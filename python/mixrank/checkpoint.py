@@ -26,6 +26,7 @@ from mixrank.models import (
     preprocessing,
 )
 from mixrank.nn_int8 import Int8PivotedLinear
+from mixrank.nn_int8_sparse import Int8SparseLinear
 from mixrank.nn_pivoted import PivotedLinear, check_index
 from mixrank.nn_sparse import SparseLinear, check_mask
 from mixrank.plan import Plan
@@ -115,7 +116,7 @@ def save(model: nn.Module, path: Path | str, *, plan: Plan | None = None, metada
     state = model.state_dict()
     computed = {name: buffer for name, buffer in model.named_buffers() if name not in state}
     quantization, blocks = quantized_layers(model), remaining_blocks(model)
-    is_sparse = any(isinstance(module, SparseLinear) for module in model.modules())
+    is_sparse = any(isinstance(module, SparseLinear | Int8SparseLinear) for module in model.modules())
     content = {
         "format": 4 if is_sparse else 3 if blocks is not None else 2 if quantization else 1,
         "library_version": __version__,
@@ -226,7 +227,7 @@ def _check_places(layer: nn.Module, name: str, path: Path) -> None:
     try:
         if isinstance(layer, PivotedLinear | Int8PivotedLinear):
             check_index(layer.index, layer.rank)
-        elif isinstance(layer, SparseLinear):
+        elif isinstance(layer, SparseLinear | Int8SparseLinear):
             check_mask(layer.mask, layer.in_features, layer.entries)
     except InputError as error:
         raise InputError(f"{path} is broken: layer {name}: {error}") from error

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mixrank.errors import InputError, first_line
 from mixrank.models import preprocessing
+from mixrank.nn_int8_sparse import Int8SparseLinear
 from mixrank.nn_sparse import SparseLinear
 
 
@@ -16,9 +17,10 @@ def count_parameters(model: nn.Module) -> int:
     """Return the number of all parameters, shared ones once.
 
     Where the entries of a :class:`mixrank.SparseLinear` stand has to be stored too: its mask, which is a buffer, counts
-    as the numbers of 32 bits that it takes, ``ceil(N ceil(K / 8) / 4)``.
+    as the numbers of 32 bits that it takes, ``ceil(N ceil(K / 8) / 4)``, whatever the entries are stored in.
     """
-    masks = {id(layer.mask): layer.places for layer in model.modules() if isinstance(layer, SparseLinear)}
+    sparse = (layer for layer in model.modules() if isinstance(layer, SparseLinear | Int8SparseLinear))
+    masks = {id(layer.mask): layer.places for layer in sparse}
     return sum(parameter.numel() for parameter in model.parameters()) + sum(masks.values())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixrank.attributes import class_count, note_
 from mixrank.errors import InputError, first_line, is_out_of_memory
 from mixrank.nn import LowRankLinear, SplitLinear
-from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
+from mixrank.nn_int8 import Int8Layer
 
 # Decided by this library, or a way for a file's header to reach the network, the disk or a pickle.
 _RESERVED_ARGS = (
@@ -32,7 +32,7 @@ _RESERVED_ARGS = (
 CLASSIFIER = "it is the classifier"
 """Why :func:`skipped_linears` leaves a classifier alone, which quantisation does not."""
 
-_REPLACEMENTS = (LowRankLinear, SplitLinear, Int8Linear, Int8MixedRankLinear, Int8PivotedLinear)
+_REPLACEMENTS = (LowRankLinear, SplitLinear, Int8Layer)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Linear layers of 8-bit weights, for inference: what :func:`mixrank.quantize_` puts in the place of the others."""
+"""Linear layers of 8-bit weights, for inference: what :func:`mixrank.quantize_` puts in the place of the others.
+
+:mod:`mixrank.nn_int8_sparse` has the one with a sparse weight.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from mixrank.nn_pivoted import check_index, index_dtype
 from mixrank_kernels import ops, packing
 
 
-class _Int8Layer(nn.Module):
+class Int8Layer(nn.Module):
     """What the layers have in common: codes are parameters without gradients, scales are buffers that stay fp32."""
 
     dynamic: bool
@@ -63,10 +66,12 @@ class _Int8Layer(nn.Module):
 
     def _packed(self, first: Tensor, second: Tensor | None = None) -> Tensor | None:
         """The codes packed for the CPU kernels, where the call will really use them as they are now."""
-        usable = isinstance(first, Tensor) and first.device.type == "cpu"
-        if not usable or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return None  # a graph would keep what was packed while it was traced
-        return packing.packed_int8(first, second, dynamic=self.dynamic)
+        return packing.packed_int8(first, second, dynamic=self.dynamic) if self._packs(first) else None
+
+    def _packs(self, codes: Tensor) -> bool:
+        usable = isinstance(codes, Tensor) and codes.device.type == "cpu"
+        # A graph would keep what was packed while it was traced.
+        return usable and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
     def _packs_in_graph(self, codes: Tensor) -> bool:
         return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and codes.device.type == "cpu"
@@ -79,7 +84,7 @@ class _Int8Layer(nn.Module):
         )
 
 
-class Int8Linear(_Int8Layer):
+class Int8Linear(Int8Layer):
     """A linear layer whose ``[N, K]`` weight is 8-bit ``codes`` times one ``scale`` for each output.
 
     The same forward as ``nn.Linear``: ``[..., K] -> [..., N]``. It starts with a weight of zeros.
@@ -136,7 +141,7 @@ class Int8Linear(_Int8Layer):
             InputError: shapes or dtypes do not fit together.
         """
         check_codes("codes", codes, scale)
-        _check_bias(bias, len(codes))
+        check_bias(bias, len(codes))
         layer = cls(codes.shape[1], len(codes), bias is not None, dynamic=dynamic, device="meta")
         layer._set(bias, codes=codes.contiguous(), scale=scale.contiguous())
         return layer
@@ -152,7 +157,7 @@ class Int8Linear(_Int8Layer):
         return ops.int8_linear(x, self.codes, self.scale, self.bias, self.dynamic, self._packed(self.codes))
 
 
-class _Int8LowRankLayer(_Int8Layer):
+class _Int8LowRankLayer(Int8Layer):
     """A layer of low rank in either form: constructed alike, and served by the same operator."""
 
     rank: int
@@ -243,7 +248,7 @@ class Int8MixedRankLinear(_Int8LowRankLayer):
                 f"up_codes must have shape [N, {len(down_codes)}] as down_codes has rows, but it was "
                 f"{list(up_codes.shape)}"
             )
-        _check_bias(bias, len(up_codes))
+        check_bias(bias, len(up_codes))
         rank, in_features = down_codes.shape
         layer = cls(in_features, len(up_codes), rank, bias is not None, dynamic=dynamic, device="meta")
         tensors = {"down_codes": down_codes, "down_scale": down_scale, "up_codes": up_codes, "up_scale": up_scale}
@@ -334,7 +339,7 @@ class Int8PivotedLinear(_Int8LowRankLayer):
         if index.shape != (out_features,):
             raise InputError(f"index must have shape [{out_features}], but it was {list(index.shape)}")
         check_index(index, rank)
-        _check_bias(bias, out_features)
+        check_bias(bias, out_features)
         layer = cls(in_features, out_features, rank, bias is not None, dynamic=dynamic, device="meta")
         tensors = {"down_codes": down_codes, "down_scale": down_scale}
         tensors |= {"coefficients_codes": coefficients_codes, "coefficients_scale": coefficients_scale}
@@ -362,13 +367,19 @@ def check_codes(name: str, codes: Tensor, scale: Tensor) -> None:
     """Raise InputError unless ``codes`` are an int8 matrix with one fp32 scale for each of its rows."""
     if codes.dim() != 2 or codes.dtype != torch.int8:
         raise InputError(f"{name} must be an int8 matrix, but it was {codes.dtype} of shape {list(codes.shape)}")
-    if scale.shape != (len(codes),) or scale.dtype != torch.float32:
+    check_scale(name, scale, len(codes))
+
+
+def check_scale(name: str, scale: Tensor, rows: int) -> None:
+    """Raise InputError unless there is one fp32 scale for each of ``rows``."""
+    if scale.shape != (rows,) or scale.dtype != torch.float32:
         raise InputError(
-            f"the scale of {name} must be float32 of shape [{len(codes)}], but it was {scale.dtype} of shape "
+            f"the scale of {name} must be float32 of shape [{rows}], but it was {scale.dtype} of shape "
             f"{list(scale.shape)}"
         )
 
 
-def _check_bias(bias: Tensor | None, rows: int) -> None:
+def check_bias(bias: Tensor | None, rows: int) -> None:
+    """Raise InputError unless the bias is None or has ``rows`` entries."""
     if bias is not None and bias.shape != (rows,):
         raise InputError(f"bias must have shape [{rows}], but it was {list(bias.shape)}")

@@ -63,7 +63,7 @@ class SparseLinear(LowRankLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(in_features, out_features, entries, rank)
+        check_sizes(in_features, out_features, entries, rank)
         self.in_features, self.out_features, self.entries, self.rank = in_features, out_features, entries, rank
         mask = torch.zeros(out_features, -(-in_features // 8), dtype=torch.uint8, device=device)
         self.register_buffer("mask", mask)
@@ -138,7 +138,7 @@ class SparseLinear(LowRankLinear):
         if bias is not None and bias.shape != (expected[0],):
             raise InputError(f"bias must have shape [{expected[0]}] as mask has rows, but it was {list(bias.shape)}")
         check_like(values, "values", down=down, up=up, bias=bias)
-        _check_sizes(in_features, expected[0], min(len(values), in_features * expected[0]), rank)
+        check_sizes(in_features, expected[0], min(len(values), in_features * expected[0]), rank)
         check_mask(mask, in_features, len(values))
         layer = cls(in_features, expected[0], len(values), rank, bias is not None, device="meta", dtype=values.dtype)
         layer.mask = mask.to(values.device).contiguous()
@@ -239,7 +239,7 @@ def _check_factors(down: Tensor | None, up: Tensor | None) -> int:
     return down.shape[0]
 
 
-def _check_sizes(in_features: int, out_features: int, entries: int, rank: int) -> None:
+def check_sizes(in_features: int, out_features: int, entries: int, rank: int) -> None:
     check_rank(rank, in_features, out_features, lowest=0)
     most = in_features * out_features
     if not 0 <= entries <= most:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mixrank.errors import InputError
 from mixrank.nn import LowRankLinear, MixedRankLinear, SplitLinear
-from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
+from mixrank.nn_int8 import Int8Layer, Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
+from mixrank.nn_int8_sparse import Int8SparseLinear
 from mixrank.nn_pivoted import PivotedLinear
 from mixrank.nn_sparse import SparseLinear
-from mixrank.quantize import INT8_LAYERS
 from mixrank_kernels import reference
 
 
@@ -25,19 +25,19 @@ class _Mergeable(Protocol):
 
 def merged(model: nn.Module) -> nn.Module:
     """A copy of the model with every factored, sparse or quantised layer multiplied out to a plain ``nn.Linear``."""
-    return _replaced(model, lambda layer: cast(_Mergeable, layer).merge(), (LowRankLinear, SplitLinear, *INT8_LAYERS))
+    return _replaced(model, lambda layer: cast(_Mergeable, layer).merge(), (LowRankLinear, SplitLinear, Int8Layer))
 
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy of the model that needs nothing but PyTorch to run: two products for a layer of low rank.
 
-    Weights of 8 bits stay so, and are widened when they are used. Sparse layers are multiplied out: PyTorch has no
-    product of a sparse weight that exporters know.
+    Weights of 8 bits stay so, and are widened when they are used. Sparse weights get their zeros back, and those of 32
+    bits are multiplied out: PyTorch has no product of a sparse weight that exporters know.
 
     Raises:
         InputError: a layer has no such form.
     """
-    return _replaced(model, _plain, (LowRankLinear, *INT8_LAYERS))
+    return _replaced(model, _plain, (LowRankLinear, Int8Layer))
 
 
 def _replaced(model: nn.Module, make: Callable[[nn.Module], nn.Module], kinds: tuple[type, ...]) -> nn.Module:
@@ -69,6 +69,12 @@ def _plain(layer: nn.Module) -> nn.Module:
             first = _Int8(layer.down_codes, layer.down_scale, None, layer.dynamic)
             second = _Int8(layer.coefficients_codes, layer.coefficients_scale, None, layer.dynamic)
             made = _Pivoted(first, second, layer.index, layer.bias)
+        case Int8SparseLinear():
+            made = _Int8(layer.sparse_codes, layer.scale, layer.bias, False)
+            if layer.down_codes is not None:
+                first = _Int8(layer.down_codes, cast(Tensor, layer.down_scale), None, False)
+                second = _Int8(cast(Tensor, layer.up_codes), cast(Tensor, layer.up_scale), None, False)
+                made = _Sum(made, nn.Sequential(first, second))
         case _:
             raise InputError(f"{type(layer).__name__} has no form in plain PyTorch")
     return made.train(layer.training)
@@ -98,6 +104,17 @@ class _Pivoted(nn.Module):
         hidden = self.first(x)
         y = torch.cat([hidden, self.second(hidden)], dim=-1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias
+
+
+class _Sum(nn.Module):
+    """Two layers of the same input, their outputs added."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        return self.first(x) + self.second(x)
 
 
 class _Int8(nn.Module):

@@ -14,10 +14,12 @@ from mixrank.counting import count_bytes
 from mixrank.errors import InputError
 from mixrank.models import CLASSIFIER, skipped_linears
 from mixrank.nn import LinearLike, MixedRankLinear
-from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
+from mixrank.nn_int8 import Int8Layer, Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
+from mixrank.nn_int8_sparse import Int8SparseLinear
 from mixrank.nn_pivoted import PivotedLinear
 from mixrank.nn_sparse import SparseLinear
 from mixrank.stats import LayerStats
+from mixrank_kernels.reference import expanded, unpacked_bits
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -165,6 +167,24 @@ def _empty_pivoted(layer: PivotedLinear, dynamic: bool) -> nn.Module:
     return Int8PivotedLinear(*sizes, dynamic=dynamic, device=layer.down.device, dtype=layer.down.dtype)
 
 
+def _sparse(layer: SparseLinear, stats: LayerStats | None, dynamic: bool) -> nn.Module:
+    # The input stays as it is, whatever is asked for, and so does the intermediate: nothing is balanced.
+    rows, scale = quantize_rows(expanded(layer.mask, layer.values.detach(), layer.in_features), _moments(stats))
+    codes = rows[unpacked_bits(layer.mask, layer.in_features)]
+    mask = layer.mask.clone()  # what is packed is known by it
+    factors: dict[str, Tensor] = {}
+    if layer.down is not None:
+        factors["down_codes"], factors["down_scale"] = quantize_rows(layer.down, _moments(stats))
+        moments = _moments(stats, layer.down)
+        factors["up_codes"], factors["up_scale"] = quantize_rows(cast(Tensor, layer.up), moments)
+    return Int8SparseLinear.from_codes(mask, codes, scale, **factors, bias=layer.bias, in_features=layer.in_features)
+
+
+def _empty_sparse(layer: SparseLinear, dynamic: bool) -> nn.Module:
+    sizes = (layer.in_features, layer.out_features, layer.entries, layer.rank, layer.bias is not None)
+    return Int8SparseLinear(*sizes, device=layer.values.device, dtype=layer.values.dtype)
+
+
 def _moments(stats: LayerStats | None, down: Tensor | None = None) -> Tensor | None:
     """Mean squares of a layer's input ``[K]``, or of ``down`` times it ``[R]``; None where the statistics lack them."""
     if stats is None or stats.side != "input":
@@ -192,10 +212,9 @@ CONVERTERS: dict[type, Converter[Any]] = {
     nn.Linear: Converter(_linear, _empty_linear),
     MixedRankLinear: Converter(_mixed_rank, _empty_mixed_rank),
     PivotedLinear: Converter(_pivoted, _empty_pivoted),
+    SparseLinear: Converter(_sparse, _empty_sparse),
 }
 """By the class of a layer, which is what its converter takes; a subclass may promise more than a linear map."""
-
-INT8_LAYERS = (Int8Linear, Int8MixedRankLinear, Int8PivotedLinear)
 
 
 def quantize_(
@@ -208,14 +227,14 @@ def quantize_(
 ) -> QuantizationResult:
     """Replace the linear layers of a model by layers of 8-bit weights, in place.
 
-    Factored layers and dense ones are replaced, the classifier among them; sparse layers, convolutions, normalisation
-    and embeddings stay. Nothing is changed if it fails. The model is for inference afterwards: no parameter asks for a
+    Factored, sparse and dense layers are replaced, the classifier among them; convolutions, normalisation and
+    embeddings stay. Nothing is changed if it fails. The model is for inference afterwards: no parameter asks for a
     gradient.
 
     Args:
         model: a timm model, compressed or not.
         dynamic: quantise the input of each layer as well, for each row anew: the products are then of integers, which
-            is fast. Without, only the weights take less memory.
+            is fast. Without, only the weights take less memory. Sparse layers take their input as it is.
         skip: names of layers that stay as they are; ``*`` stands for anything, as in ``"blocks.*.mlp.fc2"``.
         weight_only: names of layers whose input is not quantised although ``dynamic`` says so.
         stats: what :func:`mixrank.calibrate` returned for the same inputs: errors of weights then count by the mean
@@ -246,7 +265,7 @@ def quantize_(
         if _fits(name, patterns["skip"]):
             skipped[name] = "skip names it"
             continue
-        quantises_input = dynamic and not _fits(name, patterns["weight_only"])
+        quantises_input = dynamic and not isinstance(layer, SparseLinear) and not _fits(name, patterns["weight_only"])
         try:
             new = CONVERTERS[type(layer)].quantise(layer, None if stats is None else stats.get(name), quantises_input)
         except InputError as error:
@@ -256,10 +275,7 @@ def quantize_(
             QuantizedLayer(name, quantises_input, _relative_error(layer, new), count_bytes(layer), count_bytes(new))
         )
     if not replacements:
-        sparse = "; sparse ones stay as they are" if any(isinstance(m, SparseLinear) for m in model.modules()) else ""
-        raise InputError(
-            f"there is no layer to quantise: a model needs linear layers that are not quantised yet{sparse}"
-        )
+        raise InputError("there is no layer to quantise: a model needs linear layers that are not quantised yet")
     before = count_bytes(model)
     for name, new in replacements.items():
         model.set_submodule(name, new)
@@ -280,10 +296,8 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
             candidates[name] = module
         elif name in reasons:
             skipped[name] = reasons[name]
-        elif isinstance(module, INT8_LAYERS):
+        elif isinstance(module, Int8Layer):
             skipped[name] = "it is quantised already"
-        elif isinstance(module, SparseLinear):
-            skipped[name] = "it is sparse, and there is no form of that in 8 bits"
         elif any(
             tensor.dim() > 1 and part == "weight" for part, tensor in module._parameters.items() if tensor is not None
         ):
@@ -299,7 +313,7 @@ def _relative_error(layer: nn.Module, quantised: nn.Module) -> float:
 
 def quantized_layers(model: nn.Module) -> dict[str, bool]:
     """Return for each quantised layer, by name, whether its input is quantised too."""
-    return {name: module.dynamic for name, module in model.named_modules() if isinstance(module, INT8_LAYERS)}
+    return {name: module.dynamic for name, module in model.named_modules() if isinstance(module, Int8Layer)}
 
 
 def restructure_quantized_(model: nn.Module, layers: Mapping[str, bool]) -> nn.Module:

@@ -9,6 +9,7 @@ from mixrank.counting import count_bytes, count_macs, count_parameters, tokens_p
 from mixrank.errors import InputError
 from mixrank.nn import MixedRankLinear
 from mixrank.nn_sparse import SparseLinear
+from mixrank.quantize import quantize_
 
 SMALL = {"img_size": 32, "depth": 2, "num_classes": 7}
 
@@ -55,6 +56,10 @@ def test_places_of_sparse_layers_are_counted_once():
     other.mask = layer.mask
     assert count_parameters(nn.Sequential(layer, other)) == own + 50 + 9 + 7
     assert count_parameters(nn.Sequential(layer.half())) == own + 7
+    quantised = nn.Sequential(SparseLinear(20, 9, 50, 2))
+    quantize_(quantised)
+    assert count_parameters(quantised) == own + 7
+    assert count_bytes(quantised) == 50 + 27 + 2 * (20 + 9) + 4 * (9 + 9 + 2 + 9)
 
 
 @pytest.mark.parametrize("rank", [0, 24])

@@ -53,8 +53,7 @@ def sparse():
     return model
 
 
-def quantised(form: str, dynamic: bool):
-    model = compressed(form)
+def quantised(model, dynamic: bool = True):
     mixrank.quantize_(model, dynamic=dynamic)
     return model
 
@@ -71,9 +70,10 @@ MODELS = {
     "pivoted": compressed,
     "sparse": sparse,
     "split": lambda: compressed("factors", split_qkv=True),
-    "int8 factors": lambda: quantised("factors", dynamic=True),
-    "int8 pivoted": lambda: quantised("pivoted", dynamic=True),
-    "int8 weights": lambda: quantised("pivoted", dynamic=False),
+    "int8 factors": lambda: quantised(compressed("factors")),
+    "int8 pivoted": lambda: quantised(compressed()),
+    "int8 sparse": lambda: quantised(sparse()),
+    "int8 weights": lambda: quantised(compressed(), dynamic=False),
     "pruned": pruned,
 }
 WHOLE = ("split", "sparse", "int8 pivoted", "pruned")
@@ -111,7 +111,7 @@ def test_a_plain_copy_is_the_same_function_of_nothing_but_pytorch(name, images):
     kinds = {type(module).__module__.partition(".")[0] for module in plain(model).modules()}
     own = {type(module).__name__ for module in plain(model).modules() if "mixrank" in type(module).__module__}
     assert kinds <= {"torch", "timm", "mixrank"}
-    assert own <= {"_Pivoted", "_Int8", "SplitLinear", "PrunedAttention"}
+    assert own <= {"_Pivoted", "_Int8", "_Sum", "SplitLinear", "PrunedAttention"}
 
 
 @pytest.mark.slow

@@ -15,10 +15,13 @@ from mixrank.counting import count_bytes, count_macs, count_parameters
 from mixrank.errors import InputError
 from mixrank.nn import MixedRankLinear, SplitLinear
 from mixrank.nn_int8 import Int8Linear, Int8MixedRankLinear, Int8PivotedLinear
+from mixrank.nn_int8_sparse import Int8SparseLinear
 from mixrank.nn_pivoted import PivotedLinear
 from mixrank.nn_sparse import SparseLinear
 from mixrank.quantize import quantize_, quantize_rows
 
+SPARSE = SparseLinear.from_weights(torch.randn(40, 90) * (torch.rand(40, 90) < 0.3), bias=torch.randn(40))
+BESIDE = SparseLinear.from_weights(SPARSE.weight.detach(), torch.randn(4, 90) / 10, torch.randn(40, 4))
 PIVOTED = PivotedLinear.from_factors(torch.randn(12, 96) / 10, torch.randn(40, 12) / 4, torch.randn(40))
 DYNAMIC = pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "weight-only"])
 
@@ -125,19 +128,41 @@ def test_a_model_is_quantised_whole(compressed, images, dynamic):
     assert quantize.quantized_layers(compressed) == dict.fromkeys(names, dynamic)
 
 
-def test_sparse_layers_stay_as_they_are(model, images, tmp_path):
-    layer = SparseLinear.from_weights(model.blocks[0].mlp.fc1.weight, bias=model.blocks[0].mlp.fc1.bias.detach())
-    model.blocks[0].mlp.fc1 = layer
+def test_sparse_layers_stay_sparse(model, images):
+    mixrank.compress(model, [images], keep=0.5, form="sparse")
+    before = copy.deepcopy(model)
     result = quantize_(model)
-    assert model.blocks[0].mlp.fc1 is layer
-    assert isinstance(model.blocks[0].mlp.fc2, Int8Linear)
-    assert result.skipped["blocks.0.mlp.fc1"] == "it is sparse, and there is no form of that in 8 bits"
-    assert "blocks.0.mlp.fc1: left as it is, it is sparse" in result.describe()
-    assert "blocks.0.mlp.fc1" not in quantize.quantized_layers(model)
-    with pytest.raises(InputError, match=r"there is no layer to quantise: .* not quantised yet; sparse ones stay as"):
-        quantize_(nn.Sequential(layer))
-    with pytest.raises(InputError, match=r"skip names 'blocks\.0\.mlp\.fc1', which is no layer of this"):
-        quantize_(model, skip=["blocks.0.mlp.fc1"])
+    layer, sparse = model.blocks[0].mlp.fc1, before.blocks[0].mlp.fc1
+    assert isinstance(layer, Int8SparseLinear)
+    assert (layer.entries, layer.rank, layer.places) == (sparse.entries, sparse.rank, sparse.places)
+    assert torch.equal(layer.mask, sparse.mask)
+    assert layer.mask.data_ptr() != sparse.mask.data_ptr(), "both are packed side by side"
+    kinds = quantize.quantized_layers(model)
+    assert kinds["head"]
+    assert not kinds["blocks.0.mlp.fc1"], "its input stays as it is"
+    assert count_bytes(model) == result.bytes_after < 0.6 * result.bytes_before, "but for the patch embedding"
+    assert count_parameters(model) == count_parameters(before)
+    assert count_macs(model) == count_macs(before)
+    with torch.inference_mode():
+        expected, y = before(images), model(images)
+    assert (y - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("layer", [SPARSE, BESIDE], ids=["alone", "factors"])
+def test_a_quantised_sparse_layer_has_the_same_places(layer):
+    x, model = torch.randn(5, 7, 90), nn.Sequential(copy.deepcopy(layer))
+    (report,) = quantize_(model).layers
+    (made,) = model
+    assert not report.dynamic
+    codes, scale = quantize_rows(SPARSE.weight)
+    assert torch.equal(made.sparse_codes, codes)
+    assert torch.equal(made.scale, scale)
+    torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight, made.bias), rtol=1e-5, atol=1e-5)
+    assert (made(x) - layer(x)).norm() < 0.01 * layer(x).norm()
+    moved = copy.deepcopy(made).to(torch.bfloat16)
+    assert (moved.scale.dtype, moved.codes.dtype) == (torch.float32, torch.int8)
+    assert moved(x.bfloat16()).dtype == torch.bfloat16
+    assert f"entries={layer.entries}, rank={layer.rank}" in repr(made)
 
 
 @DYNAMIC
@@ -260,3 +285,32 @@ def test_layers_of_codes_that_do_not_fit_are_refused():
             Int8Linear.from_codes(*arguments)
     with pytest.raises(InputError, match=r"up_codes must have shape \[N, 4\]"):
         Int8MixedRankLinear.from_codes(codes, scale, codes, scale)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mask": torch.ones(4, 2)}, "mask must be a uint8 matrix, but it was torch.float32"),
+        ({"codes": torch.ones(4)}, "codes must be an int8 vector, but it was torch.float32"),
+        ({"scale": torch.ones(3)}, r"the scale of codes must be float32 of shape \[4\]"),
+        ({"down_scale": None, "up_codes": None}, "must be given together, but down_scale, up_codes was not"),
+        ({"down_codes": torch.ones(2, 13)}, "down_codes must be an int8 matrix"),
+        ({"up_scale": torch.ones(3)}, r"the scale of up_codes must be float32 of shape \[4\]"),
+        (
+            {"up_codes": torch.zeros(4, 3, dtype=torch.int8)},
+            r"up_codes must have shape \[4, 2\] as mask and down_codes",
+        ),
+        ({"in_features": 12}, "in_features must be 13 as down_codes has columns, but it was 12"),
+        ({"mask": torch.zeros(4, 3, dtype=torch.uint8)}, r"mask must have shape \[4, 2\], but it was \[4, 3\]"),
+        ({"mask": torch.zeros(4, 2, dtype=torch.uint8)}, "mask must have a bit for each of the 4 values, but it had 0"),
+        ({"bias": torch.ones(3)}, r"bias must have shape \[4\], but it was \[3\]"),
+    ],
+)
+def test_sparse_codes_that_do_not_fit_are_refused(changed, message):
+    mask = torch.tensor([[3, 16], [0, 1], [0, 0], [0, 0]], dtype=torch.uint8)
+    arguments = {"mask": mask, "codes": torch.ones(4, dtype=torch.int8), "scale": torch.ones(4)}
+    arguments |= {"down_codes": torch.ones(2, 13, dtype=torch.int8), "down_scale": torch.ones(2)}
+    arguments |= {"up_codes": torch.ones(4, 2, dtype=torch.int8), "up_scale": torch.ones(4), "bias": torch.ones(4)}
+    assert Int8SparseLinear.from_codes(**arguments)(torch.ones(13)).tolist() == [30.0, 28.0, 27.0, 27.0]
+    with pytest.raises(InputError, match=message):
+        Int8SparseLinear.from_codes(**arguments | changed)

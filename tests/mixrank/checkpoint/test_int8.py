@@ -13,6 +13,7 @@ import mixrank
 from mixrank import checkpoint, models
 from mixrank.errors import InputError
 from mixrank.nn_int8 import Int8PivotedLinear
+from mixrank.nn_int8_sparse import Int8SparseLinear
 from mixrank.quantize import quantize_, quantized_layers
 
 from .files import VIT, assemble, assert_same, compressed, parts
@@ -27,7 +28,7 @@ def small() -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
-@pytest.mark.parametrize("form", ["factors", "pivoted"])
+@pytest.mark.parametrize("form", ["factors", "pivoted", "sparse"])
 def test_a_quantised_model_comes_back_bit_for_bit(path, form, split, dtype):
     model = compressed(*VIT, split, form).to(dtype)
     quantize_(model, weight_only=["head"], skip=["blocks.1.mlp.fc1"])
@@ -46,6 +47,17 @@ def test_a_dense_model_of_timm_comes_back(path):
     mixrank.save(model, path)
     assert_same(model, mixrank.load(path))
     assert models.model_spec(model).architecture.startswith(VIT[0])
+
+
+def test_a_mask_with_another_number_of_bits_is_refused(path):
+    model = compressed(*VIT, form="sparse")
+    quantize_(model)
+    layer = next(module for module in model.modules() if isinstance(module, Int8SparseLinear))
+    layer.mask[0, 0] = ~layer.mask[0, 0]
+    mixrank.save(model, path)
+    assert parts(path)[1]["format"] == 4
+    with pytest.raises(InputError, match=r"is broken: layer .*: mask must have a bit for each of the \d+ values"):
+        mixrank.load(path)
 
 
 def test_the_format_is_what_a_reader_needs(small, path):
