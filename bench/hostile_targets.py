@@ -117,17 +117,19 @@ _SMALL = {"img_size": 16, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_clas
 def _checkpoints(folder: Path) -> Attempt:
     """Small checkpoints of every kind of layer, their bytes or their headers changed."""
     files = []
-    for number, form in enumerate(("factors", "pivoted", "int8", "pruned")):
+    for number, form in enumerate(("factors", "pivoted", "int8", "int8 sparse", "pruned")):
         torch.manual_seed(number)
         model = create_model("vit_tiny_patch16_224", args=_SMALL)
         if form == "pruned":
             shrink_(model, [KeptBlock((tuple(range(16)), ()), tuple(range(20))), None])
+        elif form == "int8 sparse":
+            mixrank.compress(model, [torch.randn(6, 3, 16, 16)], keep=0.7, form="sparse")
         else:
             images = [torch.randn(6, 3, 16, 16)]
             mixrank.compress(
                 model, images, keep=0.7, form="factors" if form == "factors" else "pivoted", energy="weight"
             )
-        if form == "int8":
+        if "int8" in form:
             mixrank.quantize_(model)
         mixrank.save(model, folder / form)
         files.append((folder / form).read_bytes())
@@ -252,7 +254,7 @@ def _operators(folder: Path) -> Attempt:
         lead = source.choice(((m,), (2, m), (m, 1, 2), ()))
         bias = of(n) if source.random() < 0.6 else None
         codes, flag = {"dtype": torch.int8}, source.random() < 0.5
-        match source.randrange(8):
+        match source.randrange(9):
             case 0:
                 ops.lowrank_linear(of(*lead, k), of(r, k), of(n, r), bias)
             case 1:
@@ -284,6 +286,11 @@ def _operators(folder: Path) -> Attempt:
                 ops.int8_lowrank_linear(
                     of(*lead, k), of(r, k, **codes), scales[0], of(n, r, **codes), scales[1], bias, flag
                 )
+            case 8:
+                stored, scale = torch.rand(n, k) < source.choice((0.0, 0.3, 1.0)), of(n, dtype=torch.float32)
+                factors = (of(r, k, **codes), of(r, dtype=torch.float32), of(n, r, **codes), scale)
+                weights = testing.packed_bits(stored), of(int(stored.sum()) + (source.random() < 0.1), **codes), scale
+                ops.int8_sparse_linear(of(*lead, k), *weights, *(factors if flag else [None] * 4), bias)
 
     return attempt
 
