@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mixrank_kernels import backend, testing
+from mixrank_kernels import backend, packing, testing
 from mixrank_kernels._schema import SCHEMAS
 
 
@@ -57,6 +57,21 @@ def implementation(request):
     # This cache knows what was compiled for one implementation by the operator, and would give it to another.
     with torch._functorch.config.patch(enable_autograd_cache=False), backend.use(request.param):
         yield request.param
+
+
+@pytest.fixture(params=backend.isas())
+def isa(request):
+    """Each instruction set of the extension in turn, in use."""
+    with backend.use(f"cpu-{request.param}"):
+        yield request.param
+
+
+@pytest.fixture
+def nothing_packed():
+    """No packed weights of other tests, and none left for them."""
+    packing.clear()
+    yield
+    packing.clear()
 
 
 @pytest.fixture(scope="session")

@@ -211,9 +211,3 @@ def test_bad_arguments_are_named(changed, message):
 def test_a_mask_that_does_not_fit_is_refused(implementation, op, changed, message):
     with pytest.raises(RuntimeError, match=f"^{SPARSE}: {message}"):
         ops.int8_sparse_linear(**good_arguments() | changed)
-
-
-@pytest.mark.parametrize("name", ["x", "mask", "values", "scale"])
-def test_a_tensor_that_is_none_is_named(name):
-    with pytest.raises(RuntimeError, match=f"^{SPARSE}: {name} must be a tensor, but it was None"):
-        ops.int8_sparse_linear(**good_arguments() | {name: None})

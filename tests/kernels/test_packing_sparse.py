@@ -6,20 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixrank_kernels import backend, ops, packing, testing
+from mixrank_kernels import ops, packing, testing
 
-
-@pytest.fixture(autouse=True)
-def _nothing_packed():
-    packing.clear()
-    yield
-    packing.clear()
-
-
-@pytest.fixture(params=backend.isas())
-def isa(request):
-    with backend.use(f"cpu-{request.param}"):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("nothing_packed")
 
 
 def sparse() -> dict[str, Tensor]:

@@ -10,16 +10,11 @@ from mixrank_kernels import backend, ops, packing
 from mixrank_kernels._schema import overload
 from mixrank_kernels.testing import packed_bits
 
+pytestmark = pytest.mark.usefixtures("nothing_packed")
+
 OPERATORS = ("lowrank_linear", "pivoted_linear", "sparse_linear")
 PACKED = {"lowrank_linear": packing.packed, "pivoted_linear": packing.packed_pivots}
 PACKED["sparse_linear"] = packing.packed_sparse
-
-
-@pytest.fixture(autouse=True)
-def _nothing_packed():
-    packing.clear()
-    yield
-    packing.clear()
 
 
 def linear_arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
