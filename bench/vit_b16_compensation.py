@@ -43,6 +43,12 @@ def untrained_of(models: Path, keep: float, form: str) -> Path:
     return checkpoint_of(models, keep) if form == FORM else kept_at(models, f"{OURS}{form}", keep)
 
 
+def trained_of(models: Path, keep: float, form: str) -> Path:
+    """Where in the folder ``models`` what training made of it is kept."""
+    path = untrained_of(models, keep, form)
+    return path.with_stem(f"{path.stem}_trained")
+
+
 def measure(
     data: Data,
     test: Reference,
@@ -67,7 +73,7 @@ def measure(
     row = {"kind": "compensation", "form": form, "keep": keep, "minutes": minutes, "seed": options.seed}
     row |= {"before": before.to_json(), "after": after.to_json(), "training": result.to_json()}
     append(out, row)
-    mixrank.save(model, path.with_stem(f"{path.stem}_trained"))
+    mixrank.save(model, trained_of(models, keep, form))
     state.unlink(missing_ok=True)
     print(f"keep {keep}: top-1 {before.top1:.1f} to {after.top1:.1f} % in {result.steps} steps", file=sys.stderr)
 

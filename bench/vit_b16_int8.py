@@ -32,7 +32,7 @@ from mixrank.quantize import quantize_
 from mixrank_bench.environment import RESULTS, append, read
 from mixrank_bench.fidelity import Fidelity, compare, compare_logits, reference
 from mixrank_bench.vit_b16 import KEEPS, Data
-from mixrank_bench.vit_b16_compensation import untrained_of
+from mixrank_bench.vit_b16_compensation import trained_of, untrained_of
 
 OUT = RESULTS / "vit_b16_int8.jsonl"
 DENSE = "dense"
@@ -64,14 +64,16 @@ def main() -> None:
         "--keep", type=float, action="append", help="only this budget (repeatable), and the dense model"
     )
     parser.add_argument("--form", choices=TRIED, default=FORM, help="of the layers")
+    parser.add_argument("--trained", action="store_true", help="what mixrank_bench.vit_b16_compensation made of them")
     parser.add_argument("--threads", type=int, default=2, help="threads of one operation")
     parser.add_argument("--out", type=Path, default=OUT, help="the file of results, added to")
     args = parser.parse_args()
     if "MIXRANK_DATA" not in os.environ:
         parser.error("set MIXRANK_DATA to the folder with the model and the images")
     torch.set_num_threads(args.threads)
-    called = "" if args.form == FORM else f"{args.form} weights, "
-    files = {f"{called}keep {keep}": untrained_of(args.models, keep, args.form) for keep in args.keep or KEEPS}
+    of, end = (trained_of, ", trained") if args.trained else (untrained_of, "")
+    start = "" if args.form == FORM else f"{args.form} weights, "
+    files = {f"{start}keep {keep}{end}": of(args.models, keep, args.form) for keep in args.keep or KEEPS}
     missing = [path for path in files.values() if not path.is_file()]
     if missing:
         parser.error(f"{missing[0]} does not exist: make it by the command before this one of --help")
