@@ -11,8 +11,9 @@ from mixrank_bench.markdown import conditions, table
 
 OURS = ("mixrank, sparse", "mixrank, defaults", "mixrank, low ranks", "mixrank, tokens alike")
 """The first of these that was measured at a budget is what the others there are compared with."""
+MOVED = "lost / won"
 PAIRED = "right: only ours / only this"
-HEADER = ("method", "ranks", "parameters", "top-1, %", "agreement, %", "KL, nats", PAIRED, "p", "source")
+HEADER = ("method", "ranks", "parameters", "top-1, %", "agreement, %", "KL, nats", MOVED, PAIRED, "p", "source")
 NO_RUN = "Not measured yet.\n"
 
 
@@ -21,13 +22,14 @@ def peers() -> str:
     latest = _latest()
     if not latest:
         return NO_RUN
-    parts = [_dense(row) for row in latest.values() if row["method"] == "dense"]
+    dense = next(row for row in latest.values() if row["method"] == "dense")
+    parts = [_dense(dense)]
     for keep in sorted({keep for method, keep in latest if method != "dense"}, reverse=True):
         found = [row for (method, at), row in latest.items() if at == keep and method != "dense"]
         found.sort(key=lambda row: (-row["top1"], row["kl"]))
         by_method = {row["method"]: row for row in found}
         ours = next((by_method[name] for name in OURS if name in by_method), None)
-        parts.append(f"### keep {keep}\n\n" + table(HEADER, [_line(row, ours) for row in found]))
+        parts.append(f"### keep {keep}\n\n" + table(HEADER, [_line(row, dense, ours) for row in found]))
     absent = [name for name in METHODS if not any(method == name for method, _ in latest)]
     if absent:
         parts.append(f"Not measured yet: {'; '.join(absent)}.\n")
@@ -82,16 +84,17 @@ def _dense(row: dict) -> str:
     return f"Dense: {row['parameters']:,} parameters, top-1 {row['top1']:.1f} %.\n"
 
 
-def _line(row: dict, ours: dict | None) -> tuple:
+def _line(row: dict, dense: dict, ours: dict | None) -> tuple:
     parameters = f"{row['parameters']:,}"
     if "parameters_with_indices" in row:
         parameters += f" ({row['parameters_with_indices']:,} with the places of the nonzeros)"
     numbers = (f"{row['top1']:.1f}", f"{row['agreement']:.1f}", f"{row['kl']:.3f}")
+    lost, won = discordant(dense["correct"], row["correct"])
     paired = ("", "")
     if ours is not None and row is not ours:
         counts = discordant(ours["correct"], row["correct"])
         paired = (f"{counts[0]} / {counts[1]}", f"{mcnemar(*counts):.2g}")
-    return (row["method"], row["how"], parameters, *numbers, *paired, row["source"])
+    return (row["method"], row["how"], parameters, *numbers, f"{lost} / {won}", *paired, row["source"])
 
 
 def discordant(first: str, second: str) -> tuple[int, int]:
