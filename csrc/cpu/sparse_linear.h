@@ -20,21 +20,21 @@ namespace mixrank {
 
 struct SparseLinearParams {
   Dtype dtype;
-  MatrixView x;         // [M, K]
+  MatrixView x;             // [M, K]
   int64_t N;
-  int64_t count;        // of values
-  const uint8_t* mask;  // [N, ceil(K / 8)]
-  const void* values;   // [count]
-  const float* scale;   // [N] of codes of 8 bits, or null
-  MatrixView down;      // [R, K]; no rows: there is no such branch
-  MatrixView up;        // [N, R]
+  int64_t count;            // of values
+  const uint8_t* mask;      // [N, ceil(K / 8)]
+  const void* values;       // [count]
+  const float* scale;       // [N] of codes of 8 bits, or null
+  MatrixView down;          // [R, K]; no rows: there is no such branch
+  MatrixView up;            // [N, R]
   const float* down_scale;  // [R], with `scale` alone
   const float* up_scale;    // [N]
-  const void* bias;     // [N] or null
+  const void* bias;         // [N] or null
   int64_t bias_stride;
-  const void* packed;   // what sparse_pack wrote for the same weights, aligned to 64 bytes, or null
-  uint64_t sample;      // goes into the header
-  void* y;              // [M, N]
+  const void* packed;       // what sparse_pack wrote for the same weights, aligned to 64 bytes, or null
+  uint64_t sample;          // goes into the header
+  void* y;                  // [M, N]
 };
 
 constexpr char kPackedSparseMagic[8] = {'m', 'i', 'x', 'r', 'a', 'n', 'k', 's'};
@@ -45,7 +45,7 @@ struct PackedSparseHeader {
   int32_t isa;  // KernelTable::isa_id
   Dtype dtype;
   int64_t mask_row, N, R, count;
-  uint64_t sample;  // of the weights, see weight_sample.h
+  uint64_t sample;   // of the weights, see weight_sample.h
   int64_t is_codes;  // whether they are codes of 8 bits; dtype is then that of the entries they became
   int64_t unused[8];
 };
