@@ -5,6 +5,8 @@
     python -m mixrank_bench.vit_b16_int8 --models MODELS
     python -m mixrank_bench.vit_b16_peers --method "mixrank, sparse" --models MODELS
     python -m mixrank_bench.vit_b16_int8 --models MODELS --form sparse
+    python -m mixrank_bench.vit_b16_compensation --models MODELS --form sparse
+    python -m mixrank_bench.vit_b16_int8 --models MODELS --form sparse --trained
 
 FOLDER is that of :mod:`mixrank_bench.vit_b16`, and the commands before write models of low ranks and of sparse weights
 into MODELS. Every quantised model is compared with the same model in fp32. One JSON line for each goes to

@@ -64,7 +64,8 @@ double peak_flops(const std::string& kind, double milliseconds) {
 std::string choose(const std::string& op, const std::string& dtype) {
   const KernelTable& table = kernels();
   const bool is_gram = op == "gram_accumulate_", is_codes = op == "int8_sparse_linear";
-  const bool is_int8 = is_codes || op == "int8_linear" || op == "int8_lowrank_linear", is_sparse = op == "sparse_linear";
+  const bool is_int8 = is_codes || op == "int8_linear" || op == "int8_lowrank_linear";
+  const bool is_sparse = op == "sparse_linear";
   if (!is_gram && !is_int8 && !is_sparse && op != "lowrank_linear" && op != "lowrank_residual_linear" &&
       op != "pivoted_linear" && op != "cross_gram_accumulate_") {
     throw py::value_error("choose: op must be the name of an operator, but it was '" + op + "'");

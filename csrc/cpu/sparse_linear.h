@@ -6,9 +6,10 @@
 //   rising. Instead, values, down and up may all be codes of 8 bits, each times the scale of its row.
 // Layout: x and the factors of any strides and any alignment of their own dtype; mask, values and y contiguous; mask
 //   has as many bits as there are values and none beyond K, which the caller checks; y overlaps no input.
-// Precision: a code times its scale is rounded to fp32; products are accumulated in fp32 (fp64 for fp64), at most kChunk terms of S or kBlock terms of a factor in
-//   one running sum; the intermediate stays in that precision, and y is rounded once, to nearest even. Entries that are
-//   not stored are not multiplied: what is not finite in x reaches the rows alone that have an entry for it.
+// Precision: a code times its scale is rounded to fp32; products are accumulated in fp32 (fp64 for fp64), at most kChunk
+//   terms of S or kBlock terms of a factor in one running sum; the intermediate stays in that precision, and y is
+//   rounded once, to nearest even. Entries that are not stored are not multiplied: what is not finite in x reaches the
+//   rows alone that have an entry for it.
 // Order: the sum behind an element of y depends on the shapes, on S, on the instruction set and, with a few tokens of x
 //   and few entries of S, on whether the weights are packed; not on the threads.
 // Memory: no ownership is taken; scratch belongs to the calling threads (runtime.h).

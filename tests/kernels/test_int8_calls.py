@@ -203,7 +203,11 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize(("op", "changed", "message"), BAD_CALLS)
 def test_bad_arguments_are_named(op, changed, message):
-    arguments = good_arguments(op) | changed
+    assert_refused(op, good_arguments(op) | changed, message)
+
+
+def assert_refused(op: str, arguments: dict, message: str) -> None:
+    """By the best implementation, by the reference and while tracing, in the same words."""
     for name in (*backend.available("cpu", op)[:1], "reference"):
         with backend.use(name), pytest.raises(RuntimeError, match=f"^{op}: {message}"):
             getattr(ops, op)(**arguments)

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from mixrank_kernels import backend, ops, packing, reference, testing
-from mixrank_kernels._schema import overload
 
 from .test_guard_bands import allocations  # noqa: F401  (a fixture)
-from .test_int8 import pack
-
-SPARSE = "int8_sparse_linear"
+from .test_int8 import SPARSE, pack
+from .test_int8_calls import assert_refused
 
 
 def made(rows: int = 30, k: int = 127, n: int = 61, r: int = 5, density: float = 0.3) -> dict[str, Tensor | None]:
@@ -187,17 +185,7 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize(("changed", "message"), BAD_CALLS)
 def test_bad_arguments_are_named(changed, message):
-    arguments = good_arguments() | changed
-    for name in (*backend.available("cpu", SPARSE)[:1], "reference"):
-        with backend.use(name), pytest.raises(RuntimeError, match=f"^{SPARSE}: {message}"):
-            ops.int8_sparse_linear(**arguments)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = {
-            name: mode.from_tensor(value) if isinstance(value, Tensor) and value.device.type == "cpu" else value
-            for name, value in arguments.items()
-        }
-        with pytest.raises(RuntimeError, match=f"{SPARSE}: {message}"):
-            overload(SPARSE)(**fakes)
+    assert_refused(SPARSE, good_arguments() | changed, message)
 
 
 @pytest.mark.parametrize(
