@@ -146,7 +146,8 @@ def _run(options: _Options) -> None:
     from mixrank.data import open_images
     from mixrank.models import create_model, preprocessing
     from mixrank.stopwatch import Stopwatch
-    from mixrank.sweep import DEFAULT_STRATEGIES, sweep
+    from mixrank.strategies import DEFAULT_STRATEGIES
+    from mixrank.sweep import sweep
 
     watch = Stopwatch()
     with watch.stage("load"):
@@ -212,7 +213,8 @@ def _digest(model: nn.Module) -> str:
 def _earlier(options: _Options, identity: dict[str, Any]) -> list[SweepRow]:
     """The rows of the sweep to go on with."""
     from mixrank.cli_output import read_result
-    from mixrank.sweep import STRATEGIES, SweepRow
+    from mixrank.strategies import STRATEGIES
+    from mixrank.sweep import SweepRow
 
     if not (options.resume and options.json.exists()):
         return []

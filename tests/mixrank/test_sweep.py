@@ -14,7 +14,7 @@ from mixrank.data import Batch
 from mixrank.evaluate import evaluate
 from mixrank.fidelity import compare
 from mixrank.sample import Apart
-from mixrank.sweep import STRATEGIES
+from mixrank.strategies import STRATEGIES
 
 module = importlib.import_module("mixrank.sweep")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixrank.sweep import STRATEGIES
+from mixrank.strategies import STRATEGIES
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "depth": 2, "num_classes": 2}
