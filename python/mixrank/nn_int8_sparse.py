@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mixrank.errors import InputError
 from mixrank.nn_int8 import Int8Layer, check_bias, check_codes, check_scale
-from mixrank.nn_sparse import check_mask, check_sizes, mask_places
+from mixrank.nn_sparse import check_mask, check_sizes, inputs_of, mask_places
 from mixrank_kernels import ops, packing
 from mixrank_kernels.reference import expanded
 
@@ -106,32 +106,25 @@ class Int8SparseLinear(Int8Layer):
             InputError: shapes or dtypes do not fit together, the rank is above min(K, N), or ``mask`` has another
                 number of bits than there are codes or one beyond K.
         """
-        if mask.dim() != 2 or mask.dtype != torch.uint8:
-            raise InputError(f"mask must be a uint8 matrix, but it was {mask.dtype} of shape {list(mask.shape)}")
         if codes.dim() != 1 or codes.dtype != torch.int8:
             raise InputError(f"codes must be an int8 vector, but it was {codes.dtype} of shape {list(codes.shape)}")
-        n = len(mask)
-        check_scale("codes", scale, n)
         parts = {"down_codes": down_codes, "down_scale": down_scale, "up_codes": up_codes, "up_scale": up_scale}
         absent = [name for name, part in parts.items() if part is None]
         if absent and len(absent) < len(parts):
             raise InputError(f"{', '.join(parts)} must be given together, but {', '.join(absent)} was not")
-        columns, rank = 8 * mask.shape[1], 0
         if not absent:
-            down, up = cast(Tensor, down_codes), cast(Tensor, up_codes)
-            check_codes("down_codes", down, cast(Tensor, down_scale))
+            check_codes("down_codes", cast(Tensor, down_codes), cast(Tensor, down_scale))
+        in_features = inputs_of(mask, in_features, down_codes=down_codes)
+        n, rank = len(mask), 0 if down_codes is None else len(down_codes)
+        check_scale("codes", scale, n)
+        if not absent:
+            up = cast(Tensor, up_codes)
             check_codes("up_codes", up, cast(Tensor, up_scale))
-            rank, columns = down.shape
             if up.shape != (n, rank):
                 raise InputError(
                     f"up_codes must have shape [{n}, {rank}] as mask and down_codes have rows, but it was "
                     f"{list(up.shape)}"
                 )
-        in_features = columns if in_features is None else in_features
-        if not absent and in_features != columns:
-            raise InputError(f"in_features must be {columns} as down_codes has columns, but it was {in_features}")
-        if mask.shape[1] != -(-in_features // 8):
-            raise InputError(f"mask must have shape {[n, -(-in_features // 8)]}, but it was {list(mask.shape)}")
         check_bias(bias, n)
         check_sizes(in_features, n, min(len(codes), in_features * n), rank)
         check_mask(mask, in_features, len(codes))

@@ -121,26 +121,21 @@ class SparseLinear(LowRankLinear):
             InputError: shapes, dtypes or devices do not fit together, the rank is above min(K, N), or ``mask`` has
                 another number of bits than there are values or one beyond K.
         """
-        if mask.dim() != 2 or mask.dtype != torch.uint8:
-            raise InputError(f"mask must be a uint8 matrix, but it was {mask.dtype} of shape {list(mask.shape)}")
         if values.dim() != 1 or not values.is_floating_point():
             raise InputError(
                 f"values must be a vector of a floating dtype, but it was {values.dtype} of shape {list(values.shape)}"
             )
         rank = _check_factors(down, up)
-        columns = 8 * mask.shape[1] if down is None else down.shape[1]
-        in_features = columns if in_features is None else in_features
-        if down is not None and in_features != columns:
-            raise InputError(f"in_features must be {columns} as down has columns, but it was {in_features}")
-        expected = (mask.shape[0] if up is None else up.shape[0], -(-in_features // 8))
-        if mask.shape != expected:
-            raise InputError(f"mask must have shape {list(expected)}, but it was {list(mask.shape)}")
-        if bias is not None and bias.shape != (expected[0],):
-            raise InputError(f"bias must have shape [{expected[0]}] as mask has rows, but it was {list(bias.shape)}")
+        in_features = inputs_of(mask, in_features, down=down)
+        n = len(mask)
+        if up is not None and len(up) != n:
+            raise InputError(f"up must have shape [{n}, {rank}] as mask has rows, but it was {list(up.shape)}")
+        if bias is not None and bias.shape != (n,):
+            raise InputError(f"bias must have shape [{n}] as mask has rows, but it was {list(bias.shape)}")
         check_like(values, "values", down=down, up=up, bias=bias)
-        check_sizes(in_features, expected[0], min(len(values), in_features * expected[0]), rank)
+        check_sizes(in_features, n, min(len(values), in_features * n), rank)
         check_mask(mask, in_features, len(values))
-        layer = cls(in_features, expected[0], len(values), rank, bias is not None, device="meta", dtype=values.dtype)
+        layer = cls(in_features, n, len(values), rank, bias is not None, device="meta", dtype=values.dtype)
         layer.mask = mask.to(values.device).contiguous()
         for name, tensor in (("values", values.contiguous()), ("down", down), ("up", up), ("bias", bias)):
             if tensor is not None:
@@ -211,6 +206,21 @@ def mask_places(in_features: int, out_features: int) -> int:
     It counts among a model's parameters: where an entry stands has to be stored as its value has.
     """
     return -(-out_features * -(-in_features // 8) // 4)
+
+
+def inputs_of(mask: Tensor, in_features: int | None, **down: Tensor | None) -> int:
+    """K of a mask ``[N, ceil(K / 8)]``: the columns of ``down``, given by its name, or without it all bits of a row."""
+    if mask.dim() != 2 or mask.dtype != torch.uint8:
+        raise InputError(f"mask must be a uint8 matrix, but it was {mask.dtype} of shape {list(mask.shape)}")
+    ((name, factor),) = down.items()
+    columns = 8 * mask.shape[1] if factor is None else factor.shape[1]
+    in_features = columns if in_features is None else in_features
+    if factor is not None and in_features != columns:
+        raise InputError(f"in_features must be {columns} as {name} has columns, but it was {in_features}")
+    expected = [len(mask), -(-in_features // 8)]
+    if list(mask.shape) != expected:
+        raise InputError(f"mask must have shape {expected}, but it was {list(mask.shape)}")
+    return in_features
 
 
 def check_mask(mask: Tensor, in_features: int, entries: int) -> None:

@@ -221,7 +221,7 @@ MASK, VALUES = torch.tensor([[5], [2], [0]], dtype=torch.uint8), torch.tensor([1
     [
         ({"mask": MASK.int()}, r"mask must be a uint8 matrix, but it was torch.int32 of shape \[3, 1\]"),
         ({"mask": MASK[0]}, r"mask must be a uint8 matrix, but it was torch.uint8 of shape \[1\]"),
-        ({"mask": MASK[:2]}, r"mask must have shape \[3, 1\], but it was \[2, 1\]"),
+        ({"mask": MASK[:2]}, r"up must have shape \[2, 2\] as mask has rows, but it was \[3, 2\]"),
         ({"mask": MASK.repeat(1, 2)}, r"mask must have shape \[3, 1\], but it was \[3, 2\]"),
         ({"mask": MASK + 8}, r"mask must have no bit set beyond in_features = 3, but it had one"),
         ({"values": VALUES[:2]}, r"mask must have a bit for each of the 2 values, but it had 3"),
