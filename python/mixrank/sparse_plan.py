@@ -72,6 +72,8 @@ class Prices:
 def ranks_of(shapes: Mapping[str, LayerShape], budget: Budget, available: int, share: float) -> dict[str, int]:
     """The ranks of the factors: the same share of every layer's numbers, in multiples of 8.
 
+    Small layers, whose share is less than 8 ranks, have 8 where these take at most twice the share and half of all.
+
     Args:
         shapes: of the layers.
         budget: with what their weights cost.
@@ -80,11 +82,13 @@ def ranks_of(shapes: Mapping[str, LayerShape], budget: Budget, available: int, s
     """
     dense = sum(shape.in_features * shape.out_features * budget.per_weight[name] for name, shape in shapes.items())
     kept = min(1.0, available / dense)
-    return {name: _rank_of(share * kept, *shape.sizes) for name, shape in shapes.items()}
+    return {name: _rank_of(share, kept, *shape.sizes) for name, shape in shapes.items()}
 
 
-def _rank_of(share: float, n: int, k: int) -> int:
-    return 8 * int(share * n * k / (n + k) / 8)
+def _rank_of(share: float, kept: float, n: int, k: int) -> int:
+    numbers, step = kept * n * k, 8 * (n + k)
+    steps = int(share * numbers / step)
+    return 8 * (steps or int(step <= min(2 * share, 0.5) * numbers))
 
 
 def choose_entries(

@@ -13,12 +13,13 @@ from mixrank import load, save
 from mixrank.calibrate import calibrate
 from mixrank.compress_sparse import compress_sparse_
 from mixrank.counting import count_bytes, count_macs, count_parameters
-from mixrank.decompose import factorise
+from mixrank.decompose import LayerShape, factorise
 from mixrank.errors import InputError
 from mixrank.fidelity import compare
 from mixrank.nn_sparse import SparseLinear
 from mixrank.sparse import Measures, fitted, largest, removal_costs, split
-from mixrank.sparse_plan import Prices, choose_entries, histogram
+from mixrank.sparse_fit import budget_of
+from mixrank.sparse_plan import Prices, choose_entries, histogram, ranks_of
 from mixrank.stats import LayerStats
 
 
@@ -242,6 +243,33 @@ def test_dearer_entries_go_first():
     chosen = choose_entries(histograms, prices, 3000)
     assert chosen["a"] * 10 + (1000 if chosen["b"] is None else chosen["b"]) in range(2991, 3001)
     assert chosen["a"] < 250
+
+
+@pytest.mark.parametrize(
+    ("share", "ranks"),
+    [
+        (0.0, {"wide": 0, "small": 0}),
+        (0.04, {"wide": 8, "small": 0}),
+        (0.1, {"wide": 16, "small": 8}),
+        (0.2, {"wide": 40, "small": 8}),
+        (0.3, {"wide": 64, "small": 8}),
+        (0.9, {"wide": 200, "small": 40}),
+    ],
+)
+def test_ranks_are_a_share_in_eights_of_which_small_layers_have_one_at_least(share, ranks):
+    model = torch.nn.ModuleDict({"wide": torch.nn.Linear(768, 1152), "small": torch.nn.Linear(192, 192)})
+    shapes = {name: LayerShape.of(linear, True) for name, linear in model.items()}
+    budget, _ = budget_of(model, shapes, {"keep": 0.5})
+    weights = sum(linear.weight.numel() for linear in model.values())
+    assert ranks_of(shapes, budget, weights // 2, share) == ranks
+
+
+def test_eight_ranks_never_take_most_of_a_small_layer():
+    model = torch.nn.ModuleDict({"small": torch.nn.Linear(64, 64)})
+    shapes = {"small": LayerShape.of(model["small"], True)}
+    budget, _ = budget_of(model, shapes, {"keep": 1.0})
+    found = [ranks_of(shapes, budget, available, 0.4)["small"] for available in (2047, 2048, 4096)]
+    assert found == [0, 8, 8]
 
 
 def test_a_budget_below_the_places_is_refused():
