@@ -256,7 +256,7 @@ def test_dearer_entries_go_first():
         (0.9, {"wide": 200, "small": 40}),
     ],
 )
-def test_ranks_are_a_share_in_eights_of_which_small_layers_have_one_at_least(share, ranks):
+def test_ranks_are_a_share_in_eights_and_small_layers_have_eight_where_that_fits(share, ranks):
     model = torch.nn.ModuleDict({"wide": torch.nn.Linear(768, 1152), "small": torch.nn.Linear(192, 192)})
     shapes = {name: LayerShape.of(linear, True) for name, linear in model.items()}
     budget, _ = budget_of(model, shapes, {"keep": 0.5})
